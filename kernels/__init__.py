@@ -1,0 +1,1 @@
+"""Operators of the `thresher::` namespace: one reference each, beside its providers."""

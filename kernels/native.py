@@ -1,0 +1,122 @@
+"""Builds the C++ kernels at first use, once per machine and source, and loads them with ctypes.
+
+Plain C functions over raw pointers build in seconds where an extension against torch's headers
+takes a minute, and need no ninja. Each source in `csrc/` becomes one shared library, kept under a
+name that holds the hash of the source, the compiler, its flags and this CPU's features: a library
+is never reused where it would not run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCES = Path(__file__).parent / "csrc"
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-Wall")
+
+
+def cache_dir() -> Path:
+    """Where built libraries are kept: `$THRESHER_CACHE_DIR`, else `~/.cache/thresher`."""
+    root = os.environ.get("THRESHER_CACHE_DIR")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "thresher"
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler: `$CXX`, else g++ or clang++ on the PATH."""
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+
+
+def unavailable() -> str | None:
+    """Why no C++ kernel can run on this machine, or None when they can."""
+    if os.environ.get("THRESHER_NATIVE") == "0":
+        return "The C++ kernels are switched off by THRESHER_NATIVE=0."
+    if compiler() is None:
+        return "No C++ compiler was found; install g++ (Debian: apt-get install g++) or set CXX."
+    return None
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """The CPU's feature flags as the kernel names them (avx2, f16c, avx512f, ...); empty if unknown."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+@functools.cache
+def _compiler_version(path: str) -> str:
+    return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def _build(source: Path, target: Path, compiler_path: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as out:
+        partial = Path(out.name)
+    try:
+        command = [compiler_path, *_FLAGS, str(source), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"Building {source.name} failed: {' '.join(command)}\n{done.stderr[-4000:]}")
+        partial.replace(target)  # atomic: another process sees a whole library or none
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL:
+    """The shared library of `csrc/NAME.cpp`, built first if need be.
+
+    Raises RuntimeError with the compiler's own words when the build fails.
+    """
+    path = compiler()
+    if path is None:
+        raise RuntimeError(unavailable())
+    source = _SOURCES / f"{name}.cpp"
+    headers = sorted(_SOURCES.glob("*.h"))
+    key = hashlib.sha256(
+        b"\0".join(
+            [source.read_bytes(), *(h.read_bytes() for h in headers)]
+            + [s.encode() for s in (_compiler_version(path), " ".join(_FLAGS), platform.machine())]
+            + [" ".join(sorted(cpu_features())).encode()]
+        )
+    ).hexdigest()[:16]
+    target = cache_dir() / "native" / f"{name}-{key}.so"
+    if not target.exists():
+        try:
+            _build(source, target, path)
+        except OSError:  # a read-only cache directory must not take the kernel away
+            target = Path(tempfile.mkdtemp(prefix="thresher-")) / target.name
+            _build(source, target, path)
+    return ctypes.CDLL(str(target))
+
+
+@functools.cache
+def load_error(name: str) -> str | None:
+    """Why `csrc/NAME.cpp` cannot be used here, or None. For a provider's `supported`."""
+    reason = unavailable()
+    if reason is None:
+        try:
+            load(name)
+        except (RuntimeError, OSError) as error:
+            reason = str(error)
+    return reason
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    """The tensor's first element, for a C function. The caller keeps the tensor alive."""
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,1 @@
+"""Targets: what turns a Program into something that runs."""

@@ -1,0 +1,1 @@
+"""Rewrites: each method recognises its waste in a Program and rewrites it away."""

@@ -1,0 +1,1 @@
+"""What lives at call time: sessions, packing, weight freshness, caches, artifacts."""

@@ -1,0 +1,58 @@
+"""Every operator: its registration is sound, and each provider agrees with the reference."""
+
+import pytest
+import torch
+
+from thresher import ops
+from thresher.kernels import catalog
+
+catalog.load()
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+CASES = [(op, dtype) for op in ops.all_ops() for dtype in op.tolerance]
+
+
+def _id(value):
+    return value.name if isinstance(value, ops.Op) else str(value).removeprefix("torch.")
+
+
+def relative_error(actual, expected):
+    """Relative L2 error in fp64; NaN and inf must stand in the same places."""
+    actual, expected = actual.double(), expected.double()
+    torch.testing.assert_close(actual.isnan(), expected.isnan())
+    finite = expected.isfinite()
+    assert torch.equal(actual[~finite & ~expected.isnan()], expected[~finite & ~expected.isnan()])
+    if not finite.any():
+        return 0.0
+    return float((actual - expected)[finite].norm() / expected[finite].norm().clamp_min(1e-30))
+
+
+def _tensors(result):
+    return [result] if isinstance(result, torch.Tensor) else [t for t in result if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("op, dtype", CASES, ids=_id)
+def test_opcheck(op, dtype):
+    for sample in op.inputs(torch.device("cpu"), dtype):
+        torch.library.opcheck(
+            op.overload, sample.args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op, dtype", CASES, ids=_id)
+def test_providers_agree_with_reference(op, dtype, device):
+    for provider in op.providers:
+        if provider.device != device or op.usable(provider) is not None:
+            continue
+        ran = 0
+        for sample in op.inputs(torch.device(device), dtype):
+            if provider.supports_args is not None and provider.supports_args(*sample.args) is not None:
+                continue
+            with op.force(provider.name):
+                actual = _tensors(op(*sample.args))
+            expected = _tensors(op.reference(*sample.args))
+            for a, e in zip(actual, expected, strict=True):
+                assert a.shape == e.shape and a.dtype == e.dtype, sample.label
+                assert relative_error(a, e) <= op.tolerance[dtype], (provider.name, sample.label)
+            ran += 1
+        assert ran or dtype != torch.float32, f"{provider.name} accepted none of the samples"
