@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 
-FAMILIES: tuple[str, ...] = ()
+FAMILIES: tuple[str, ...] = (
+    # one name a line, sorted
+)
 
 
 def load() -> None:
