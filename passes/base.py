@@ -1,0 +1,115 @@
+"""What a pass is: it matches sites or says why not, and rewrites the matched ones.
+
+A new method is one module with a config class and a Pass:
+
+    @register_pass
+    class Mine(Pass):
+        name, order, config_type = "mine", 35, MineConfig
+
+        def match(self, program, context):            # -> one Match or Miss for each candidate site
+        def rewrite(self, program, match, context):   # edits the program's graph
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from thresher.errors import ArgumentError
+from thresher.program import Program
+from thresher.recipe import PassConfig, Recipe, register
+from thresher.report import Miss
+
+__all__ = ["PASSES", "Context", "Effect", "Match", "Miss", "Pass", "register_pass"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a pass may do to the numbers.
+
+    exact: only rounding changes (another order of summation).
+    budget: largest allowed max-norm relative difference of any output on the example inputs.
+    """
+
+    exact: bool
+    budget: float
+
+
+EXACT = Effect(exact=True, budget=1e-4)
+
+
+@dataclass
+class Match:
+    """A site that can be rewritten.
+
+    site: FQN for the report. data: what `match` found, for `rewrite`. claims: FQNs of the weights whose
+    linear this rewrite replaces; a weight can be claimed by one pass only.
+    """
+
+    site: str
+    data: Any = None
+    claims: tuple[str, ...] = ()
+
+
+@dataclass
+class Context:
+    """What the pipeline gives a pass beside the program.
+
+    recipe: the whole recipe. config: this pass's own options.
+    stats: calibration statistics by pass name, then by site; empty when there are none.
+    inputs: example inputs for the program's placeholders as real tensors, or None in a dry run.
+    device: where the program will run. notes: sentences to show with the pass's report.
+    structure: the recovered transformer, shared by all passes of one pipeline stage (see structure.py).
+    """
+
+    recipe: Recipe
+    config: Any
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Sequence[Any] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    notes: list[str] = field(default_factory=list)
+    structure: Callable[[], Any] | None = None
+    predicted: dict[str, float] = field(default_factory=dict)
+
+
+class Pass(abc.ABC):
+    """One rewrite. See the module's docstring."""
+
+    name: ClassVar[str]
+    order: ClassVar[int]
+    config_type: ClassVar[type[PassConfig]]
+    effect: ClassVar[Effect] = EXACT
+    conflicts: ClassVar[Mapping[str, str]] = {}
+    """Names of passes that cannot be in the same recipe, each with the reason."""
+    extends: ClassVar[frozenset[str]] = frozenset()
+    """Names of passes whose claimed linears this one may rewrite again."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Calibration statistics that must be in the context; without them every site is a Miss."""
+
+    @abc.abstractmethod
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        """Look at every candidate site. Must not edit the program."""
+
+    @abc.abstractmethod
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        """Rewrite one matched site in place; dead nodes are removed afterwards."""
+
+    def budget(self, context: Context) -> float:
+        """Largest allowed relative difference; a pass whose budget is an option overrides this."""
+        return self.effect.budget
+
+
+PASSES: dict[str, Pass] = {}
+
+
+def register_pass(kind: type[Pass]) -> type[Pass]:
+    """Make a pass known to recipes by its name. A class decorator."""
+    if kind.name in PASSES and type(PASSES[kind.name]).__module__ != kind.__module__:
+        raise ArgumentError("name", repr(kind.name), "a pass name not yet taken", "Choose another name for the pass.")
+    register(kind.config_type)
+    PASSES[kind.name] = kind()
+    return kind

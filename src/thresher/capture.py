@@ -1,0 +1,170 @@
+"""Capture: from what torch hands us to a Program.
+
+Dynamo's graph and an ExportedProgram are both run once more under `make_fx(pre_dispatch=True)` with
+the fake tensors they already carry, so that both ways give the same nodes; then canonicalised. The
+given graph is never edited: Dynamo refuses graphs with attributes it did not put there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .compat import source_name
+from .dialect import canonicalise, verify
+from .errors import CaptureError
+from .program import Program, Weight
+
+_GRAD_WRAPPERS = ("wrap_with_set_grad_enabled",)
+
+
+class _Inliner(fx.Interpreter):
+    """Runs a captured graph; sees through grad-mode wrappers and fixes wrapped Python floats.
+
+    With `dynamic=True` Dynamo passes floats such as a norm's epsilon as 0-d tensors and reads them
+    with `.item()`. Turning the symbolic float into a number adds Dynamo's own guard on its value.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        return float(result) if isinstance(result, torch.SymFloat) else result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        name = getattr(target, "__name__", "")
+        if name in _GRAD_WRAPPERS:
+            _, body, *rest = args
+            return _Inliner(body).run(*rest)
+        if name == "wrap_with_autocast":
+            _, _, enabled, _, body, *rest = args
+            if enabled:
+                raise CaptureError(
+                    "The model enables autocast inside its forward. Convert the model with .to(dtype) instead, "
+                    "so that the dtypes stand in the graph."
+                )
+            return _Inliner(body).run(*rest)
+        return super().call_function(target, args, kwargs)
+
+
+def _trace(source: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    mode = next((f.fake_mode for f in fakes if isinstance(f, torch._subclasses.fake_tensor.FakeTensor)), None)
+    if mode is None:
+        raise CaptureError("The graph has no tensor inputs, so there is nothing to rewrite.")
+
+    def run(*args: Any) -> Any:
+        with fx.traceback.preserve_node_meta():
+            flat, _ = torch.utils._pytree.tree_flatten(_Inliner(source).run(*args))
+            return tuple(flat)
+
+    with mode, torch.no_grad():  # factories inside must give fakes of the same mode
+        return make_fx(run, pre_dispatch=True)(*fakes)
+
+
+def _assemble(
+    traced: fx.GraphModule, names: Sequence[str], weights: dict[int, tuple[str, torch.Tensor]], notes: list[str]
+) -> Program:
+    """Turn the placeholders numbered in `weights` into get_attr nodes, and tidy."""
+    module = fx.GraphModule(traced, traced.graph)
+    program = Program(module, {}, [], notes=notes)
+    attributes: dict[int, str] = {}
+    for index, node in enumerate([n for n in module.graph.nodes if n.op == "placeholder"]):
+        if index not in weights:
+            program.input_names.append(names[index])
+            node._rename(re.sub(r"\W", "_", names[index]))
+            node.target = node.name
+            continue
+        fqn, tensor = weights[index]
+        if id(tensor) not in attributes:  # tied weights stay one
+            attributes[id(tensor)] = program.add_weight(Weight(fqn, tensor))
+        with module.graph.inserting_before(node):
+            read = module.graph.create_node("get_attr", attributes[id(tensor)])
+        read.meta = dict(node.meta)
+        node.replace_all_uses_with(read)
+        module.graph.erase_node(node)
+    _name_constants(traced, program)
+    _place_reads_first(module.graph)
+    canonicalise(program)
+    verify(program)
+    return program
+
+
+def _name_constants(traced: fx.GraphModule, program: Program) -> None:
+    """Tensors created while tracing (torch.tensor([...]) in a forward) become weights too."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in program.weights:
+            tensor = getattr(traced, str(node.target))
+            node.target = program.add_weight(Weight(f"constant.{node.target}", tensor))
+
+
+def _place_reads_first(graph: fx.Graph) -> None:
+    """Weights are read right after the placeholders, so that a rewrite never reads one too late."""
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    anchor = places[-1] if places else None
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        if anchor is not None:
+            anchor.append(node)
+            anchor = node
+
+
+_PART = re.compile(r"(_parameters|_buffers|_modules)\[['\"]([^'\"]+)['\"]\]")
+
+
+def _input_name(expression: str, fallback: str) -> str:
+    quoted = re.findall(r"\[['\"]([^'\"]+)['\"]\]", expression)
+    return quoted[-1] if quoted else fallback
+
+
+def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Program, list[str]]:
+    """Capture the graph Dynamo gave to a backend.
+
+    Returns the Program and, for each of the compiled function's arguments in order, either
+    `input:NAME` or `weight:FQN`, which tells what the caller passes there at run time.
+    """
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    names, weights, roles, fakes = [], {}, [], []
+    for index, (node, example) in enumerate(zip(places, example_inputs, strict=True)):
+        known = node.meta.get("example_value", example)
+        fakes.append(known)
+        argument = node.meta.get("grapharg")
+        expression = source_name(argument.source) if argument is not None else node.name
+        parts = _PART.findall(expression)
+        name = _input_name(expression, node.name) if "size()" not in expression else node.name
+        names.append(name)
+        kind = parts[-1][0] if parts else ""
+        if isinstance(known, torch.Tensor) and kind in ("_parameters", "_buffers"):
+            fqn = ".".join(part for _, part in parts)
+            real = argument.example if argument is not None else example
+            weights[index] = (fqn, real if isinstance(real, torch.Tensor) else known)
+            roles.append(f"weight:{fqn}")
+        else:
+            roles.append(f"input:{name}")
+    return _assemble(_trace(gm, fakes), names, weights, []), roles
+
+
+def from_export(exported: torch.export.ExportedProgram) -> Program:
+    """Capture an ExportedProgram. Its user inputs become the placeholders, in order.
+
+    Raises CaptureError when the program writes to its inputs or buffers: the dialect is functional.
+    """
+    signature = exported.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+        raise CaptureError(f"The model writes to {written[0]!r} in its forward; export it without that state.")
+    owners = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    state = {**exported.state_dict, **exported.constants}
+    names, weights, fakes = [], {}, []
+    places = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    for index, node in enumerate(places):
+        names.append(node.name)
+        fakes.append(node.meta["val"])
+        if node.name in owners:
+            weights[index] = (owners[node.name], state[owners[node.name]])
+    return _assemble(_trace(exported.graph_module, fakes), names, weights, [])

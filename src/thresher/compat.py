@@ -1,0 +1,48 @@
+"""The one place that knows how torch 2.11 to 2.15 differ."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+TORCH = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+OLDEST, NEWEST = (2, 11), (2, 15)
+
+
+def unsupported_torch() -> str | None:
+    """Why this torch is outside the range Thresher is tested on, or None."""
+    if OLDEST <= TORCH <= NEWEST:
+        return None
+    span = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    return f"torch {torch.__version__} is outside the tested range {span}."
+
+
+def source_name(source: Any) -> str:
+    """A Dynamo source's expression, such as `L['self']._parameters['weight']`."""
+    name = source.name
+    return name() if callable(name) else name
+
+
+def is_fake(value: Any) -> bool:
+    return isinstance(value, torch._subclasses.fake_tensor.FakeTensor)
+
+
+def without_fake_mode() -> Any:
+    """A context in which tensors are real, also inside a compiler callback."""
+    from torch.fx.experimental.proxy_tensor import maybe_disable_fake_tensor_mode
+
+    return maybe_disable_fake_tensor_mode()
+
+
+def trace_structured_json(name: str, payload: str) -> None:
+    """Attach a JSON artifact to torch's structured trace, where tlparse shows it."""
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "json"},
+        payload_fn=lambda: payload,
+        expect_trace_id=False,
+    )

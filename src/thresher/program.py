@@ -1,0 +1,243 @@
+"""A Program: one graph in the dialect, with named weights.
+
+Both captures end here and every pass begins here. The graph takes the caller's tensors and sizes
+as placeholders, holds each weight as one `get_attr` node, and returns a flat tuple.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor the graph holds.
+
+    fqn: where the model keeps it, `layers.0.mlp.up_proj.weight`; a packed weight has a name of its own.
+    tensor: the storage is shared with the model. A meta or fake tensor is allowed for a dry run.
+    source: FQNs of the model weights this one was computed from; empty for the model's own.
+    derive: recomputes this tensor from the tensors of `source`, for when those change.
+    """
+
+    fqn: str
+    tensor: torch.Tensor
+    source: tuple[str, ...] = ()
+    derive: Callable[..., torch.Tensor] | None = None
+
+
+@dataclass
+class Program:
+    """A graph module in the dialect, its weights by attribute name, and what its inputs are called.
+
+    input_names: the caller's name for each placeholder, in order (`input_ids`, `attention_mask`, ...).
+    packing: set by the prepacking pass: how the caller's padded tensors become this graph's inputs.
+    notes: sentences for the report, about the capture rather than about one pass.
+    """
+
+    graph_module: fx.GraphModule
+    weights: dict[str, Weight]
+    input_names: list[str]
+    packing: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def nodes(self, *targets: Any) -> list[fx.Node]:
+        """The call nodes with one of these targets, in order; all call nodes when none is named."""
+        wanted = set(targets)
+        return [n for n in self.graph.nodes if n.op == "call_function" and (not wanted or n.target in wanted)]
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def outputs(self) -> list[fx.Node | None]:
+        return list(self.output_node.args[0])  # type: ignore[arg-type]
+
+    @property
+    def output_node(self) -> fx.Node:
+        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+
+    def weight(self, node: object) -> Weight | None:
+        """The weight a node reads, or None when it is not a weight."""
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return self.weights.get(str(node.target))
+        return None
+
+    def add_weight(self, weight: Weight) -> str:
+        """Hold one more tensor; returns the attribute name for a `get_attr` node. Names stay unique."""
+        name = base = "w_" + re.sub(r"\W+", "_", weight.fqn)
+        number = 1
+        while name in self.weights:
+            name, number = f"{base}_{number}", number + 1
+        self.weights[name] = weight
+        self.graph_module.register_buffer(name, weight.tensor, persistent=False)
+        return name
+
+    def get_weight(self, weight: Weight, before: fx.Node) -> fx.Node:
+        """Hold a new tensor and read it just before a node."""
+        name = self.add_weight(weight)
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = fake_like(weight.tensor, before)
+        return node
+
+    def fake_mode(self) -> Any:
+        """The fake mode whose symbols the graph's sizes use, or None for a graph without tensors."""
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch._subclasses.fake_tensor.FakeTensor):
+                return value.fake_mode
+        return None
+
+    def clean(self) -> None:
+        """Drop what nothing reads, unused weights too, and recompile."""
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        for name in [n for n in self.weights if n not in used]:
+            del self.weights[name]
+            self.graph_module._buffers.pop(name, None)
+        self.graph.lint()
+        self.graph_module.recompile()
+
+    def copy(self) -> Program:
+        """A Program whose graph can be rewritten without touching this one; weights stay shared."""
+        module = fx.GraphModule(torch.nn.Module(), fx.Graph())
+        for name, weight in self.weights.items():
+            module.register_buffer(name, weight.tensor, persistent=False)
+        mapping: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        for node in self.graph.nodes:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node].meta = copy.copy(node.meta)
+        module.graph = graph
+        return Program(module, dict(self.weights), list(self.input_names), self.packing, list(self.notes))
+
+    def run(self, *inputs: Any) -> list[Any]:
+        """Run the graph as it stands, in plain PyTorch; flat outputs."""
+        return list(self.graph_module(*inputs))
+
+    def fingerprint(self) -> str:
+        """Hash of the graph's structure and of its weights' names, shapes and dtypes (not their values)."""
+        parts = [self.text()]
+        parts += [f"{w.fqn}:{tuple(w.tensor.shape)}:{w.tensor.dtype}" for w in self.weights.values()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def text(self) -> str:
+        """The graph as a Python module that can be run: `program(weights, *inputs) -> tuple`.
+
+        `weights` maps FQN to tensor. Each line's comment gives the result's dtype and shape and the
+        module it came from.
+        """
+        lines = [
+            "import operator",
+            "from math import inf, nan",
+            "",
+            "import torch",
+            "from torch import device",
+            "",
+            "",
+            f"def program({', '.join(['weights', *(n.name for n in self.placeholders)])}):",
+        ]
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                lines.append(f'    {node.name} = weights["{self.weights[str(node.target)].fqn}"]{_comment(node)}')
+            elif node.op == "call_function":
+                call = ", ".join(
+                    [_literal(a) for a in node.args] + [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
+                )
+                lines.append(f"    {node.name} = {_callee(node.target)}({call}){_comment(node)}")
+            elif node.op == "output":
+                lines.append(f"    return ({', '.join(_literal(a) for a in node.args[0])}{',' * bool(node.args[0])})")
+        return "\n".join(lines) + "\n"
+
+
+def value(node: object) -> Any:
+    """What a graph argument stands for: a node's fake tensor or size, or the constant itself."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes of a tensor node; ints or SymInts."""
+    return tuple(value(node).shape)
+
+
+def fake_like(tensor: torch.Tensor, near: fx.Node) -> torch.Tensor:
+    """A fake of `tensor` in the fake mode used around a node, weights' sizes being constants."""
+    for other in near.graph.nodes:
+        known = other.meta.get("val")
+        if isinstance(known, torch._subclasses.fake_tensor.FakeTensor):
+            if isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
+                return tensor
+            return known.fake_mode.from_tensor(tensor, static_shapes=True)
+    return tensor
+
+
+def module_fqn(node: fx.Node) -> str:
+    """The FQN of the innermost module a node was traced in; empty when unknown or the model itself."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\[['\"][^\]]*['\"]\]\.?", "", path)
+    path = re.sub(r"\._modules\['([^']+)'\]|_modules\['([^']+)'\]", lambda m: "." + (m[1] or m[2]), path)
+    return path.replace("slf.", "").strip(".")
+
+
+def module_types(node: fx.Node) -> list[str]:
+    """Class names of the modules around a node, outermost first."""
+    names = []
+    for _, kind in (node.meta.get("nn_module_stack") or {}).values():
+        names.append(kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1])
+    return names
+
+
+def _comment(node: fx.Node) -> str:
+    known = value(node)
+    if isinstance(known, torch.Tensor):
+        text = f"{str(known.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in known.shape)}]"
+    elif known is None:
+        text = ""
+    else:
+        text = str(known)
+    place = module_fqn(node)
+    joined = "  ".join(t for t in (text, place) if t)
+    return f"  # {joined}" if joined else ""
+
+
+def _callee(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return f"torch.ops.{target}"
+    if getattr(operator, getattr(target, "__name__", ""), None) is target:
+        return f"operator.{target.__name__}"
+    module = getattr(target, "__module__", "") or ""
+    name = getattr(target, "__qualname__", None) or str(target)
+    return f"{module}.{name}" if module.startswith("torch") else name
+
+
+def _literal(argument: Any) -> str:
+    if isinstance(argument, fx.Node):
+        return argument.name
+    if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
+        inner = ", ".join(_literal(a) for a in argument)
+        return f"[{inner}]" if isinstance(argument, list) else f"({inner}{',' * (len(argument) == 1)})"
+    return repr(argument)
+
+
+def sequence_of(argument: Any) -> Sequence[Any]:
+    """A graph's list argument as a sequence, also when it is missing."""
+    return argument if isinstance(argument, (list, tuple)) else ()

@@ -1,0 +1,180 @@
+"""Recipes: which passes run, and how each is set up.
+
+A recipe is a frozen value. Two equal recipes are equal Python objects, so `torch.compile` does not
+recompile for a recipe it has seen, and a recipe's fingerprint names an artifact. It comes from a
+preset's name, keyword options, a dict, or a TOML file; a word it does not know is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .errors import ArgumentError, unknown_key
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclasses.dataclass(frozen=True)
+class PassConfig:
+    """Options of one pass. Subclasses are frozen dataclasses with defaults for every field."""
+
+    name: ClassVar[str] = ""
+
+    def validate(self) -> None:
+        """Raise ArgumentError for values that the types alone do not exclude."""
+
+
+CONFIGS: dict[str, type[PassConfig]] = {}
+
+
+def register(config: type[PassConfig]) -> type[PassConfig]:
+    """Make a pass's options known to recipes. A class decorator."""
+    CONFIGS[config.name] = config
+    return config
+
+
+FRESHNESS = ("check", "repack", "trust")
+
+# What a preset switches on. `exact` is what a bare `backend="thresher"` means: rewrites that need
+# no calibration data and change nothing but rounding.
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {"prepack": True},
+    "none": {},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A list of pass options and a few for the whole.
+
+    passes: options of each pass that runs; the pipeline puts them in their declared order.
+    freshness: what a call does when a weight changed after compiling. "check" (default) uses the new
+        values and recomputes anything packed from them, said in the counters; "repack" is the same
+        without the notice; "trust" never looks.
+    require: least share of candidate sites that a pass must rewrite, by pass name, 0 to 1; else CoverageError.
+    verify: compare each pass's program before and after on the example inputs and roll back a failing one.
+    fuel: rewrite at most this many sites in all; -1 is no limit. For bisection.
+    inductor: options for Inductor itself, as `torch.compile(options=...)` takes them.
+    stats: path of saved calibration statistics, for the passes that need them.
+    """
+
+    passes: tuple[PassConfig, ...] = ()
+    freshness: str = "check"
+    require: tuple[tuple[str, float], ...] = ()
+    verify: bool = True
+    fuel: int = -1
+    inductor: tuple[tuple[str, Any], ...] = ()
+    stats: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.freshness not in FRESHNESS:
+            raise unknown_key("freshness", self.freshness, FRESHNESS)
+        for name, share in self.require:
+            if name not in CONFIGS:
+                raise unknown_key("require", name, CONFIGS)
+            if not 0 <= share <= 1:
+                raise ArgumentError(f"require[{name!r}]", share, "a share from 0 to 1", "Use 0.9 for nine sites in ten.")
+        for config in self.passes:
+            config.validate()
+
+    def config(self, name: str) -> PassConfig | None:
+        return next((c for c in self.passes if c.name == name), None)
+
+    def fingerprint(self) -> str:
+        """Hash of everything in the recipe; equal recipes have equal fingerprints in every process."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict that `Recipe.of` turns back into this recipe."""
+        result: dict[str, Any] = {c.name: dataclasses.asdict(c) for c in self.passes}
+        for field in dataclasses.fields(self):
+            if field.name == "passes":
+                continue
+            current = getattr(self, field.name)
+            if current != field.default:
+                result[field.name] = dict(current) if field.name in ("require", "inductor") else current
+        return result
+
+    @classmethod
+    def of(cls, spec: Recipe | str | Path | Mapping[str, Any] | PassConfig | None = None, **options: Any) -> Recipe:
+        """Build a recipe.
+
+        spec: a recipe, a preset's name, the path of a `.toml` file, a dict, one pass's options, or None for
+            the preset "exact". A dict may name a base preset under "recipe".
+        options: single settings on top: `prepack=True`, `nvfp4={"mode": "te"}`, `freshness="trust"`.
+        """
+        if isinstance(spec, Recipe):
+            return spec if not options else cls.of({**spec.to_dict(), **options})
+        if isinstance(spec, PassConfig):
+            return cls.of({spec.name: dataclasses.asdict(spec)}, **options)
+        if isinstance(spec, Mapping):
+            merged = {**spec, **options}
+        elif spec is None:
+            merged = dict(options)
+        elif str(spec).endswith(".toml"):
+            merged = {**_read_toml(Path(spec)), **options}
+        else:
+            merged = {"recipe": str(spec), **options}
+        return _from_dict(merged)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArgumentError("recipe", repr(str(path)), "the path of an existing TOML file", "Check the path.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ArgumentError("recipe", repr(str(path)), "valid TOML", f"The parser says: {error}.") from None
+
+
+def _from_dict(spec: Mapping[str, Any]) -> Recipe:
+    spec = dict(spec)
+    names_a_pass = any(k in CONFIGS for k in spec)
+    base = spec.pop("recipe", None)
+    if base is None:
+        base = "none" if names_a_pass else "exact"
+    if str(base).endswith(".toml"):
+        return _from_dict({**_read_toml(Path(base)), **spec})
+    if base not in PRESETS:
+        raise unknown_key("recipe", str(base), PRESETS)
+    spec = {**PRESETS[base], **spec}
+    settings = {f.name for f in dataclasses.fields(Recipe)} - {"passes"}
+    passes, rest = [], {}
+    for key, given in spec.items():
+        if key in CONFIGS:
+            config = _config(key, given)
+            if config is not None:
+                passes.append(config)
+        elif key in ("require", "inductor"):
+            rest[key] = tuple(sorted(dict(given).items()))
+        elif key in settings:
+            rest[key] = given
+        else:
+            raise unknown_key("options", key, [*CONFIGS, *settings, "recipe"])
+    return Recipe(passes=tuple(passes), **rest)
+
+
+def _config(name: str, given: Any) -> PassConfig | None:
+    kind = CONFIGS[name]
+    if given is False or given is None:
+        return None
+    if given is True:
+        return kind()
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise ArgumentError(name, repr(given), "True, False or a dict of options", f"Write {name}={{...}} or {name}=True.")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in given:
+        if key not in fields:
+            raise unknown_key(f"{name} option", key, fields)
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

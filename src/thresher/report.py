@@ -1,0 +1,132 @@
+"""What was done and what was not, and why: as a table, as JSON, and in torch's structured trace."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from .compat import trace_structured_json
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A site that could have been rewritten and was not.
+
+    site: FQN of the module, or a sentence's subject such as "the whole program".
+    reason: one full sentence, with the value that decided.
+    """
+
+    site: str
+    reason: str
+
+
+@dataclass
+class PassReport:
+    """One pass: the sites it rewrote, those it did not with the reasons, and the error it caused.
+
+    error: largest difference from the program before the pass, relative to that output's largest value;
+        None when it was not measured, and then `unverified` says why.
+    budget: what the pass declared it may cause.
+    """
+
+    name: str
+    rewritten: list[str] = field(default_factory=list)
+    missed: list[Miss] = field(default_factory=list)
+    error: float | None = None
+    budget: float = 0.0
+    unverified: str | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    rolled_back: str | None = None
+    predicted: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def coverage(self) -> float:
+        """Share of candidate sites that were rewritten; 1.0 when there were none to rewrite."""
+        total = len(self.rewritten) + len(self.missed)
+        return len(self.rewritten) / total if total else 1.0
+
+
+@dataclass
+class Report:
+    """Everything said about one compiled program."""
+
+    recipe: str
+    passes: list[PassReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    target: str = "none"
+
+    def __getitem__(self, name: str) -> PassReport:
+        for report in self.passes:
+            if report.name == name:
+                return report
+        raise KeyError(name)
+
+    @property
+    def rewritten(self) -> int:
+        return sum(len(p.rewritten) for p in self.passes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def emit_trace(self) -> None:
+        """Attach the report to torch's structured trace (tlparse shows it as an artifact)."""
+        trace_structured_json("thresher_report", self.to_json())
+
+    def summary(self) -> str:
+        """One line."""
+        if not self.passes:
+            return "thresher: the recipe has no passes; the model runs as plain Inductor compiles it."
+        parts = []
+        for p in self.passes:
+            parts.append(f"{p.name} rewrote {len(p.rewritten)} of {len(p.rewritten) + len(p.missed)} sites")
+        return "thresher: " + "; ".join(parts) + "."
+
+    def __rich__(self) -> Group:
+        overview = Table(title="Thresher report", title_justify="left", expand=False)
+        for heading, align in [("pass", "left"), ("rewritten", "right"), ("missed", "right"), ("max rel. error", "right"),
+                               ("budget", "right"), ("seconds", "right")]:  # fmt: skip
+            overview.add_column(heading, justify=align)  # type: ignore[arg-type]
+        for p in self.passes:
+            error = "not measured" if p.error is None else f"{p.error:.1e}"
+            overview.add_row(p.name, str(len(p.rewritten)), str(len(p.missed)), error, f"{p.budget:.0e}", f"{p.seconds:.1f}")
+        parts: list[Any] = [overview]
+        for p in self.passes:
+            parts += _details(p)
+        parts += [Text(f"note: {note}") for note in self.notes]
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _details(p: PassReport) -> list[Any]:
+    lines: list[Any] = []
+    if p.rewritten:
+        lines.append(Text(f"{p.name} rewrote: {_fold(p.rewritten)}"))
+    for reason, count in Counter(m.reason for m in p.missed).most_common():
+        sites = [m.site for m in p.missed if m.reason == reason]
+        lines.append(Text(f"{p.name} left alone {_fold(sites)} ({count}): {reason}", style="yellow"))
+    lines += [Text(f"{p.name}: {note}") for note in p.notes]
+    if p.rolled_back:
+        lines.append(Text(f"{p.name} was rolled back: {p.rolled_back}", style="red"))
+    if p.unverified:
+        lines.append(Text(f"{p.name} was not verified: {p.unverified}"))
+    return lines
+
+
+def _fold(sites: list[str], most: int = 4) -> str:
+    shown = ", ".join(sites[:most])
+    return shown if len(sites) <= most else f"{shown} and {len(sites) - most} more"
