@@ -9,6 +9,8 @@ import importlib
 
 FAMILIES: tuple[str, ...] = (
     # one name a line, sorted
+    "hadamard",
+    "hadamard_cpu",
     "varlen_attention",
     "varlen_cpu",
 )

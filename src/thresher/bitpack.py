@@ -33,7 +33,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         low, high = int(codes.min()), int(codes.max())
         raise ArgumentError(
-            "codes", f"values in [{low}, {high}]", f"values in [0, {(1 << bits) - 1}]", "Add the zero point first."
+            "codes",
+            f"values in [{low}, {high}]",
+            f"values in [0, {(1 << bits) - 1}]",
+            "Add the zero point first.",
         )
     count = codes.shape[-1]
     runs = -(-count // _RUN)

@@ -72,7 +72,9 @@ def _paley(order: int) -> torch.Tensor:
     eye = torch.eye(q + 1, dtype=torch.int64)
     if construction == 1:
         return core + eye
-    return torch.kron(core, torch.tensor([[1, 1], [1, -1]])) + torch.kron(eye, torch.tensor([[1, -1], [-1, -1]]))
+    return torch.kron(core, torch.tensor([[1, 1], [1, -1]])) + torch.kron(
+        eye, torch.tensor([[1, -1], [-1, -1]])
+    )
 
 
 @functools.cache
