@@ -64,7 +64,7 @@ def _trace(source: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
         return make_fx(run, pre_dispatch=True)(*fakes)
 
 
-def _assemble(
+def assemble(
     traced: fx.GraphModule, names: Sequence[str], weights: dict[int, tuple[str, torch.Tensor]], notes: list[str]
 ) -> Program:
     """Turn the placeholders numbered in `weights` into get_attr nodes, and tidy."""
@@ -142,7 +142,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Prog
             roles.append(f"weight:{fqn}")
         else:
             roles.append(f"input:{name}")
-    return _assemble(_trace(gm, fakes), names, weights, []), roles
+    return assemble(_trace(gm, fakes), names, weights, []), roles
 
 
 def from_export(exported: torch.export.ExportedProgram) -> Program:
@@ -167,4 +167,4 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
         fakes.append(node.meta["val"])
         if node.name in owners:
             weights[index] = (owners[node.name], state[owners[node.name]])
-    return _assemble(_trace(exported.graph_module, fakes), names, weights, [])
+    return assemble(_trace(exported.graph_module, fakes), names, weights, [])

@@ -31,9 +31,9 @@ def is_fake(value: Any) -> bool:
 
 def without_fake_mode() -> Any:
     """A context in which tensors are real, also inside a compiler callback."""
-    from torch.fx.experimental.proxy_tensor import maybe_disable_fake_tensor_mode
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    return maybe_disable_fake_tensor_mode()
+    return unset_fake_temporarily()
 
 
 def trace_structured_json(name: str, payload: str) -> None:

@@ -28,12 +28,14 @@ class Weight:
     tensor: the storage is shared with the model. A meta or fake tensor is allowed for a dry run.
     source: FQNs of the model weights this one was computed from; empty for the model's own.
     derive: recomputes this tensor from the tensors of `source`, for when those change.
+    made_from: the very tensors of `source` it was computed from, to notice when those change.
     """
 
     fqn: str
     tensor: torch.Tensor
     source: tuple[str, ...] = ()
     derive: Callable[..., torch.Tensor] | None = None
+    made_from: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass

@@ -1,0 +1,55 @@
+"""The Inductor target: C++ on a CPU, Triton on a GPU. The default for torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+
+from thresher.errors import ThresherError
+from thresher.program import Program
+
+from .target import Lowered, Target, fake_inputs, lift_weights
+
+
+@dataclass
+class Inductor(Target):
+    """options: Inductor's configuration for this program, by name, as `torch.compile(options=...)` takes it.
+    mode: torch.compile's mode, such as "max-autotune"."""
+
+    name = "inductor"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+
+    def supports(self, program: Program) -> str | None:
+        return None
+
+    def lower(self, program: Program) -> Lowered:
+        module, names = lift_weights(program)
+        call = self._compile(module, program)
+
+        def run(inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
+            with torch.no_grad():
+                return list(call(*inputs, *weights))
+
+        return Lowered(self.name, names, run)
+
+    def _compile(self, module: fx.GraphModule, program: Program) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        # compile_fx and not torch.compile: the latter, called while Dynamo is at work, silently runs eager
+        mode = program.fake_mode()
+        if mode is None:
+            raise ThresherError("The program has no fake tensors, so its shapes are unknown to Inductor.")
+        with tracing(TracingContext(mode)), torch.no_grad():
+            return compile_fx(module, fake_inputs(module), config_patches=self._config())
+
+    def _config(self) -> dict[str, Any]:
+        from torch._inductor import list_mode_options
+
+        modes = list_mode_options(self.mode, None) if self.mode and self.mode != "default" else {}
+        return {**modes, **{name.replace("-", "_"): given for name, given in self.options.items()}}

@@ -1,0 +1,29 @@
+"""The reference target: a Program run node by node in plain PyTorch. What every other target must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from thresher.program import Program
+
+from .target import Lowered, Target, lift_weights
+
+
+class Reference(Target):
+    name = "reference"
+
+    def supports(self, program: Program) -> str | None:
+        return None
+
+    def lower(self, program: Program) -> Lowered:
+        module, names = lift_weights(program)
+        forward = module.forward
+
+        def run(inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
+            with torch.no_grad():
+                return list(forward(*inputs, *weights))
+
+        return Lowered(self.name, names, run)

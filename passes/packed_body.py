@@ -1,0 +1,242 @@
+"""The packed body: finds where padded values enter it, and traces its nodes again at [1, T]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from thresher.capture import assemble
+from thresher.layout import Gather, Passed, PlanField, Visibility
+from thresher.program import Program, value
+
+from .extract import is_computed
+from .token_axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, hint, sizes
+from .visibility import attention
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Frontier:
+    """The values that enter the body from outside it, with the labels they need there.
+
+    entering: node -> labels; all None for a value that is the same for every token.
+    masks: masks of generic attention, passed as they are. prologue: nodes that must be computed padded.
+    """
+
+    program: Program
+    axes: TokenAxes
+    visibilities: dict[fx.Node, Visibility]
+    entering: dict[fx.Node, Labels] = field(default_factory=dict)
+    masks: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def prologue(self) -> list[fx.Node]:
+        return [n for n in [*self.entering, *self.masks] if n not in self.axes]
+
+    def explore(self) -> None:
+        """Visit every labelled node's other arguments. Raises Stop when one cannot be laid out in tokens."""
+        for node in list(self.axes.labels):
+            if node.op == "placeholder":
+                self.entering[node] = self.axes[node]
+            elif node.target is aten.scaled_dot_product_attention.default:
+                mask = attention(node).mask
+                if self.visibilities[node].kind == "generic" and mask is not None and mask not in self.masks:
+                    self.masks.append(mask)
+            else:
+                for argument in node.all_input_nodes:
+                    if is_computed(argument) and argument not in self.axes:
+                        self._enter(argument, self._needed(node, argument))
+
+    def _needed(self, node: fx.Node, argument: fx.Node) -> Labels:
+        """Labels an unlabelled argument must have to line up with a node's labelled result."""
+        if node.target in (aten.embedding.default, aten.linear.default, aten.mm.default, aten.addmm.default,
+                           aten.matmul.default, aten.layer_norm.default, aten.rms_norm.default):  # fmt: skip
+            return (None,) * value(argument).dim()
+        result = self.axes[node]
+        if not isinstance(result, tuple):
+            raise Stop(f"{node.name} gives several results and takes {argument.name} beside the tokens")
+        rank = value(argument).dim()
+        aligned = result[len(result) - rank :] if rank else ()
+        wide = {label for label, size in zip(aligned, sizes(argument)) if label is not None and size != 1}
+        if not wide:
+            return (None,) * rank
+        if BATCH in wide and SEQUENCE not in aligned:
+            raise Stop(f"{argument.name} has a value per row and no sequence dimension")
+        return aligned  # a size of 1 stands for all rows, or for all of a row's tokens
+
+    def _enter(self, node: fx.Node, labels: Labels) -> None:
+        known = self.entering.get(node, labels)
+        if known != labels:
+            raise Stop(f"{node.name} is used with two different layouts")
+        if BATCH in labels and node.target is aten.embedding.default and labels[-1] is None and is_computed(node.args[1]):
+            # look the table up for real tokens only; a [B, S, hidden] tensor of pads is never made
+            self.axes.labels[node] = labels
+            self._enter(node.args[1], labels[:-1])  # type: ignore[arg-type]
+            return
+        self.entering[node] = labels
+
+
+def body_inputs(
+    frontier: Frontier, places: Sequence[fx.Node], prologue: Sequence[fx.Node]
+) -> list[Gather | PlanField | Passed]:
+    """Where each of the body's placeholders comes from, in the order `trace_body` makes them."""
+
+    def origin(node: fx.Node) -> tuple[str, int]:
+        return ("input", places.index(node)) if node in places else ("prologue", prologue.index(node))
+
+    found: list[Gather | PlanField | Passed] = []
+    for node, labels in frontier.entering.items():
+        if TOKENS in labels:
+            found.append(Gather(*origin(node), labels.index(TOKENS), labels.index(TOKENS)))
+        elif SEQUENCE in labels:
+            batch = labels.index(BATCH) if BATCH in labels else None
+            found.append(Gather(*origin(node), batch, labels.index(SEQUENCE)))
+        else:
+            found.append(Passed(*origin(node)))
+    found += [PlanField("cu_seqlens"), PlanField("max_len")]
+    if frontier.masks:
+        found += [PlanField("rows"), PlanField("columns")]
+    return found + [Passed(*origin(m)) for m in frontier.masks]
+
+
+def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node]) -> Program:
+    """Trace the labelled nodes at one row of T tokens, T symbolic; returns the body as a Program."""
+    axes = frontier.axes
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    tokens = _symbol(mode, _free_number(program, max(64, axes.batch * axes.sequence // 2)), "tokens")
+    offsets = _symbol(mode, axes.batch + 1 + (axes.batch + 1 == hint(tokens)), "offsets")
+    longest = _symbol(mode, axes.sequence, "longest")
+    weights = [n for n in program.graph.nodes if n.op == "get_attr" and any(u in axes for u in n.users)]
+    device = value(next(iter(frontier.entering))).device
+    with mode:
+        fakes: list[Any] = [_packed_fake(n, labels, tokens) for n, labels in frontier.entering.items()]
+        fakes += [torch.empty(offsets, dtype=torch.int32, device=device), longest]
+        if frontier.masks:
+            fakes += [torch.empty(tokens, dtype=torch.int64, device=device) for _ in range(2)]
+            fakes += [_fresh(mode, n, i) for i, n in enumerate(frontier.masks)]
+        fakes += [_weight_fake(mode, program.weights[str(n.target)].tensor) for n in weights]
+    names = [n.name for n in frontier.entering] + ["cu_seqlens", "max_len"]
+    names += (["rows", "columns"] if frontier.masks else []) + [n.name for n in frontier.masks]
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        env: dict[fx.Node, Any] = dict(zip(frontier.entering, arguments))
+        given = dict(zip(names, arguments))
+        env.update(zip(frontier.masks, arguments[len(names) - len(frontier.masks) : len(names)]))
+        env.update(zip(weights, arguments[len(names) :]))
+        for node in program.graph.nodes:
+            if node in axes and node.op == "call_function":
+                with fx.traceback.set_current_meta(node):
+                    env[node] = _replay(node, env, axes, frontier, given, tokens)
+        return tuple(env[n] for n in leaving)
+
+    with mode, torch.no_grad(), fx.traceback.preserve_node_meta():
+        traced = make_fx(run, pre_dispatch=True)(*fakes)
+    held = {len(names) + i: _held(program, n) for i, n in enumerate(weights)}
+    return assemble(traced, names, held, list(program.notes))
+
+
+def _held(program: Program, node: fx.Node) -> tuple[str, torch.Tensor]:
+    weight = program.weights[str(node.target)]
+    return weight.fqn, weight.tensor
+
+
+def _replay(node: fx.Node, env: dict[fx.Node, Any], axes: TokenAxes, frontier: Frontier, given: Any, tokens: Any) -> Any:
+    def of(argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda n: env[n])
+
+    if node.target is aten.scaled_dot_product_attention.default:
+        return _attend(node, env, frontier, given)
+    if node.target in (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int):
+        return torch.ops.aten.reshape.default(of(node.args[0]), _packed_shape(node, axes, tokens))
+    if node.target is aten.expand.default:
+        return torch.ops.aten.expand.default(of(node.args[0]), _packed_shape(node, axes, tokens))
+    return node.target(*of(node.args), **of(node.kwargs))  # type: ignore[operator]
+
+
+def _packed_shape(node: fx.Node, axes: TokenAxes, tokens: Any) -> list[Any]:
+    packed = {BATCH: 1, SEQUENCE: tokens, TOKENS: tokens}
+    shape = []
+    for label, size in zip(axes[node], value(node).shape):
+        if label is None and not isinstance(size, int):
+            raise Stop(f"{node.name} has a symbolic dimension that is neither batch nor sequence")
+        shape.append(packed[label] if label is not None else size)
+    return shape
+
+
+def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: Any) -> Any:
+    site = attention(node)
+    q, k, v = (env[n] for n in (site.q, _unrepeated(site.k, frontier.axes), _unrepeated(site.v, frontier.axes)))
+    scale = site.scale if site.scale is not None else value(site.q).shape[-1] ** -0.5
+    seen = frontier.visibilities[node]
+    if seen.kind == "generic":
+        return torch.ops.thresher.varlen_attention_masked(
+            q, k, v, env[site.mask], given["rows"], given["columns"], given["cu_seqlens"], given["max_len"], scale
+        )
+    return torch.ops.thresher.varlen_attention(
+        q, k, v, given["cu_seqlens"], given["max_len"], scale, seen.kind == "causal", seen.window, 0.0
+    )
+
+
+def _unrepeated(node: fx.Node, axes: TokenAxes) -> fx.Node:
+    """Keys or values before they are repeated for each query head: the operator shares them instead."""
+    if node.target is not aten.reshape.default or not isinstance(node.args[0], fx.Node):
+        return node
+    spread = node.args[0]
+    if spread.target is not aten.expand.default or spread.args[0].target is not aten.unsqueeze.default:  # type: ignore[union-attr]
+        return node
+    lifted: fx.Node = spread.args[0]  # type: ignore[assignment]
+    source: fx.Node = lifted.args[0]  # type: ignore[assignment]
+    repeats_heads = lifted.args[1] == 2 and value(source).dim() == 4 and sizes(node)[1] == prod(sizes(spread)[1:3])
+    return source if repeats_heads and source in axes else node
+
+
+def _symbol(mode: FakeTensorMode, example: int, name: str) -> Any:
+    """A fresh symbolic size of at least 2."""
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    tensor = mode.from_tensor(torch.empty(max(2, example), device="meta"), symbolic_context=context, source=ConstantSource(name))
+    return tensor.shape[0]
+
+
+def _free_number(program: Program, start: int) -> int:
+    """An example T that no fixed size of the graph equals, so that nothing is mistaken for it."""
+    taken = {hint(s) for n in program.graph.nodes if isinstance(value(n), torch.Tensor) for s in value(n).shape}
+    while start in taken:
+        start += 1
+    return start
+
+
+def _packed_fake(node: fx.Node, labels: Labels, tokens: Any) -> torch.Tensor:
+    packed = {BATCH: 1, SEQUENCE: tokens, TOKENS: tokens}
+    known = value(node)
+    shape = [packed[label] if label is not None else hint(size) for label, size in zip(labels, known.shape)]
+    return torch.empty(shape, dtype=known.dtype, device=known.device)
+
+
+def _fresh(mode: FakeTensorMode, node: fx.Node, number: int) -> torch.Tensor:
+    """A padded tensor in the body's own fake mode, each of its dynamic sizes a symbol of its own."""
+    known = value(node)
+    dynamic = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DYNAMIC for s in known.shape]
+    example = torch.empty([hint(s) for s in known.shape], dtype=known.dtype, device="meta")
+    fake = mode.from_tensor(
+        example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic), source=ConstantSource(f"mask{number}")
+    )
+    return torch.empty(fake.shape, dtype=known.dtype, device=known.device)
+
+
+def _weight_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return mode.from_tensor(tensor.detach(), static_shapes=True)
+
+
+

@@ -1,0 +1,246 @@
+"""Prepacking: compute a padded batch's real tokens only, and hand back what the padded model would.
+
+    matched:  a program with a padding mask, in which every attention treats its rows separately
+    becomes:  the same nodes on [1, T] real tokens, with `thresher::varlen_attention` for attention
+
+A program captured for [B, S] is polymorphic: with one row of T tokens the same nodes compute exactly
+those tokens, for everything but attention treats tokens alike. The program is cut in three. What
+does not depend on the tokens (positions, rotary tables) is the prologue and stays padded; the body
+is traced again at [1, T]; what comes after the first operator that mixes positions (a pooler, the
+last token's logits) is the epilogue and sees padded values again. Positions are gathered, never
+renumbered, so left padding and learned positions keep their meaning.
+
+Method: arXiv 2404.09529 packs prompts into bins under a block mask; here segments replace the mask,
+and one row replaces the bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from thresher.layout import PackedLayout, Passed, Scatter, Visibility
+from thresher.program import Program, module_fqn, value
+from thresher.recipe import PassConfig
+
+from .base import EXACT, Context, Match, Miss, Pass, register_pass
+from .extract import extract
+from .packed_body import Frontier, body_inputs, trace_body
+from .token_axes import BATCH, SEQUENCE, TOKENS, Stop, TokenAxes, hint, propagate
+from .visibility import LeaksPads, MaskProbe, attention
+
+aten = torch.ops.aten
+WHOLE = "the whole program"
+
+
+@dataclass(frozen=True)
+class PrepackConfig(PassConfig):
+    """Options of prepacking.
+
+    mask: name of the input that marks real tokens, for models that do not call it attention_mask.
+    min_share: decline when less than this share of the linears' weights lies in the packed part.
+    """
+
+    name = "prepack"
+    mask: str = "attention_mask"
+    min_share: float = 0.5
+
+
+@dataclass
+class Found:
+    """What `match` worked out."""
+
+    tokens: fx.Node
+    padding: fx.Node
+    axes: TokenAxes
+    visibilities: dict[fx.Node, Visibility]
+    probes: dict[fx.Node, MaskProbe]
+    proven: int
+
+
+@register_pass
+class Prepack(Pass):
+    name, order, config_type, effect = "prepack", 10, PrepackConfig, EXACT
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        try:
+            return [Match(WHOLE, find(program, context.config))]
+        except Decline as reason:
+            return [Miss(WHOLE, str(reason))]
+
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        found: Found = match.data
+        padded = program.copy()
+        layout, body = cut(program, padded, found)
+        program.graph_module, program.weights = body.graph_module, body.weights
+        program.input_names, program.packing = body.input_names, layout
+        for site, seen in sorted(layout.visibilities.items())[:1]:
+            window = f" with a window of {seen.window + 1}" if seen.window >= 0 else ""
+            context.notes.append(f"attention is {seen.kind}{window} in {site or 'the model'}"
+                                 f" (one of {len(layout.visibilities)} attention sites).")  # fmt: skip
+
+
+class Decline(Exception):
+    """Why a program is not packed, as a full sentence."""
+
+
+def find(program: Program, config: PrepackConfig) -> Found:
+    """Everything that decides whether and how a program is packed. Raises Decline."""
+    padding = _padding_mask(program, config.mask)
+    tokens = _token_input(program, padding)
+    batch, sequence = value(tokens).shape[:2]
+    for size, axis in ((batch, "batch"), (sequence, "sequence")):
+        if hint(size) == 1:
+            raise Decline(f"The {axis} dimension is 1 in this graph, so there is no padding between rows to leave out.")
+    axes = propagate(program, {tokens: (BATCH, SEQUENCE) + (None,) * (value(tokens).dim() - 2)})
+    sites = program.nodes(aten.scaled_dot_product_attention.default)
+    if not sites:
+        raise Decline(_no_attention(axes))
+    visibilities, probes = {}, {}
+    for node in sites:
+        where = module_fqn(node) or node.name
+        if node not in axes:
+            raise Decline(f"The attention in {where} cannot be packed: {axes.stopped.get(node, 'it does not see the tokens')}.")
+        site = attention(node)
+        if site.mask is None:
+            raise Decline(f"The attention in {where} does not use the padding mask, so pad tokens are part of its result.")
+        if site.mask not in probes:
+            probes[site.mask] = MaskProbe(program, site.mask, padding)
+        visibilities[node] = _classify(probes[site.mask], where, hint(sequence))
+    share = _packed_share(program, axes)
+    if share < config.min_share:
+        first = next(iter(axes.stopped.values()), "they do not see the tokens")
+        raise Decline(f"Only {share:.0%} of the linear weights could run packed, and min_share is {config.min_share:.0%}: {first}.")
+    return Found(tokens, padding, axes, visibilities, probes, hint(sequence))
+
+
+def _padding_mask(program: Program, name: str) -> fx.Node:
+    for place, given in zip(program.placeholders, program.input_names):
+        if given == name and isinstance(value(place), torch.Tensor):
+            if value(place).dim() != 2:
+                raise Decline(f"{name} has {value(place).dim()} dimensions; only a [batch, sequence] mask says which tokens are pads.")
+            return place
+    raise Decline(f"The model was called without {name}, so every token counts as real and there is no padding to leave out.")
+
+
+def _token_input(program: Program, padding: fx.Node) -> fx.Node:
+    """The input that carries the tokens: ids that an embedding reads, or embeddings themselves."""
+    rows = [hint(s) for s in value(padding).shape]
+    candidates = []
+    for place in program.placeholders:
+        known = value(place)
+        if place is padding or not isinstance(known, torch.Tensor) or known.dim() not in (2, 3):
+            continue
+        if [hint(s) for s in known.shape[:2]] != rows:
+            continue
+        if known.dim() == 3 and known.is_floating_point() or any(_largest_table(u) for u in place.users):
+            candidates.append((max([0, *(_largest_table(u) for u in place.users)]), known.dim(), place))
+    if not candidates:
+        raise Decline("No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens.")
+    return max(candidates, key=lambda c: c[:2])[2]
+
+
+def _largest_table(user: fx.Node) -> int:
+    if user.target is aten.embedding.default:
+        return value(user.args[0]).shape[0]
+    if user.target in (aten.to.dtype, aten.clone.default, aten.reshape.default):
+        return max([0, *(_largest_table(u) for u in user.users)])
+    return 0
+
+
+def _no_attention(axes: TokenAxes) -> str:
+    mixing = next((reason for reason in axes.stopped.values()), None)
+    if mixing is None:
+        return "The program has no attention, and nothing in it mixes positions."
+    return f"The program has no scaled_dot_product_attention; the tokens were followed up to this: {mixing}."
+
+
+def _classify(probe: MaskProbe, where: str, length: int) -> Visibility:
+    if probe.depends_on_values():
+        return Visibility("generic")
+    try:
+        return probe.classify(length)
+    except LeaksPads:
+        raise Decline(
+            f"The attention mask in {where} lets real tokens see pad tokens, so leaving pads out would change the result."
+        ) from None
+
+
+def _packed_share(program: Program, axes: TokenAxes) -> float:
+    inside = total = 0
+    for node in program.nodes(aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
+        weight = next((program.weight(a) for a in reversed(node.all_input_nodes) if program.weight(a)), None)
+        size = weight.tensor.numel() if weight is not None else 0
+        total += size
+        inside += size * (node in axes)
+    return inside / total if total else 1.0
+
+
+def cut(program: Program, padded: Program, found: Found) -> tuple[PackedLayout, Program]:
+    """Cut the program into prologue, body and epilogue, and describe how they fit together."""
+    axes = found.axes
+    places = program.placeholders
+    frontier = Frontier(program, axes, found.visibilities)
+    try:
+        frontier.explore()
+    except Stop as stop:
+        raise Decline(f"The tokens cannot be separated from the padding: {stop}.") from None
+    results = program.outputs
+    computed = [n for n in results if isinstance(n, fx.Node)]
+    late = [n for n in program.graph.nodes if n in axes.stopped]
+    leaving = [n for n in axes.labels if n.op != "placeholder" and any(u in axes.stopped or u.op == "output" for u in n.users)]
+    prologue_nodes = [n for n in frontier.prologue if n.op != "placeholder"]
+    early = [
+        a for node in late for a in node.all_input_nodes
+        if a not in axes.stopped and a not in axes and a.op == "call_function"
+    ] + [n for n in computed if n not in axes and n not in axes.stopped and n.op == "call_function"]  # fmt: skip
+    prologue_nodes = list(dict.fromkeys(prologue_nodes + early))
+    body = trace_body(program, frontier, leaving)
+    epilogue, epilogue_arguments = None, []
+
+    def source(node: fx.Node) -> Scatter | Passed:
+        if node in places:
+            return Passed("input", places.index(node))
+        if node in axes:
+            labels = axes[node]
+            if TOKENS in labels:
+                return Scatter(leaving.index(node), labels.index(TOKENS), labels.index(TOKENS))
+            return Scatter(leaving.index(node), labels.index(BATCH), labels.index(SEQUENCE))
+        return Passed("prologue", prologue_nodes.index(node))
+
+    late_results = list(dict.fromkeys(n for n in computed if n in axes.stopped))
+    if late_results:
+        needed = list(dict.fromkeys(
+            a for node in late for a in node.all_input_nodes if a not in axes.stopped and a.op != "get_attr"
+        ))  # fmt: skip
+        epilogue = extract(program, needed, late_results)
+        epilogue_arguments = [source(n) for n in needed]
+    layout = PackedLayout(
+        mask=places.index(found.padding),
+        tokens=places.index(found.tokens),
+        prologue=extract(program, places, prologue_nodes) if prologue_nodes else None,
+        arguments=body_inputs(frontier, places, prologue_nodes),
+        epilogue=epilogue,
+        epilogue_arguments=epilogue_arguments,
+        results=[Passed("epilogue", late_results.index(n)) if n in late_results else source(n) for n in computed],
+        padded=padded,
+        visibilities={module_fqn(n) or n.name: v for n, v in found.visibilities.items()},
+        masks=tuple(prologue_nodes.index(m) for m in frontier.masks if m in prologue_nodes),
+        proven=found.proven,
+    )
+    resizable = {n: found.probes[attention(n).mask] for n, v in found.visibilities.items() if v.kind != "generic"}  # type: ignore[index]
+    if any(p.resizable() for p in resizable.values()):
+        names = {n: module_fqn(n) or n.name for n in resizable}
+
+        def reclassify(length: int) -> dict[str, Visibility]:
+            seen = {id(p): p.classify(length) for p in set(resizable.values())}
+            return {names[n]: seen[id(p)] for n, p in resizable.items()}
+
+        layout.reclassify = reclassify
+    return layout, body
+
+
+

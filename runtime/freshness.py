@@ -1,0 +1,71 @@
+"""Keeps what runs equal to the model's live weights.
+
+A model's own weights are passed to the compiled code at every call, so replacing or editing one needs
+nothing more. A weight computed from others (packed codes, say) is checked against the tensors it was
+computed from: another object or another version counter means it is stale, and it is computed anew.
+Writes through `.data` leave no trace and cannot be seen; call `Session` anew after those.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from thresher.errors import StaleWeightsError
+from thresher.program import Program, Weight
+
+
+def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    # inference tensors keep no version counter; they cannot be edited in place outside inference mode
+    return id(tensor), -1 if tensor.is_inference() else tensor._version
+
+
+class Freshness:
+    """The derived weights of a program, and the state of their sources when they were computed."""
+
+    def __init__(self, program: Program, mode: str = "check"):
+        self.mode = mode
+        self._weights = program.weights
+        self._current: dict[str, torch.Tensor] = {}
+        # holding the sources keeps an id from being used again for another tensor
+        self._kept = {name: w.made_from for name, w in program.weights.items()}
+        self._stamps: dict[str, tuple[Any, ...]] = {
+            n: tuple(map(_stamp, kept)) for n, kept in self._kept.items()
+        }
+        self._lock = threading.Lock()
+
+    def tensors(
+        self, names: Sequence[str], live: Mapping[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], int]:
+        """The tensors to run with, by attribute name, and how many were computed anew.
+
+        live: the model's tensors by FQN. Raises StaleWeightsError for a stale weight that cannot be recomputed.
+        """
+        result, repacked = [], 0
+        for name in names:
+            weight = self._weights[name]
+            if not weight.source:
+                result.append(live.get(weight.fqn, weight.tensor))
+                continue
+            if self.mode != "trust":
+                repacked += self._refresh(name, weight, [live[f] for f in weight.source if f in live])
+            result.append(self._current.get(name, weight.tensor))
+        return result, repacked
+
+    def _refresh(self, name: str, weight: Weight, sources: list[torch.Tensor]) -> int:
+        stamp = tuple(_stamp(t) for t in sources)
+        if not sources or self._stamps[name] == stamp:
+            return 0
+        with self._lock:
+            if weight.derive is None:
+                raise StaleWeightsError(
+                    f"{', '.join(weight.source)} changed after compiling, and {weight.fqn} was computed from it with "
+                    "calibration data that is not at hand. Compile the model again."
+                )
+            with torch.no_grad():
+                self._current[name] = weight.derive(*sources)
+            self._stamps[name], self._kept[name] = stamp, tuple(sources)
+            return 1

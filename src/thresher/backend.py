@@ -1,0 +1,154 @@
+"""The `torch.compile` backend: `torch.compile(model, backend="thresher", options={...})`.
+
+It captures Dynamo's graph, runs the recipe's passes, lowers through Inductor, and hands Dynamo a
+Session. A graph it cannot take runs as plain Inductor compiles it, and that is said in one warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import capture, sessions
+from .compat import without_fake_mode
+from .errors import ArgumentError, ThresherError
+from .kernels import catalog as operators
+from .lowering.inductor import Inductor
+from .lowering.reference import Reference
+from .lowering.target import Target
+from .passes import catalog as passes
+from .passes.pipeline import Pipeline
+from .program import Program, module_fqn, value
+from .recipe import Recipe
+from .report import Report
+from .runtime.compare import relative_difference
+from .runtime.session import Session
+
+operators.load()
+passes.load()
+
+TARGETS: dict[str, Callable[[Recipe, str | None], Target]] = {
+    "inductor": lambda recipe, mode: Inductor(dict(recipe.inductor), mode),
+    "reference": lambda recipe, mode: Reference(),
+}
+
+
+class ThresherWarning(UserWarning):
+    """Something was left as it was, and the message says what and why."""
+
+
+def thresher_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compile a graph from Dynamo.
+
+    options: a recipe (see `Recipe.of`): None, a preset's name under "recipe", or pass options by name.
+        "target" may be "inductor" (default) or "reference". "strict": raise instead of running a graph that
+        cannot be captured as plain Inductor does.
+    mode: torch.compile's mode, handed to Inductor.
+    """
+    given = dict(options) if isinstance(options, dict) else {} if options is None else {"recipe": options}
+    target, strict = given.pop("target", "inductor"), given.pop("strict", False)
+    if target not in TARGETS:
+        raise ArgumentError("options['target']", repr(target), "one of " + ", ".join(TARGETS), "Use a target from that list.")
+    recipe = given.pop("recipe") if isinstance(given.get("recipe"), Recipe) else None
+    recipe = Recipe.of(recipe, **given) if recipe is not None else Recipe.of(given or None)
+    try:
+        refuse = _cannot_rewrite(gm)
+        if refuse is not None:
+            raise ThresherError(refuse)
+        session, roles = build(gm, example_inputs, recipe, TARGETS[target](recipe, mode))
+    except ThresherError as reason:
+        if strict:
+            raise
+        warnings.warn(f"thresher left this graph to plain Inductor: {reason}", ThresherWarning, stacklevel=2)
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, list(example_inputs))
+    return _entry(session, roles)
+
+
+def build(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe, target: Target
+) -> tuple[Session, list[str]]:
+    """Capture, rewrite and lower one Dynamo graph."""
+    program, roles = capture.from_dynamo(gm, example_inputs)
+    inputs = _real_inputs(gm, roles)
+    with without_fake_mode(), torch.no_grad():
+        rewritten, report = run_pipeline(program, recipe, inputs)
+        report.target = target.name
+        session = Session(rewritten, target, Reference(), report, recipe.freshness)
+    report.emit_trace()
+    sessions.remember(session)
+    if recipe.passes and not report.rewritten:
+        first = next((m.reason for p in report.passes for m in p.missed), "No pass found a candidate site.")
+        warnings.warn(f"thresher rewrote nothing, and the model runs as plain Inductor compiles it: {first}",
+                      ThresherWarning, stacklevel=2)  # fmt: skip
+    return session, roles
+
+
+def run_pipeline(program: Program, recipe: Recipe, inputs: Sequence[Any] | None) -> tuple[Program, Report]:
+    """Run a recipe over a Program; with real example inputs each pass is verified."""
+    known = [value(p) for p in program.placeholders]
+    device = next((v.device for v in known if isinstance(v, torch.Tensor)), torch.device("cpu"))
+    pipeline = Pipeline(
+        recipe,
+        inputs=inputs,
+        compare=_compare if inputs is not None else None,
+        device=device,
+        stats=_statistics(recipe),
+    )
+    return pipeline.run(program)
+
+
+def _compare(before: Program, after: Program, inputs: Sequence[Any]) -> float:
+    return relative_difference(before, after, inputs, Reference())
+
+
+def _statistics(recipe: Recipe) -> dict[str, Any]:
+    return {}
+
+
+def _cannot_rewrite(gm: fx.GraphModule) -> str | None:
+    """Why a graph is not ours to rewrite: training."""
+    for node in gm.graph.nodes:
+        known = node.meta.get("example_value")
+        if node.op == "placeholder" and isinstance(known, torch.Tensor) and known.requires_grad and torch.is_grad_enabled():
+            return "Gradients are being recorded. Call the model under torch.no_grad() or torch.inference_mode()."
+        if node.target is torch.nn.functional.dropout:
+            p, training = (list(node.args[1:3]) + [node.kwargs.get("p", 0.5), node.kwargs.get("training", True)])[:2] \
+                if len(node.args) >= 3 else (node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5),
+                                             node.kwargs.get("training", True))  # fmt: skip
+            if training and p:
+                return f"The model is in training mode (dropout is active in {module_fqn(node)}). Call model.eval() first."
+    return None
+
+
+def _real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:
+    """The caller's real tensors and sizes for this call, or None when they are not at hand."""
+    found = []
+    for node, role in zip([n for n in gm.graph.nodes if n.op == "placeholder"], roles):
+        if not role.startswith("input:"):
+            continue
+        argument = node.meta.get("grapharg")
+        example = argument.example if argument is not None else None
+        if isinstance(example, torch.SymInt):
+            example = int(example.node.hint)
+        if example is None or isinstance(example, torch._subclasses.fake_tensor.FakeTensor):
+            return None
+        found.append(example)
+    return found
+
+
+def _entry(session: Session, roles: Sequence[str]) -> Callable[..., list[Any]]:
+    inputs = [i for i, role in enumerate(roles) if role.startswith("input:")]
+    weights = [(i, role.removeprefix("weight:")) for i, role in enumerate(roles) if role.startswith("weight:")]
+
+    def call(*arguments: Any) -> list[Any]:
+        return session([arguments[i] for i in inputs], {fqn: arguments[i] for i, fqn in weights})
+
+    return call

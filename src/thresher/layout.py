@@ -1,0 +1,104 @@
+"""How a caller's padded tensors become a packed program's inputs, and its results padded ones again.
+
+The prepacking pass writes this description; the runtime carries it out around the compiled body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+
+
+from .program import Program
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A packed input: the real tokens of a padded tensor.
+
+    origin: "input" or "prologue". index: which one. batch, sequence: its dimensions that run over rows
+    and positions; `batch` is None when the tensor is the same for every row.
+    The result keeps every dimension, with size 1 for the batch and T for the sequence.
+    """
+
+    origin: str
+    index: int
+    batch: int | None
+    sequence: int | None
+
+
+@dataclass(frozen=True)
+class PlanField:
+    """A packed input that comes from the packing plan: `cu_seqlens`, `max_len`, `rows` or `columns`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A padded result: output `index` of the body, unpacked along its batch and sequence dimensions."""
+
+    index: int
+    batch: int
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A value handed on as it is. origin: "input", "prologue", "body" or "epilogue"."""
+
+    origin: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a real query sees, for one attention mask of the model.
+
+    kind: "bidirectional", "causal", or "generic" (whatever the mask says; it is passed to the operator).
+    window: how many earlier (and, bidirectionally, later) positions are visible; -1 for all.
+    """
+
+    kind: str
+    window: int = -1
+
+
+@dataclass
+class PackedLayout:
+    """Everything the runtime needs beside the body, which is the Program that holds this.
+
+    mask: index of the caller's input that marks real tokens. tokens: index of the [B, S, ...] token input.
+    prologue: computes, padded, what the body needs and does not depend on the tokens; None when nothing is.
+    arguments: where each of the body's placeholders comes from.
+    epilogue: what follows the first operator that mixes positions; None when nothing does.
+    epilogue_arguments: where each of the epilogue's placeholders comes from.
+    results: where each of the caller's results comes from.
+    padded: the program before packing, for the calls that cannot be packed.
+    visibilities: what was found for each mask, by the attention site that uses it.
+    masks: prologue outputs that are masks of generic attention; a call in which one of them lets a real
+        query see a pad key is run padded.
+    reclassify: `(rows, columns) -> visibilities`, by evaluating the mask at that size. A window wider than the
+        sizes seen so far shows only there.
+    proven: longest sequence for which `visibilities` was checked.
+    """
+
+    mask: int
+    tokens: int
+    prologue: Program | None
+    arguments: list[Gather | PlanField | Passed]
+    epilogue: Program | None
+    epilogue_arguments: list[Scatter | Passed]
+    results: list[Scatter | Passed]
+    padded: Program
+    visibilities: dict[str, Visibility] = field(default_factory=dict)
+    masks: tuple[int, ...] = ()
+    reclassify: Callable[[int], dict[str, Visibility]] | None = None
+    proven: int = 0
+
+    def windowed(self) -> bool:
+        """Whether some attention counts distances, which holes in a row would falsify."""
+        return any(v.window >= 0 for v in self.visibilities.values())
+
+

@@ -1,0 +1,33 @@
+"""Remembers recent sessions, so that a user of torch.compile can ask what was done."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Any
+
+_RECENT: deque[weakref.ref[Any]] = deque(maxlen=64)
+_LISTENERS: list[list[Any]] = []
+
+
+def remember(session: Any) -> None:
+    _RECENT.append(weakref.ref(session))
+    for listener in _LISTENERS:
+        listener.append(session)
+
+
+def recent() -> list[Any]:
+    """Sessions that are still alive, oldest first: one for each graph that was compiled."""
+    return [s for s in (ref() for ref in _RECENT) if s is not None]
+
+
+class collect:
+    """`with collect() as sessions:` gathers the sessions made meanwhile."""
+
+    def __enter__(self) -> list[Any]:
+        self.sessions: list[Any] = []
+        _LISTENERS.append(self.sessions)
+        return self.sessions
+
+    def __exit__(self, *_: object) -> None:
+        _LISTENERS.remove(self.sessions)
