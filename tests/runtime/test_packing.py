@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thresher.runtime import packing
-from thresher.runtime.packing import geometric, multiple_of, pack, plan, unpack
 from torch.overrides import TorchFunctionMode
 
 from thresher.errors import ArgumentError
+from thresher.runtime import packing
+from thresher.runtime.packing import geometric, multiple_of, pack, plan, unpack
 
 
 @st.composite
