@@ -11,8 +11,16 @@ FAMILIES: tuple[str, ...] = (
     # one name a line, sorted
     "hadamard",
     "hadamard_cpu",
+    "token_attention",
+    "token_scores",
+    "token_scores_cpu",
+    "token_select",
+    "token_transition",
+    "token_transition_cpu",
     "varlen_attention",
     "varlen_cpu",
+    "wna16",
+    "wna16_cpu",
 )
 
 
