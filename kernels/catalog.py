@@ -11,6 +11,10 @@ FAMILIES: tuple[str, ...] = (
     # one name a line, sorted
     "hadamard",
     "hadamard_cpu",
+    "kv_attention",
+    "kv_cpu",
+    "kv_format",
+    "nvfp4",
     "token_attention",
     "token_scores",
     "token_scores_cpu",
