@@ -1,0 +1,250 @@
+// Quantizing to NVFP4 and back: one pass for the tensor's maximum, one that scales, rounds and packs a
+// block of 16 while it is in registers. The fp32 operations are those of the named mode, in its order,
+// so the bytes equal what nvfp4_quantize.py computes.
+#include "nvfp4_format.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cstring>
+
+namespace {
+
+using namespace nvfp4;
+
+enum Mode { kThresher, kTe, kTorchao, kModelopt, kCompressedTensors };
+enum Type { kFloat32, kBFloat16, kFloat16 };
+
+// fp32 in [0, 448] to E4M3, to nearest even.
+uint8_t to_e4m3(float v) {
+  if (v < 0x1p-6f) return uint8_t(std::nearbyint(v * 512.f));  // subnormals; 8 is the first normal code
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  bits += 0x7FFFF + ((bits >> 20) & 1);
+  return uint8_t((bits >> 20) - (120 << 3));
+}
+
+float clamp_scale(float v, float least) { return std::min(std::max(v, least), 448.f); }
+
+float bf16_round(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+float fp16_to_float(uint16_t h) {
+  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
+  float v = exponent == 31 ? (mantissa ? NAN : INFINITY)
+            : exponent     ? std::ldexp(1024.f + mantissa, exponent - 25)
+                           : std::ldexp(float(mantissa), -24);
+  return h & 0x8000 ? -v : v;
+}
+
+// v / 6 rounded to fp16, for v that is itself an fp16 value.
+float fp16_round(float v) {
+  if (v >= 0x1p-14f) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFFu;
+    std::memcpy(&v, &bits, 4);
+    return v;
+  }
+  return std::nearbyint(v * 0x1p24f) * 0x1p-24f;
+}
+
+uint8_t block_scale(float amax, float g, Mode mode, Type type) {
+  switch (mode) {
+    case kThresher:  // 1.f / 6.f is rounded first, as in the Python arithmetic
+      return amax > 0 ? to_e4m3(clamp_scale(amax * (g * (1.f / 6.f)), 0x1p-9f)) : to_e4m3(1.f);
+    case kTe:
+      return to_e4m3(clamp_scale(amax * (g * (1.f / 6.f)), 0.f));
+    case kTorchao:
+      return to_e4m3(clamp_scale(amax / 6.f / g, 0x1p-6f));
+    case kModelopt: {
+      const float scale = amax / (6.f * g);
+      return to_e4m3(clamp_scale(scale == 0 ? 1.f : scale, 0x1p-9f));
+    }
+    default: {
+      const float sixth = type == kBFloat16 ? bf16_round(amax / 6.f)
+                          : type == kFloat16 ? fp16_round(amax / 6.f)
+                                             : amax / 6.f;
+      const uint8_t code = to_e4m3(clamp_scale(g * sixth, 0.f));
+      return code ? code : to_e4m3(0.125f);
+    }
+  }
+}
+
+// What elements are multiplied by; modelopt and compressed-tensors divide by it instead.
+float factor(float s, float g, Mode mode) {
+  switch (mode) {
+    case kThresher:
+    case kTe:
+      return std::min(1.f / (s * (1.f / g)), FLT_MAX);
+    case kTorchao:
+      return 1.f / g / s;
+    case kModelopt:
+      return s * g;
+    default:
+      return s / g;
+  }
+}
+
+void load_block(const void* x, int64_t at, int count, Type type, float* out) {
+  if (type == kFloat32) {
+    std::memcpy(out, static_cast<const float*>(x) + at, count * sizeof(float));
+  } else {
+    const uint16_t* halves = static_cast<const uint16_t*>(x) + at;
+#if NVFP4_SIMD
+    if (type == kFloat16 && count == kBlock) {
+      for (int h = 0; h < kBlock; h += 8)
+        _mm256_storeu_ps(out + h, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + h))));
+      return;
+    }
+#endif
+    for (int i = 0; i < count; i++) {
+      const uint32_t bits = uint32_t(halves[i]) << 16;
+      if (type == kBFloat16)
+        std::memcpy(out + i, &bits, 4);
+      else
+        out[i] = fp16_to_float(halves[i]);
+    }
+  }
+  std::fill(out + count, out + kBlock, 0.f);
+}
+
+#if NVFP4_SIMD
+// Eight magnitudes to E2M1 codes: the least of the roundings to the three lines the values lie on.
+__m256i round_e2m1(__m256 v) {
+  const __m256 a = _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.f), v), _mm256_set1_ps(6.f));
+  const __m256i by_half = _mm256_cvtps_epi32(_mm256_add_ps(a, a));
+  const __m256i by_one = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(2));
+  const __m256i by_two =
+      _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(a, _mm256_set1_ps(.5f))), _mm256_set1_epi32(4));
+  return _mm256_min_epi32(_mm256_min_epi32(by_half, by_one), by_two);
+}
+#endif
+
+// The 16 codes of a block, packed.
+void encode(const float* x, float f, bool divides, bool keep_negative_zero, uint8_t* out) {
+#if NVFP4_SIMD
+  __m256i halves[2];
+  for (int h = 0; h < 2; h++) {
+    const __m256 v = _mm256_loadu_ps(x + 8 * h), by = _mm256_set1_ps(f);
+    const __m256 scaled = divides ? _mm256_div_ps(v, by) : _mm256_mul_ps(v, by);
+    __m256i sign = _mm256_castps_si256(scaled);
+    if (!keep_negative_zero)
+      sign = _mm256_castps_si256(_mm256_cmp_ps(scaled, _mm256_setzero_ps(), _CMP_LT_OQ));
+    const __m256i eight = _mm256_slli_epi32(_mm256_srli_epi32(sign, 31), 3);
+    halves[h] = _mm256_or_si256(round_e2m1(scaled), eight);
+  }
+  // Dwords to bytes, then pairs of nibbles to one byte: low + 16 * high.
+  __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(halves[0], halves[1]), _mm256_setzero_si256());
+  bytes = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));  // 0 3 | 8 11 || 4 7 | 12 15
+  bytes = _mm256_packus_epi16(bytes, bytes);
+  const uint32_t low = uint32_t(_mm256_extract_epi32(bytes, 0)), high = uint32_t(_mm256_extract_epi32(bytes, 4));
+  const uint64_t packed = (low & 0xFFFFull) | (high & 0xFFFFull) << 16 | (low & 0xFFFF0000ull) << 16 |
+                          (high & 0xFFFF0000ull) << 32;
+  std::memcpy(out, &packed, 8);
+#else
+  for (int i = 0; i < 8; i++) {
+    uint8_t pair = 0;
+    for (int h = 0; h < 2; h++) {
+      const float v = divides ? x[2 * i + h] / f : x[2 * i + h] * f;
+      const float a = std::min(std::fabs(v), 6.f);
+      const int code = std::min({int(std::nearbyint(2 * a)), int(std::nearbyint(a)) + 2,
+                                 int(std::nearbyint(a / 2)) + 4});
+      const bool negative = keep_negative_zero ? std::signbit(v) : v < 0;
+      pair |= uint8_t(code | (negative ? 8 : 0)) << (4 * h);
+    }
+    out[i] = pair;
+  }
+#endif
+}
+
+float largest_of(const float* x) {
+#if NVFP4_SIMD
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+  const __m256 m = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(x), magnitude),
+                                 _mm256_and_ps(_mm256_loadu_ps(x + 8), magnitude));
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+#else
+  float largest = 0;
+  for (int i = 0; i < kBlock; i++) largest = std::max(largest, std::fabs(x[i]));
+  return largest;
+#endif
+}
+
+// Bits of a magnitude order like the magnitude, and NaN and infinity order above every finite value.
+uint32_t magnitude_bits(const void* x, int64_t i, Type type) {
+  uint32_t bits;
+  if (type == kFloat32)
+    std::memcpy(&bits, static_cast<const float*>(x) + i, 4);
+  else
+    bits = static_cast<const uint16_t*>(x)[i];
+  return bits & (type == kFloat32 ? 0x7FFFFFFFu : 0x7FFFu);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Largest magnitude of `count` values. Infinite or NaN when one of them is.
+float nvfp4_amax(const void* x, int64_t count, int type, int threads) {
+  uint32_t largest = 0;
+#pragma omp parallel for simd reduction(max : largest) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < count; i++) largest = std::max(largest, magnitude_bits(x, i, Type(type)));
+  float value;
+  if (type == kFloat16) return fp16_to_float(uint16_t(largest));
+  if (type == kBFloat16) largest <<= 16;
+  std::memcpy(&value, &largest, 4);
+  return value;
+}
+
+// x [rows, k] finite, g the mode's tensor scale; codes [rows, 8 * blocks], scales [rows, blocks].
+void nvfp4_quantize(const void* x, int64_t rows, int64_t k, float g, int mode, int type, uint8_t* codes,
+                    uint8_t* scales, int threads) {
+  const int64_t blocks = (k + kBlock - 1) / kBlock;
+  const bool divides = mode == kModelopt || mode == kCompressedTensors;
+  float table[256];
+  for (int b = 0; b < 256; b++) table[b] = e4m3(uint8_t(b));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t b = 0; b < blocks; b++) {
+      float values[kBlock];
+      load_block(x, r * k + b * kBlock, int(std::min<int64_t>(kBlock, k - b * kBlock)), Type(type), values);
+      const uint8_t scale = block_scale(largest_of(values), g, Mode(mode), Type(type));
+      scales[r * blocks + b] = scale;
+      encode(values, factor(table[scale], g, Mode(mode)), divides, mode == kTorchao,
+             codes + (r * blocks + b) * 8);
+    }
+}
+
+// out[r, k] = code * scale as fp32 (exact), for `rows` rows.
+void nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, float* out, int64_t rows, int64_t blocks,
+                      int threads) {
+  float table[256];
+  for (int b = 0; b < 256; b++) table[b] = e4m3(uint8_t(b));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t b = 0; b < rows * blocks; b++) {
+    const float scale = table[scales[b]];
+    float* to = out + b * 16;
+#if NVFP4_SIMD
+    const __m256 values = _mm256_loadu_ps(kValue);
+    uint64_t bits;
+    std::memcpy(&bits, codes + b * 8, 8);
+    for (int half = 0; half < 2; half++, bits >>= 32) {
+      const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(int(uint32_t(bits))),
+                                                _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+      const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(nibbles, 3), 31);
+      const __m256 v = _mm256_xor_ps(_mm256_permutevar8x32_ps(values, nibbles), _mm256_castsi256_ps(sign));
+      _mm256_storeu_ps(to + half * 8, _mm256_mul_ps(v, _mm256_set1_ps(scale)));
+    }
+#else
+    for (int e = 0; e < 16; e++) to[e] = kValue[(codes[b * 8 + e / 2] >> (e % 2 * 4)) & 15] * scale;
+#endif
+  }
+}
+}  // extern "C"

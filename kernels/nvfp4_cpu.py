@@ -1,0 +1,127 @@
+"""The C++ kernels of NVFP4, as functions on CPU tensors.
+
+`linear` reads weights in the interchange layout: there is no repacked copy to build, to keep or to go
+stale. Few rows run in a kernel that multiplies straight from the codes; many rows with unrounded
+activations decode a slab of weights at a time and use the matrix multiplication PyTorch has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from . import native
+from .nvfp4_format import BLOCK, pad_blocks
+
+MODE_NUMBERS = {"thresher": 0, "te": 1, "torchao": 2, "modelopt": 3, "compressed_tensors": 4}
+TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PLANES = {"exact": 0, "int8": 1, "int16": 2}
+"""Byte planes that carry the activations in the C++ kernel; 0 is fp32."""
+GEMV_ROWS = 16
+_SLAB_BYTES = 4 << 20  # a decoded slab stays in the L2 or L3 cache until it is multiplied
+
+
+def _i64(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+def unavailable() -> str | None:
+    """Why the C++ kernels cannot run on this machine, or None."""
+    return native.load_error("nvfp4_linear") or native.load_error("nvfp4_quantize")
+
+
+def accepts(x: torch.Tensor) -> bool:
+    """Whether `amax` and `quantize` can take this tensor, on this machine."""
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype in TYPE_NUMBERS
+        and native.load_error("nvfp4_quantize") is None
+    )
+
+
+def amax(x: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude, fp32 []; not finite when an element is not."""
+    x = x.detach().contiguous()
+    call = native.load("nvfp4_quantize").nvfp4_amax
+    call.restype = ctypes.c_float
+    threads = torch.get_num_threads()
+    return torch.tensor(call(native.pointer(x), _i64(x.numel()), TYPE_NUMBERS[x.dtype], threads))
+
+
+def quantize(x: torch.Tensor, g: float, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and block scales of finite `x` [..., K] for the mode's tensor scale `g`."""
+    x = x.detach().contiguous()
+    k = x.shape[-1]
+    rows, blocks = (x.numel() // k if k else 0), -(-k // BLOCK)
+    codes = torch.empty(*x.shape[:-1], blocks * 8, dtype=torch.uint8)
+    scales = torch.empty(*x.shape[:-1], blocks, dtype=torch.float8_e4m3fn)
+    native.load("nvfp4_quantize").nvfp4_quantize(
+        native.pointer(x),
+        _i64(rows),
+        _i64(k),
+        ctypes.c_float(g),
+        MODE_NUMBERS[mode],
+        TYPE_NUMBERS[x.dtype],
+        native.pointer(codes),
+        native.pointer(scales),
+        torch.get_num_threads(),
+    )
+    return codes, scales
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out` [N, 16 * B] fp32 filled with code * block scale, which is exact."""
+    native.load("nvfp4_quantize").nvfp4_dequantize(
+        native.pointer(codes),
+        native.pointer(scales),
+        native.pointer(out),
+        _i64(codes.shape[0]),
+        _i64(scales.shape[1]),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def linear(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, activations: str) -> torch.Tensor:
+    """`x` [M, K] against codes [N, 8B] and scales [N, B], tensor scale left out: fp32 [M, N].
+
+    activations: a key of PLANES.
+    """
+    if activations == "exact" and x.shape[0] > GEMV_ROWS:
+        return _many_rows(x, codes, scales)
+    rows = pad_blocks(x).float().contiguous()
+    out = torch.empty(x.shape[0], codes.shape[0])
+    native.load("nvfp4_linear").nvfp4_linear(
+        native.pointer(rows),
+        native.pointer(codes),
+        native.pointer(scales),
+        native.pointer(out),
+        _i64(rows.shape[0]),
+        _i64(codes.shape[0]),
+        _i64(scales.shape[1]),
+        PLANES[activations],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _bf16_is_fast() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware; elsewhere fp32 is several times faster."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def _many_rows(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    # code * scale has at most six significant bits: bf16 weights lose nothing.
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and _bf16_is_fast() else torch.float32
+    n, k = codes.shape[0], scales.shape[1] * BLOCK
+    rows = pad_blocks(x).to(dtype)
+    out = torch.empty(x.shape[0], n, dtype=dtype)
+    step = max(1, min(n, _SLAB_BYTES // max(1, 4 * k)))
+    slab = torch.empty(step, k)
+    for first in range(0, n, step):
+        last = min(n, first + step)
+        weights = dequantize(codes[first:last], scales[first:last], slab[: last - first]).to(dtype)
+        torch.mm(rows, weights.t(), out=out[:, first:last])
+    return out.float()
