@@ -104,7 +104,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         ("group 32, zero points", (1, 5), 20, 96, 3, 32, True, True, bf16),
         ("fifteen rows, group 128", (15,), 33, 256, 4, 128, True, False, f16),
         ("a batch of tokens", (2, 19), 130, 192, 3, 64, True, True, f32),
-        ("one output, one input", (2,), 1, 1, 4, -1, False, False, f32),
+        ("one output, three inputs", (2,), 1, 3, 4, -1, False, False, f32),
         ("no rows", (0,), 8, 32, 4, 32, False, True, f32),
         ("a vector", (), 9, 40, 8, -1, True, False, f32),
     ]
@@ -114,8 +114,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 @define(
-    "wna16_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size)"
-    " -> Tensor",
+    "wna16_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias,"
+    " int bits, int group_size) -> Tensor",
     fake=_fake,
     inputs=_samples,
     tolerance=TOLERANCE,

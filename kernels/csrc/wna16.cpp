@@ -3,7 +3,8 @@
 // Eight codes of b bits are b bytes of a row's bit stream, so a vector of eight codes is one load of four bytes,
 // broadcast, shifted by lane and masked; 3 bits need no case of their own. A vector meets M activation rows while it
 // is in a register, so up to a handful of rows cost little more than one. Scales and zero points are applied to each
-// group's sums, not to each weight: sum (c - z) s x = s (sum c x) - s z (sum x).
+// group's sums, not to each weight: sum (c - z) s x = s (sum c x) - s z (sum x). The two terms cancel to fp32's
+// precision of either, so a row whose weights are all zero gives 1e-7 of |x|, not 0.
 // The vector type is the compiler's own: it becomes AVX2 or NEON where there is one.
 
 #include <cstdint>
