@@ -48,6 +48,8 @@ class Frontier:
         for node in list(self.axes.labels):
             if node.op == "placeholder":
                 self.entering[node] = self.axes[node]
+            elif node.target is aten.embedding.default:
+                self._enter(node.args[1], self.axes[node][:-1])  # type: ignore[arg-type]
             elif node.target is aten.scaled_dot_product_attention.default:
                 mask = attention(node).mask
                 if self.visibilities[node].kind == "generic" and mask is not None and mask not in self.masks:

@@ -95,7 +95,10 @@ def find(program: Program, config: PrepackConfig) -> Found:
     for size, axis in ((batch, "batch"), (sequence, "sequence")):
         if hint(size) == 1:
             raise Decline(f"The {axis} dimension is 1 in this graph, so there is no padding between rows to leave out.")
-    axes = propagate(program, {tokens: (BATCH, SEQUENCE) + (None,) * (value(tokens).dim() - 2)})
+    # The flow starts at the embedded tokens, not at the ids: what else a model computes from the ids
+    # (RoBERTa counts positions in them) is a handful of integers and stays padded.
+    start = _embedded(tokens) or [tokens]
+    axes = propagate(program, {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start})
     sites = program.nodes(aten.scaled_dot_product_attention.default)
     if not sites:
         raise Decline(_no_attention(axes))
@@ -143,10 +146,20 @@ def _token_input(program: Program, padding: fx.Node) -> fx.Node:
     return max(candidates, key=lambda c: c[:2])[2]
 
 
+def _embedded(tokens: fx.Node) -> list[fx.Node]:
+    """The lookups of the token input in its largest table, through casts."""
+    found, reads = [], [tokens]
+    for node in reads:
+        reads += [u for u in node.users if u.target in (aten.to.dtype, aten.clone.default)]
+        found += [u for u in node.users if u.target is aten.embedding.default and u.args[1] is node]
+    largest = max([value(n.args[0]).shape[0] for n in found], default=0)
+    return [n for n in found if value(n.args[0]).shape[0] == largest]
+
+
 def _largest_table(user: fx.Node) -> int:
     if user.target is aten.embedding.default:
         return value(user.args[0]).shape[0]
-    if user.target in (aten.to.dtype, aten.clone.default, aten.reshape.default):
+    if user.target in (aten.to.dtype, aten.clone.default):
         return max([0, *(_largest_table(u) for u in user.users)])
     return 0
 
@@ -196,7 +209,7 @@ def cut(program: Program, padded: Program, found: Found) -> tuple[PackedLayout, 
     early = [
         a for node in late for a in node.all_input_nodes
         if a not in axes.stopped and a not in axes and a.op == "call_function"
-    ] + [n for n in computed if n not in axes and n not in axes.stopped and n.op == "call_function"]  # fmt: skip
+    ] + [n for n in computed if n not in axes and n not in axes.stopped and n.op != "placeholder"]  # fmt: skip
     prologue_nodes = list(dict.fromkeys(prologue_nodes + early))
     body = trace_body(program, frontier, leaving)
     epilogue, epilogue_arguments = None, []

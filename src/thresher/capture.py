@@ -74,7 +74,7 @@ def assemble(
     for index, node in enumerate([n for n in module.graph.nodes if n.op == "placeholder"]):
         if index not in weights:
             program.input_names.append(names[index])
-            node._rename(re.sub(r"\W", "_", names[index]))
+            node._rename("in_self" if names[index] == "self" else re.sub(r"\W", "_", names[index]))
             node.target = node.name
             continue
         fqn, tensor = weights[index]
@@ -114,8 +114,9 @@ _PART = re.compile(r"(_parameters|_buffers|_modules)\[['\"]([^'\"]+)['\"]\]")
 
 
 def _input_name(expression: str, fallback: str) -> str:
-    quoted = re.findall(r"\[['\"]([^'\"]+)['\"]\]", expression)
-    return quoted[-1] if quoted else fallback
+    """`input_ids` from `L['kwargs']['input_ids']`, `eps` from `L['self']._modules['norm'].eps`."""
+    last = re.search(r"(?:\[['\"]([^'\"]+)['\"]\]|\.([A-Za-z_]\w*))$", expression)
+    return (last[1] or last[2]) if last else fallback
 
 
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Program, list[str]]:

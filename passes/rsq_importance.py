@@ -1,0 +1,172 @@
+"""Which tokens matter: the importance strategies of RSQ (section 3.2), as pure functions.
+
+A strategy gives each token of each sequence a raw score [batch, length]; `weights` maps the scores of one
+sequence linearly onto [r_min, r_max] and divides by their mean. The weights multiply the squared error:
+H = 2/n sum_i w_i x_i x_i^T, so features are scaled by sqrt(w_i). (The paper writes H = 2 X R^2 X^T: its R is
+the square root of these weights.)
+
+real: bool [batch, length], false at padding; None means that every token is real.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from thresher.errors import ArgumentError
+
+STRATEGIES = ("attncon", "first", "first_last", "tokenfreq", "actnorm", "actdiff", "tokensim", "uniform")
+_BLOCK = 1 << 22  # attention probabilities held at a time: 16 MiB in fp32
+
+
+def attention_concentration(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+    window_left: int = -1,
+    softcap: float = 0.0,
+    real: torch.Tensor | None = None,
+    normalize: bool = False,
+) -> torch.Tensor:
+    """AttnCon: fp32 [batch, length], the attention each key receives, summed over heads and queries.
+
+    q: [batch, heads, length, dim] after rope; k: [batch, kv_heads, length, dim]. scale: of the scores, by
+    default dim ** -0.5. window_left: -1 for none, else a query sees at most that many keys before itself
+    (and with causal=False as many after). softcap: 0 for none. normalize: divide by the number of queries
+    that see the key, which the paper does not.
+    A block of queries of one head is held at a time, never a [length, length] map of all heads.
+    """
+    batch, heads, length, dim = q.shape
+    if k.shape[0] != batch or k.shape[2:] != q.shape[2:] or heads % k.shape[1]:
+        raise ArgumentError(
+            "k",
+            f"shape {tuple(k.shape)}",
+            f"[{batch}, kv_heads, {length}, {dim}] with kv_heads a divisor of {heads}",
+            "Pass the queries and keys of one layer.",
+        )
+    scale = dim**-0.5 if scale is None else scale
+    real = _real(real, q, (batch, length))
+    received = torch.zeros(batch, length, device=q.device)
+    seen_by = torch.zeros(batch, length, device=q.device)
+    step = max(1, min(length, _BLOCK // max(1, batch * length)))
+    at = torch.arange(length, device=q.device)
+    for first in range(0, length, step):
+        rows = at[first : first + step]
+        distance = rows[:, None] - at
+        seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window_left >= 0:
+            seen = seen & (distance.abs() <= window_left)
+        seen = seen & real[:, None, :] & real[:, rows, None]
+        seen_by += seen.sum(1)
+        for head in range(heads):
+            scores = q[:, head, rows].float() @ k[:, head // (heads // k.shape[1])].float().transpose(1, 2)
+            scores = scores * scale
+            if softcap > 0:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~seen, -torch.inf)
+            # A query that sees nothing gives a row of NaN, not of weights.
+            received += torch.softmax(scores, -1).nan_to_num(0.0).sum(1)
+    return received / seen_by.clamp_min(1) if normalize else received
+
+
+def chunks(real: torch.Tensor, parts: int, chosen: tuple[int, ...]) -> torch.Tensor:
+    """FirstN and First&LastN: 1 for the real tokens in the chosen of `parts` equal parts, else 0.
+
+    real: bool [batch, length]. Parts are counted over each sequence's real tokens; FirstN with an eighth is
+    `chunks(real, 8, (0,))`, First&LastN `chunks(real, 32, (0, 31))`.
+    """
+    if parts < 1 or not chosen or not all(0 <= c < parts for c in chosen):
+        raise ArgumentError(
+            "chosen", chosen, f"part numbers from 0 to {parts - 1}", "Name at least one part."
+        )
+    rank = real.long().cumsum(1) - 1
+    part = rank * parts // real.long().sum(1, keepdim=True).clamp_min(1)
+    return (torch.isin(part, torch.tensor(chosen, device=real.device)) & real).float()
+
+
+def token_rarity(tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """TokenFreq: minus how often each token occurs in the calibration set. tokens: ids [batch, length];
+    counts: [vocabulary], as `torch.bincount` of the whole set gives."""
+    return -counts.to(tokens.device)[tokens].float()
+
+
+def activation_norm(x: torch.Tensor) -> torch.Tensor:
+    """ActNorm: the norm of the layer's input. x: [batch, length, d]."""
+    return x.float().norm(dim=-1)
+
+
+def activation_change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """ActDiff: minus the distance between the layer's input and output: little change is important."""
+    return -(x.float() - y.float()).norm(dim=-1)
+
+
+def token_distance(x: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    """TokenSim: the mean squared distance from each token to its sequence's tokens.
+
+    Taken from mean and mean square, without a [length, length] matrix: the mean over j of |x_i - x_j|^2 is
+    |x_i|^2 - 2 x_i . mean(x) + mean |x|^2.
+    """
+    wide = x.double()
+    keep = _real(real, x, x.shape[:2]).double()[..., None]
+    count = keep.sum(1, keepdim=True).clamp_min(1)
+    square = (wide * wide).sum(-1, keepdim=True)
+    mean = (wide * keep).sum(1, keepdim=True) / count
+    mean_square = (square * keep).sum(1, keepdim=True) / count
+    return (square - 2 * (wide * mean).sum(-1, keepdim=True) + mean_square)[..., 0].float()
+
+
+def weights(
+    scores: torch.Tensor,
+    r_min: float,
+    r_max: float = 1.0,
+    real: torch.Tensor | None = None,
+    power: float = 1.0,
+) -> torch.Tensor:
+    """fp32 [batch, length] with mean 1 over each sequence's real tokens, 0 at padding.
+
+    scores: raw importance. power: applied to non-negative scores before the mapping. A sequence whose
+    scores are all equal, like r_min = r_max, gives exactly 1 everywhere: plain GPTQ.
+    """
+    if not 0 < r_min <= r_max:
+        raise ArgumentError(
+            "r_min", r_min, f"0 < r_min <= r_max = {r_max}", "The paper searches 0.005 to 0.1."
+        )
+    keep = _real(real, scores, scores.shape)
+    scores = scores.float()
+    if not bool(torch.isfinite(scores[keep]).all()):
+        raise ArgumentError("scores", "NaN or inf", "finite numbers", "Check the layer's activations.")
+    if power != 1.0:
+        if bool((scores[keep] < 0).any()):
+            raise ArgumentError("power", power, "1 for scores that are negative", "Leave power at 1.")
+        scores = scores.clamp_min(0) ** power
+    low = scores.masked_fill(~keep, torch.inf).amin(1, keepdim=True)
+    high = scores.masked_fill(~keep, -torch.inf).amax(1, keepdim=True)
+    flat = (high <= low) | (r_min == r_max)
+    unit = (scores - low) / torch.where(flat, torch.ones_like(high), high - low)
+    mapped = (r_min + (r_max - r_min) * unit).masked_fill(~keep, 0.0)
+    mean = mapped.double().sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp_min(1)
+    out = torch.where(flat, torch.ones_like(mapped), (mapped / mean.clamp_min(1e-30)).float())
+    return out.masked_fill(~keep, 0.0)
+
+
+def shift_sequences(tokens: torch.Tensor, copies: int) -> torch.Tensor:
+    """Data-set expansion: each sequence rolled by 0, 1/copies, 2/copies ... of its length.
+
+    tokens: [sequences, length] without padding -> [sequences * copies, length]. Early positions attract
+    attention, whatever stands there; shifted copies let every token stand early once.
+    """
+    length = tokens.shape[1]
+    if not 1 <= copies <= length:
+        raise ArgumentError("copies", copies, f"1 to the sequence length {length}", "The paper uses a few.")
+    rolled = [tokens.roll(c * (length // copies), dims=1) for c in range(copies)]
+    return torch.stack(rolled, dim=1).flatten(0, 1)
+
+
+def _real(real: torch.Tensor | None, like: torch.Tensor, shape) -> torch.Tensor:
+    if real is None:
+        return torch.ones(tuple(shape), dtype=torch.bool, device=like.device)
+    if real.dtype != torch.bool or real.shape != tuple(shape):
+        raise ArgumentError(
+            "real", f"{real.dtype} {tuple(real.shape)}", f"bool {tuple(shape)}", "True marks a real token."
+        )
+    return real
