@@ -7,6 +7,7 @@ everything earlier, a window of those, or something only the mask itself can say
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,7 @@ class MaskProbe:
     """Evaluates one mask of a program at chosen sizes."""
 
     def __init__(self, program: Program, mask: fx.Node, padding: fx.Node):
-        self.program = extract(program, program.placeholders, [mask])
-        self.names = [p.name for p in self.program.placeholders]
+        self.program = _on_cpu(extract(program, program.placeholders, [mask]))
         self.padding = padding
         self.position = program.placeholders.index(padding)
 
@@ -125,6 +125,20 @@ class MaskProbe:
         # shorter rows cannot show a window as wide as they are
         widest = max(windows)
         return Visibility(kind, widest) if _consistent(found, kind, widest) else Visibility("generic")
+
+
+def _on_cpu(program: Program) -> Program:
+    """The program with every factory on the CPU: a probe needs no accelerator, and none for a meta model."""
+    cpu = torch.device("cpu")
+    for node in program.nodes():
+        node.args = fx.node.map_aggregate(node.args, lambda a: cpu if isinstance(a, torch.device) else a)
+        node.kwargs = {k: cpu if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
+    for name, weight in list(program.weights.items()):
+        if weight.tensor.device != cpu and weight.tensor.device.type != "meta":
+            program.weights[name] = dataclasses.replace(weight, tensor=weight.tensor.cpu())
+            program.graph_module.register_buffer(name, program.weights[name].tensor, persistent=False)
+    program.graph_module.recompile()
+    return program
 
 
 def _consistent(found: set[Visibility], kind: str, widest: int) -> bool:

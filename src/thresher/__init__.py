@@ -1,3 +1,43 @@
-"""Thresher computes only the grain: graph rewrites that take the waste out of transformer inference."""
+"""Thresher computes only the grain: graph rewrites that take the waste out of transformer inference.
+
+    torch.compile(model, backend="thresher")        # no import needed
+    thresher.compile(model, example_inputs, recipe) # raises where torch.compile would warn
+    @thresher.optimize(recipe)                      # functions and nn.Module classes
+    thresher.explain(model, example_inputs)         # a dry run, also on the meta device
+
+Importing this package is cheap; torch is imported when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Recipe": "recipe",
+    "Report": "report",
+    "ThresherError": "errors",
+    "ThresherWarning": "backend",
+    "compile": "api",
+    "explain": "api",
+    "optimize": "api",
+    "pack_dataset": "runtime.binpack",
+}
+__all__ = ["__version__", "reports", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"thresher.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'thresher' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
+
+
+def reports() -> list[Any]:
+    """Reports of the graphs compiled so far in this process and still in use, oldest first."""
+    return [s.report for s in importlib.import_module("thresher.sessions").recent()]

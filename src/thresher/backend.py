@@ -53,6 +53,7 @@ def thresher_backend(
     """
     given = dict(options) if isinstance(options, dict) else {} if options is None else {"recipe": options}
     target, strict = given.pop("target", "inductor"), given.pop("strict", False)
+    mode = given.pop("mode", None) or mode
     if target not in TARGETS:
         raise ArgumentError("options['target']", repr(target), "one of " + ", ".join(TARGETS), "Use a target from that list.")
     recipe = given.pop("recipe") if isinstance(given.get("recipe"), Recipe) else None

@@ -1,0 +1,330 @@
+"""What structure recovery finds: the parts of a transformer, each with its nodes and weights.
+
+Sites point into one Program's graph. They describe it as it was when `recover` ran; after a rewrite,
+recover again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from thresher.layout import Visibility
+
+
+@dataclass(eq=False)
+class LinearSite:
+    """One multiplication by a weight of the model.
+
+    fqn: the module, `model.layers.0.mlp.up_proj`. node: the operator (linear, addmm, mm or matmul).
+    x, output: input [..., in_features] and result [..., out_features]; where the operator works on a
+        flattened tensor these lie outside its reshapes, and a bias added apart is inside. A rewrite reads
+        `x` and replaces `output`.
+    weight, bias: attribute names in the Program. weight_fqn: the weight's name in the model.
+    transposed: the weight is stored [in, out]; otherwise [out, in].
+    role: q k v qkv o up gate gate_up down head, or "" when the linear is in none of these places.
+    tied: some other node reads the same weight.
+    """
+
+    fqn: str
+    node: fx.Node
+    x: fx.Node
+    output: fx.Node
+    weight: str
+    weight_fqn: str
+    bias: str | None
+    in_features: int
+    out_features: int
+    transposed: bool
+    tied: bool = False
+    role: str = ""
+
+
+@dataclass(eq=False)
+class NormSite:
+    """A normalisation over the last dimension.
+
+    kind: "rms" or "layer". weight, bias: attribute names, None when absent.
+    offset: the scale is `offset + weight` (Gemma stores the difference from one).
+    nodes: the operators it consists of, `output` last.
+    """
+
+    fqn: str
+    kind: str
+    input: fx.Node
+    output: fx.Node
+    weight: str | None
+    bias: str | None
+    eps: float
+    offset: float = 0.0
+    nodes: tuple[fx.Node, ...] = ()
+
+
+@dataclass(eq=False)
+class Projection:
+    """A linear's output, or the part of a fused linear's output, as one operand.
+
+    rows: which of the linear's out_features these are: int64 [heads, head_dim] in attention, [width] in an
+        MLP. They are the weight's rows, or its columns when it is stored transposed.
+    whole: these are all of them, in order. result: the node that holds the operand before it is shared
+        among query heads, [batch, heads, sequence, head_dim] in attention.
+    """
+
+    linear: LinearSite
+    rows: torch.Tensor
+    whole: bool
+    result: fx.Node
+
+
+@dataclass(eq=False)
+class Rope:
+    """Rotary position embedding. kind: "half" (rotate_half) or "interleaved" (rotate_every_two).
+
+    cos, sin: as computed, before they are unsqueezed for the heads. dim: how many of the head's leading
+    dimensions are rotated.
+    """
+
+    kind: str
+    cos: fx.Node
+    sin: fx.Node
+    dim: int
+
+
+@dataclass(eq=False)
+class AttentionSite:
+    """One attention: from the projections to the output linear.
+
+    node: the operator whose result is [batch, heads, sequence, head_dim]; for the eager spelling, the
+        product of probabilities and values. spelling: "sdpa", "eager" or "varlen".
+    q, k, v: share one LinearSite when it is fused. o: the output linear, in_features = heads * value_dim.
+    mask: the mask or bias given to it, as a node; an eager attention can have several, added in order.
+    visibility: what the mask shows, as far as its expression tells; "generic" when it does not.
+    scale: what multiplies q @ k^T, everything included. softcap: the logits' soft cap, or None.
+    cross: keys come from another sequence than queries. probabilities: after softmax, eager only.
+    """
+
+    fqn: str
+    node: fx.Node
+    spelling: str
+    q: Projection
+    k: Projection
+    v: Projection
+    o: LinearSite
+    q_norm: NormSite | None
+    k_norm: NormSite | None
+    rope: Rope | None
+    masks: tuple[fx.Node, ...]
+    visibility: Visibility
+    scale: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    softcap: float | None = None
+    cross: bool = False
+    probabilities: fx.Node | None = None
+
+    @property
+    def fused(self) -> bool:
+        """One linear makes q, k and v."""
+        return self.q.linear is self.k.linear is self.v.linear
+
+    @property
+    def x(self) -> fx.Node:
+        """What the query projection reads."""
+        return self.q.linear.x
+
+    @property
+    def output(self) -> fx.Node:
+        return self.o.output
+
+    @property
+    def is_causal(self) -> bool:
+        return self.visibility.kind == "causal"
+
+    @property
+    def window(self) -> int | None:
+        """How many earlier positions a query sees (and later ones, when bidirectional); None for all."""
+        return self.visibility.window if self.visibility.window >= 0 else None
+
+    @property
+    def mask(self) -> fx.Node | None:
+        """The only mask; None when there is none or several."""
+        return self.masks[0] if len(self.masks) == 1 else None
+
+    @property
+    def linears(self) -> list[LinearSite]:
+        """Each once, in the order q, k, v, o."""
+        return list(dict.fromkeys((self.q.linear, self.k.linear, self.v.linear, self.o)))
+
+
+@dataclass(eq=False)
+class MlpSite:
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` when gated.
+
+    activation: relu, relu2, gelu, gelu_tanh, quick_gelu, silu, hardswish, hardsigmoid, sigmoid, ...
+    activation_node: its result. hidden: the input of down, [..., width].
+    """
+
+    fqn: str
+    up: Projection
+    gate: Projection | None
+    down: LinearSite
+    activation: str
+    activation_node: fx.Node
+    hidden: fx.Node
+
+    @property
+    def fused(self) -> bool:
+        """One linear makes gate and up."""
+        return self.gate is not None and self.gate.linear is self.up.linear
+
+    @property
+    def x(self) -> fx.Node:
+        return self.up.linear.x
+
+    @property
+    def output(self) -> fx.Node:
+        return self.down.output
+
+    @property
+    def width(self) -> int:
+        return self.down.in_features
+
+    @property
+    def linears(self) -> list[LinearSite]:
+        gate = [self.gate.linear] if self.gate is not None else []
+        return list(dict.fromkeys((self.up.linear, *gate, self.down)))
+
+
+@dataclass(eq=False)
+class Branch:
+    """A site on the residual stream: `add = stream + scale * post_norm(site(pre_norm(stream)))`.
+
+    stream: the residual operand. pre_norm, post_norm: norms inside the branch. stream_norm: the norm the
+    stream itself goes through after the addition (post-norm models such as BERT).
+    scale: a number, or the attribute name of a weight, that multiplies the branch; None for one.
+    adds: the additions from the site's output to the stream, `add` last; two in parallel layers.
+    """
+
+    site: AttentionSite | MlpSite
+    stream: fx.Node
+    add: fx.Node
+    adds: tuple[fx.Node, ...]
+    pre_norm: NormSite | None = None
+    post_norm: NormSite | None = None
+    stream_norm: NormSite | None = None
+    scale: float | str | None = None
+
+
+@dataclass(eq=False)
+class LayerSite:
+    """One layer of the residual stream.
+
+    input, output: the hidden state before and after. parallel: attention and MLP read the same stream.
+    inputs: every value the layer takes from outside, `input` first, then masks, rotary tables and sizes.
+    nodes: the operators inside, in order. exports: those inside, besides `output`, that are read outside
+        (keys and values for a cache).
+    """
+
+    index: int
+    fqn: str
+    input: fx.Node
+    output: fx.Node
+    branches: list[Branch]
+    inputs: list[fx.Node] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+    exports: list[fx.Node] = field(default_factory=list)
+
+    def _sites(self, kind: type, cross: bool = False) -> list[Branch]:
+        return [b for b in self.branches if isinstance(b.site, kind) and getattr(b.site, "cross", False) == cross]
+
+    @property
+    def attention_branch(self) -> Branch | None:
+        return next(iter(self._sites(AttentionSite)), None)
+
+    @property
+    def mlp_branch(self) -> Branch | None:
+        return next(iter(self._sites(MlpSite)), None)
+
+    @property
+    def attention(self) -> AttentionSite | None:
+        return self.attention_branch.site if self.attention_branch else None  # type: ignore[return-value]
+
+    @property
+    def cross_attention(self) -> AttentionSite | None:
+        return next((b.site for b in self._sites(AttentionSite, cross=True)), None)  # type: ignore[misc]
+
+    @property
+    def mlp(self) -> MlpSite | None:
+        return self.mlp_branch.site if self.mlp_branch else None  # type: ignore[return-value]
+
+    @property
+    def parallel(self) -> bool:
+        return len(self.branches) > 1 and len({b.stream for b in self.branches}) == 1
+
+    @property
+    def norm_position(self) -> str:
+        """ "pre", "post" (the stream is normalised after each addition), "branch" or "sandwich"."""
+        if any(b.stream_norm for b in self.branches):
+            return "post"
+        inside = any(b.post_norm for b in self.branches)
+        before = any(b.pre_norm for b in self.branches)
+        return {(True, True): "sandwich", (True, False): "pre", (False, True): "branch"}.get((before, inside), "none")
+
+    @property
+    def norms(self) -> list[NormSite]:
+        """Norms of the hidden width, in the order they run."""
+        found = [n for b in self.branches for n in (b.pre_norm, b.post_norm, b.stream_norm) if n is not None]
+        return list(dict.fromkeys(found))
+
+
+@dataclass(eq=False)
+class EmbeddingSite:
+    """A part of what starts a residual stream.
+
+    kind: token, position, token_type, patch (a convolution), prefix (a learned token put in front) or
+        input (the caller gives the embeddings).
+    node: the look-up, the convolution, or the weight itself when it is added whole.
+    scale: a number, or the attribute name of a weight, that multiplies it; None for one.
+    """
+
+    kind: str
+    fqn: str
+    node: fx.Node
+    weight: str | None
+    scale: float | str | None = None
+
+
+@dataclass(eq=False)
+class Tower:
+    """One residual stream: embeddings, layers, final norm. norm: the embeddings' own norm.
+
+    hidden: the stream after the last layer and the final norm.
+    """
+
+    embeddings: list[EmbeddingSite]
+    layers: list[LayerSite]
+    hidden: fx.Node
+    embedding_norm: NormSite | None = None
+    final_norm: NormSite | None = None
+
+    @property
+    def token_embedding(self) -> EmbeddingSite | None:
+        return next((e for e in self.embeddings if e.kind == "token"), None)
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """The innermost module that contains all of these; one name gives its parent."""
+    parts = [n.split(".") for n in names]
+    if len(set(names)) == 1:
+        return ".".join(parts[0][:-1])
+    shared = []
+    for level in zip(*parts):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)

@@ -1,0 +1,192 @@
+"""The Python ways in: `compile`, `optimize` and `explain`. `torch.compile(backend="thresher")` needs none of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from . import backend, capture, sessions
+from .compat import without_fake_mode
+from .errors import ArgumentError, ThresherError
+from .program import Program
+from .recipe import Recipe
+from .report import Report
+from .runtime.session import Counters, Session
+
+T = TypeVar("T")
+
+
+class Compiled:
+    """A compiled model. Call it as the model; it runs without recording gradients.
+
+    Everything else (`config`, `device`, ...) is looked up on the model it was made from.
+    """
+
+    def __init__(self, model: torch.nn.Module, call: Callable[..., Any], recipe: Recipe):
+        self.model, self.recipe = model, recipe
+        self._call = call
+        self.sessions: list[Session] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with sessions.collect() as made, torch.no_grad(), _unwrapped(), _specialized_floats():
+            result = self._call(*args, **kwargs)
+        self.sessions += made
+        return result
+
+    @property
+    def reports(self) -> list[Report]:
+        """One report for each graph; a model without graph breaks has one for each kind of shape."""
+        return [s.report for s in self.sessions]
+
+    @property
+    def report(self) -> Report:
+        """The report of the graph in which most sites were rewritten."""
+        return max(self.reports, key=lambda r: r.rewritten)
+
+    @property
+    def counters(self) -> list[Counters]:
+        return [s.counters for s in self.sessions]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def compile(
+    model: torch.nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    recipe: Any = None,
+    *,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    target: str = "inductor",
+    **options: Any,
+) -> Compiled:
+    """Compile a model for inference, verify it on the example, and raise when it cannot be done.
+
+    example_inputs: keyword arguments as a dict, or positional ones as a tuple. A mixed-length batch shows
+        padding best. recipe, options: see `Recipe.of`. dynamic, mode: as in torch.compile.
+    target: "inductor", or "reference" for plain PyTorch.
+
+    Where `torch.compile(backend="thresher")` would warn and run a graph as it was, this raises.
+    """
+    args, kwargs = _example(example_inputs)
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError("model", type(model).__name__, "a torch.nn.Module", "Use thresher.optimize for a function.")
+    if model.training:
+        raise ArgumentError("model", "a model in training mode", "a model in eval mode", "Call model.eval() first.")
+    chosen = Recipe.of(recipe, **options)
+    call = torch.compile(
+        model,
+        backend=backend.thresher_backend,
+        dynamic=dynamic,
+        mode=None,
+        options={"recipe": chosen, "target": target, "mode": mode, "strict": True},
+    )
+    compiled = Compiled(model, call, chosen)
+    compiled(*args, **kwargs)
+    return compiled
+
+
+def optimize(recipe: Any = None, *, dynamic: bool | None = None, **options: Any) -> Callable[[T], T]:
+    """A decorator for functions and nn.Module classes: calls are compiled with Thresher.
+
+        @thresher.optimize("exact")
+        class Encoder(nn.Module): ...
+
+    A decorated class stays the same class: `isinstance`, `state_dict` and pickling do not change.
+    """
+    chosen = Recipe.of(recipe, **options)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, backend=backend.thresher_backend, dynamic=dynamic, options={"recipe": chosen})
+
+    def decorate(target: T) -> T:
+        if isinstance(target, type) and issubclass(target, torch.nn.Module):
+            target.forward = functools.wraps(target.forward)(compiled(target.forward))  # type: ignore[method-assign]
+            return target
+        if isinstance(target, type) or not callable(target):
+            raise ArgumentError("@thresher.optimize", repr(target), "a function or a subclass of torch.nn.Module",
+                                "Use thresher.compile for a model that exists already.")  # fmt: skip
+        return functools.wraps(target)(compiled(target))  # type: ignore[return-value]
+
+    return decorate
+
+
+@dataclass
+class Explanation:
+    """What Thresher would do. before, after: the program's text around the passes, for each graph."""
+
+    reports: list[Report] = field(default_factory=list)
+    before: list[Program] = field(default_factory=list)
+    after: list[Program] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    @property
+    def report(self) -> Report:
+        return max(self.reports, key=lambda r: r.rewritten)
+
+    def __str__(self) -> str:
+        return "\n".join([str(r) for r in self.reports] + [f"not captured: {r}" for r in self.refused])
+
+
+def explain(
+    model: torch.nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], recipe: Any = None, **options: Any
+) -> Explanation:
+    """A dry run: capture, match, rewrite and report, without building anything.
+
+    Works without a GPU and for a model on the meta device, whose weights do not exist; the passes then
+    cannot be verified, and those that read weights say so. The inputs are moved to the model's device.
+    """
+    args, kwargs = _example(example_inputs)
+    chosen = Recipe.of(recipe, **options)
+    found = Explanation()
+
+    def look(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        try:
+            program, _roles = capture.from_dynamo(gm, inputs)
+            with without_fake_mode(), torch.no_grad():
+                after, report = backend.run_pipeline(program, chosen, None)
+        except ThresherError as reason:
+            found.refused.append(str(reason))
+        else:
+            found.before.append(program)
+            found.after.append(after)
+            found.reports.append(report)
+        return gm.forward
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    place = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, lambda t: t.to(device))
+    with torch.no_grad(), _unwrapped(), _specialized_floats():
+        torch.compile(model, backend=look)(*place(args), **place(kwargs))
+    if not found.reports and not found.refused:
+        raise ThresherError("Nothing was captured: the model's forward has no tensor operation, or it was compiled before.")
+    return found
+
+
+def _example(given: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(given, Mapping) or hasattr(given, "keys"):
+        return (), dict(given)  # a tokenizer's BatchEncoding is a mapping by behaviour only
+    if isinstance(given, (tuple, list)):
+        return tuple(given), {}
+    raise ArgumentError("example_inputs", type(given).__name__, "a dict of keyword arguments or a tuple of positional ones",
+                        "Pass what you would call the model with.")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Dynamo wraps what a backend raises; give the user our own error."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as wrapped:
+        inner = wrapped.inner_exception
+        raise inner.with_traceback(None) from None if isinstance(inner, ThresherError) else wrapped
+
+
+def _specialized_floats() -> Any:
+    """Norm epsilons and attention scales are constants, also with dynamic=True."""
+    return torch._dynamo.config.patch(specialize_float=True)
