@@ -52,7 +52,8 @@ def round_activations(
         return _values(q.codes, q.block_scales), q.global_scale
     blocks = pad_blocks(x).float().unflatten(-1, (-1, BLOCK))
     amax, limit = blocks.abs().amax(-1, keepdim=True), INT_LIMITS[activations]
-    inverse = torch.where(amax > 0, (limit / amax).clamp(max=torch.finfo(torch.float32).max), 0.0)
+    inverse = torch.full_like(amax, limit) / amax  # not `limit / amax`, which multiplies by a reciprocal
+    inverse = torch.where(amax > 0, inverse.clamp(max=torch.finfo(torch.float32).max), 0.0)
     return ((blocks * inverse).round() * (amax / limit)).flatten(-2), one
 
 

@@ -5,7 +5,8 @@ magnitude to 6 * 448, and one E4M3 scale a block of 16. They differ in the order
 and in how they treat tiny blocks, so bytes agree only within a mode. `thresher` is `te` with block
 scales clamped to at least 2^-9 (keeps rows up to 2^-20 below the tensor's maximum) and 1 for a zero
 block. An all-zero tensor gets a tensor scale of 1 in every mode; torchao and modelopt themselves
-divide by zero there and write NaN scales.
+divide by zero there and write NaN scales. Likewise zeros stay zero in a tensor below 1e-35, where
+torchao multiplies them by infinity and writes 1.5.
 
 Plain quantization of a CPU tensor runs in one fused C++ pass that gives the same bytes.
 """
@@ -90,7 +91,9 @@ def _e4m3(scales: torch.Tensor, least: float) -> torch.Tensor:
 
 
 def _encode_scale(amax: torch.Tensor, top: float) -> torch.Tensor:
-    return torch.where(amax > 0, (E2M1_MAX * top / amax).clamp(max=_FLT_MAX), 1.0)
+    # A tensor divided by a tensor: a Python number on the left would become reciprocal, then product.
+    encode = torch.full_like(amax, E2M1_MAX * top) / amax
+    return torch.where(amax > 0, encode.clamp(max=_FLT_MAX), 1.0)
 
 
 def _decode_scale(amax: torch.Tensor, top: float) -> torch.Tensor:
@@ -120,7 +123,7 @@ def _modelopt_block(amax: torch.Tensor, g: torch.Tensor, _: torch.dtype) -> torc
 
 
 def _compressed_tensors_scale(amax: torch.Tensor, top: float) -> torch.Tensor:
-    encode = E2M1_MAX * top / amax.clamp(min=torch.finfo(torch.float32).tiny)
+    encode = amax.clamp(min=torch.finfo(torch.float32).tiny).reciprocal() * (E2M1_MAX * top)
     return encode.nan_to_num(nan=1.0, posinf=1.0)
 
 

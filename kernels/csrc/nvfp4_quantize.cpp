@@ -53,7 +53,8 @@ float fp16_round(float v) {
   return std::nearbyint(v * 0x1p24f) * 0x1p-24f;
 }
 
-uint8_t block_scale(float amax, float g, Mode mode, Type type) {
+template <Mode mode, Type type>
+uint8_t block_scale(float amax, float g) {
   switch (mode) {
     case kThresher:  // 1.f / 6.f is rounded first, as in the Python arithmetic
       return amax > 0 ? to_e4m3(clamp_scale(amax * (g * (1.f / 6.f)), 0x1p-9f)) : to_e4m3(1.f);
@@ -76,7 +77,8 @@ uint8_t block_scale(float amax, float g, Mode mode, Type type) {
 }
 
 // What elements are multiplied by; modelopt and compressed-tensors divide by it instead.
-float factor(float s, float g, Mode mode) {
+template <Mode mode>
+float factor(float s, float g) {
   switch (mode) {
     case kThresher:
     case kTe:
@@ -90,15 +92,19 @@ float factor(float s, float g, Mode mode) {
   }
 }
 
-void load_block(const void* x, int64_t at, int count, Type type, float* out) {
+template <Type type>
+void load_block(const void* x, int64_t at, int count, float* out) {
   if (type == kFloat32) {
     std::memcpy(out, static_cast<const float*>(x) + at, count * sizeof(float));
   } else {
     const uint16_t* halves = static_cast<const uint16_t*>(x) + at;
 #if NVFP4_SIMD
-    if (type == kFloat16 && count == kBlock) {
-      for (int h = 0; h < kBlock; h += 8)
-        _mm256_storeu_ps(out + h, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + h))));
+    if (count == kBlock) {
+      for (int h = 0; h < kBlock; h += 8) {
+        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + h));
+        const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16);
+        _mm256_storeu_ps(out + h, type == kBFloat16 ? _mm256_castsi256_ps(wide) : _mm256_cvtph_ps(eight));
+      }
       return;
     }
 #endif
@@ -115,8 +121,9 @@ void load_block(const void* x, int64_t at, int count, Type type, float* out) {
 
 #if NVFP4_SIMD
 // Eight magnitudes to E2M1 codes: the least of the roundings to the three lines the values lie on.
+// NaN (zero times an infinite factor) stays NaN through the minimum and becomes negative, then 0 in `encode`.
 __m256i round_e2m1(__m256 v) {
-  const __m256 a = _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.f), v), _mm256_set1_ps(6.f));
+  const __m256 a = _mm256_min_ps(_mm256_set1_ps(6.f), _mm256_andnot_ps(_mm256_set1_ps(-0.f), v));
   const __m256i by_half = _mm256_cvtps_epi32(_mm256_add_ps(a, a));
   const __m256i by_one = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(2));
   const __m256i by_two =
@@ -126,7 +133,9 @@ __m256i round_e2m1(__m256 v) {
 #endif
 
 // The 16 codes of a block, packed.
-void encode(const float* x, float f, bool divides, bool keep_negative_zero, uint8_t* out) {
+template <Mode mode>
+void encode(const float* x, float f, uint8_t* out) {
+  constexpr bool divides = mode == kModelopt || mode == kCompressedTensors, keep_negative_zero = mode == kTorchao;
 #if NVFP4_SIMD
   __m256i halves[2];
   for (int h = 0; h < 2; h++) {
@@ -150,7 +159,8 @@ void encode(const float* x, float f, bool divides, bool keep_negative_zero, uint
   for (int i = 0; i < 8; i++) {
     uint8_t pair = 0;
     for (int h = 0; h < 2; h++) {
-      const float v = divides ? x[2 * i + h] / f : x[2 * i + h] * f;
+      float v = divides ? x[2 * i + h] / f : x[2 * i + h] * f;
+      if (std::isnan(v)) v = 0;  // zero times an infinite factor
       const float a = std::min(std::fabs(v), 6.f);
       const int code = std::min({int(std::nearbyint(2 * a)), int(std::nearbyint(a)) + 2,
                                  int(std::nearbyint(a / 2)) + 4});
@@ -177,14 +187,56 @@ float largest_of(const float* x) {
 #endif
 }
 
-// Bits of a magnitude order like the magnitude, and NaN and infinity order above every finite value.
-uint32_t magnitude_bits(const void* x, int64_t i, Type type) {
-  uint32_t bits;
-  if (type == kFloat32)
-    std::memcpy(&bits, static_cast<const float*>(x) + i, 4);
-  else
-    bits = static_cast<const uint16_t*>(x)[i];
-  return bits & (type == kFloat32 ? 0x7FFFFFFFu : 0x7FFFu);
+// Bits of a magnitude order like the magnitude, and those of infinity and NaN above every finite value.
+template <class Bits>
+Bits largest_bits(const void* x, int64_t count, Bits magnitude, int threads) {
+  constexpr int64_t kStep = 1 << 14;
+  const Bits* values = static_cast<const Bits*>(x);
+  Bits largest = 0;
+#pragma omp parallel for reduction(max : largest) num_threads(threads) if (threads > 1)
+  for (int64_t from = 0; from < count; from += kStep) {
+    Bits lanes[32] = {};  // independent maxima, which the compiler keeps in vector registers
+    const int64_t to = std::min(count, from + kStep), whole = from + (to - from) / 32 * 32;
+    for (int64_t i = from; i < whole; i += 32)
+      for (int j = 0; j < 32; j++) lanes[j] = std::max<Bits>(lanes[j], values[i + j] & magnitude);
+    for (int64_t i = whole; i < to; i++) lanes[0] = std::max<Bits>(lanes[0], values[i] & magnitude);
+    largest = std::max(largest, *std::max_element(lanes, lanes + 32));
+  }
+  return largest;
+}
+
+struct Job {
+  const void* x;
+  int64_t rows, k;
+  float g;
+  uint8_t *codes, *scales;
+  int threads;
+};
+
+template <Mode mode, Type type>
+void quantize(const Job& job) {
+  const int64_t k = job.k, blocks = (k + kBlock - 1) / kBlock;
+  float table[256], factors[256];
+  for (int b = 0; b < 256; b++) {
+    table[b] = e4m3(uint8_t(b));
+    factors[b] = factor<mode>(table[b], job.g);
+  }
+#pragma omp parallel for schedule(static) num_threads(job.threads) if (job.threads > 1)
+  for (int64_t r = 0; r < job.rows; r++)
+    for (int64_t b = 0; b < blocks; b++) {
+      float values[kBlock];
+      load_block<type>(job.x, r * k + b * kBlock, int(std::min<int64_t>(kBlock, k - b * kBlock)), values);
+      const uint8_t scale = block_scale<mode, type>(largest_of(values), job.g);
+      job.scales[r * blocks + b] = scale;
+      encode<mode>(values, factors[scale], job.codes + (r * blocks + b) * 8);
+    }
+}
+
+template <Mode mode>
+void quantize_type(const Job& job, int type) {
+  if (type == kFloat32) quantize<mode, kFloat32>(job);
+  if (type == kBFloat16) quantize<mode, kBFloat16>(job);
+  if (type == kFloat16) quantize<mode, kFloat16>(job);
 }
 
 }  // namespace
@@ -193,33 +245,24 @@ extern "C" {
 
 // Largest magnitude of `count` values. Infinite or NaN when one of them is.
 float nvfp4_amax(const void* x, int64_t count, int type, int threads) {
-  uint32_t largest = 0;
-#pragma omp parallel for simd reduction(max : largest) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < count; i++) largest = std::max(largest, magnitude_bits(x, i, Type(type)));
+  uint32_t bits = type == kFloat32 ? largest_bits<uint32_t>(x, count, 0x7FFFFFFFu, threads)
+                                   : largest_bits<uint16_t>(x, count, 0x7FFFu, threads);
+  if (type == kFloat16) return fp16_to_float(uint16_t(bits));
+  if (type == kBFloat16) bits <<= 16;
   float value;
-  if (type == kFloat16) return fp16_to_float(uint16_t(largest));
-  if (type == kBFloat16) largest <<= 16;
-  std::memcpy(&value, &largest, 4);
+  std::memcpy(&value, &bits, 4);
   return value;
 }
 
 // x [rows, k] finite, g the mode's tensor scale; codes [rows, 8 * blocks], scales [rows, blocks].
 void nvfp4_quantize(const void* x, int64_t rows, int64_t k, float g, int mode, int type, uint8_t* codes,
                     uint8_t* scales, int threads) {
-  const int64_t blocks = (k + kBlock - 1) / kBlock;
-  const bool divides = mode == kModelopt || mode == kCompressedTensors;
-  float table[256];
-  for (int b = 0; b < 256; b++) table[b] = e4m3(uint8_t(b));
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t b = 0; b < blocks; b++) {
-      float values[kBlock];
-      load_block(x, r * k + b * kBlock, int(std::min<int64_t>(kBlock, k - b * kBlock)), Type(type), values);
-      const uint8_t scale = block_scale(largest_of(values), g, Mode(mode), Type(type));
-      scales[r * blocks + b] = scale;
-      encode(values, factor(table[scale], g, Mode(mode)), divides, mode == kTorchao,
-             codes + (r * blocks + b) * 8);
-    }
+  const Job job{x, rows, k, g, codes, scales, threads};
+  if (mode == kThresher) quantize_type<kThresher>(job, type);
+  if (mode == kTe) quantize_type<kTe>(job, type);
+  if (mode == kTorchao) quantize_type<kTorchao>(job, type);
+  if (mode == kModelopt) quantize_type<kModelopt>(job, type);
+  if (mode == kCompressedTensors) quantize_type<kCompressedTensors>(job, type);
 }
 
 // out[r, k] = code * scale as fp32 (exact), for `rows` rows.

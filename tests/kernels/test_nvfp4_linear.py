@@ -1,0 +1,163 @@
+"""The operator beyond the generic provider test: activation modes, poisoned values, tails, bad input."""
+
+import pytest
+import torch
+
+from thresher.errors import ArgumentError
+from thresher.kernels import native, nvfp4_cpu
+from thresher.kernels.nvfp4 import ACTIVATIONS, nvfp4_linear
+from thresher.kernels.nvfp4_quantize import NVFP4Weight, quantize
+
+built = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+
+def weight(n=24, k=200, seed=0):
+    return quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(seed)))
+
+
+def call(x, q, activations="exact", input_scale=None, bias=None):
+    return nvfp4_linear(x, q.codes, q.block_scales, q.global_scale, input_scale, bias, activations)
+
+
+def relative(actual, expected):
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize(
+    "activations, bound", [("exact", 2e-6), ("int16", 3e-5), ("int8", 8e-3), ("nvfp4", 0.13)]
+)
+def test_error_of_the_activation_modes(activations, bound, rows):
+    q = weight(64, 1024)
+    x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(1))
+    error = relative(call(x, q, activations), x.double() @ q.dequantize(torch.float64).t())
+    assert error <= bound
+    assert activations == "exact" or error > bound / 30  # the mode was applied, not ignored
+
+
+def test_padding_does_not_reach_the_result():
+    q = weight(8, 21)
+    tail = NVFP4Weight(q.codes.clone(), q.block_scales, q.global_scale, 21)
+    tail.codes[:, 11:] = 0x77  # stale bytes beyond K meet zero activations
+    x = torch.randn(3, 21)
+    for activations in ACTIVATIONS:
+        torch.testing.assert_close(call(x, q, activations), call(x, tail, activations), rtol=0, atol=0)
+
+
+@built
+@pytest.mark.parametrize("activations", ["exact", "int8", "int16"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_activations_spoil_their_row_alone(activations, poison):
+    q, x = weight(), torch.randn(6, 200)
+    x[4, 77] = poison
+    y = call(x, q, activations)
+    assert nvfp4_linear.choose(x, q.codes, q.block_scales, q.global_scale)[0].name == "cpu_cpp"
+    assert not y[4].isfinite().all() and y[[0, 1, 2, 3, 5]].isfinite().all()
+    reference = nvfp4_linear.reference(x, q.codes, q.block_scales, q.global_scale, None, None, activations)
+    assert torch.equal(y.isnan(), reference.isnan())
+
+
+@built
+@pytest.mark.parametrize("rows", [1, 3, 30])
+@pytest.mark.parametrize("activations", ["exact", "int8", "int16", "nvfp4"])
+def test_scale_bytes_outside_the_fast_range(activations, rows):
+    q = weight()
+    raw = q.block_scales.view(torch.uint8)
+    raw[3, 2], raw[5, 12], raw[7, 0], raw[9, 1] = 0x7F, 0xFF, 0x80, 0x01  # NaN, NaN, -0, the least subnormal
+    x = torch.randn(rows, 200)
+    y = call(x, q, activations)
+    assert y[:, [3, 5]].isnan().all()
+    keep = [i for i in range(24) if i not in (3, 5)]
+    reference = nvfp4_linear.reference(x, q.codes, q.block_scales, q.global_scale, None, None, activations)
+    bound = 1e-2 if activations == "int8" else 1e-4  # rows with a signed scale keep exact activations
+    assert relative(y[:, keep], reference[:, keep]) < bound
+
+
+@built
+@pytest.mark.parametrize("n, k", [(1, 1), (3, 16), (5, 128), (2, 129), (9, 1000)])
+def test_tails_in_every_path(n, k):
+    q = weight(n, k)
+    for rows in (1, 2, 3, 4, 7, 17):
+        x = torch.randn(rows, k)
+        for activations in ("exact", "int8", "int16"):
+            arguments = (x, q.codes, q.block_scales, q.global_scale, None, None, activations)
+            assert relative(nvfp4_linear(*arguments), nvfp4_linear.reference(*arguments)) < 2e-6
+
+
+@built
+def test_bf16_matrix_hardware_path_keeps_the_weights_exact(monkeypatch):
+    q, x = weight(40, 256), torch.randn(32, 256).bfloat16()
+    expected = x.double() @ q.dequantize(torch.float64).t()
+    for fast in (False, True):
+        monkeypatch.setattr(nvfp4_cpu, "_bf16_is_fast", lambda fast=fast: fast)
+        assert relative(call(x, q), expected) < 4e-3
+
+
+@built
+def test_slabs_cover_all_rows(monkeypatch):
+    q, x = weight(40, 64), torch.randn(20, 64)
+    whole = call(x, q)
+    monkeypatch.setattr(nvfp4_cpu, "_SLAB_BYTES", 64 * 4 * 7)
+    assert relative(call(x, q), whole) < 1e-6
+
+
+def test_static_input_scale_saturates():
+    q = quantize(torch.eye(16))
+    x = torch.full((1, 16), 100.0)
+    y = call(x, q, "nvfp4", input_scale=torch.tensor(6.0 / 2688))
+    assert y.max() == pytest.approx(6.0, rel=0.1)
+
+
+@built
+def test_choice_of_provider_says_why():
+    q, x = weight(), torch.randn(2, 200)
+    chosen, passed = nvfp4_linear.choose(x, q.codes, q.block_scales, q.global_scale)
+    assert chosen.name == "cpu_cpp" and not passed
+    strided = q.codes.t().contiguous().t()
+    chosen, passed = nvfp4_linear.choose(x, strided, q.block_scales, q.global_scale)
+    assert chosen.name == "reference" and "contiguous" in passed[0][1]
+
+
+def test_compiles_into_one_node():
+    q = weight(16, 64)
+    program = torch.export.export(_Layer(q), (torch.randn(3, 64),))
+    calls = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    assert calls == [torch.ops.thresher.nvfp4_linear.default]
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(program.module()(x), call(x, q))
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, q):
+        super().__init__()
+        for name in ("codes", "block_scales", "global_scale"):
+            self.register_buffer(name, getattr(q, name))
+
+    def forward(self, x):
+        return torch.ops.thresher.nvfp4_linear(x, self.codes, self.block_scales, self.global_scale)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(2, 48)}, "codes: got"),
+        ({"x": torch.ones(2, 64, dtype=torch.int32)}, "x: got"),
+        ({"codes": torch.zeros(16, 32, dtype=torch.int8)}, "codes: got"),
+        ({"block_scales": torch.ones(512, dtype=torch.uint8)}, "unswizzle"),
+        ({"block_scales": torch.ones(16, 4)}, "float8_e4m3fn"),
+        ({"global_scale": torch.ones(2)}, "one float32 value"),
+        ({"bias": torch.ones(3)}, "one value an output"),
+        ({"input_scale": torch.ones(())}, 'activations="nvfp4"'),
+        ({"activations": "int4"}, "one of exact"),
+    ],
+)
+def test_bad_input(change, message):
+    q = weight(16, 64)
+    arguments = {"x": torch.ones(2, 64), "codes": q.codes, "block_scales": q.block_scales}
+    arguments |= {"global_scale": q.global_scale, "input_scale": None, "bias": None, "activations": "exact"}
+    arguments |= change
+    with pytest.raises(ArgumentError, match="(?i)" + message):
+        nvfp4_linear(*arguments.values())
+    with pytest.raises(ArgumentError, match="(?i)" + message):
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            nvfp4_linear.fake(*arguments.values())
