@@ -40,6 +40,11 @@ class Var:
 
 
 @dataclass(frozen=True)
+class Anything:
+    """Any argument at all, the sizes of a reshape for example."""
+
+
+@dataclass(frozen=True)
 class Number:
     """Any number that stands in the graph as a constant."""
 
@@ -136,6 +141,8 @@ def _attempts(
     if isinstance(pattern, Either):
         for alternative in pattern.alternatives:
             yield from _attempts(alternative, given, values, nodes, best)
+    elif isinstance(pattern, Anything):
+        yield values, nodes
     elif isinstance(pattern, Var):
         yield from _variable(pattern, given, values, nodes, best)
     elif isinstance(pattern, Number):
@@ -162,7 +169,7 @@ def _variable(
 ) -> Iterator[State]:
     if pattern.through_casts:
         given = uncast(given)
-    if not isinstance(given, fx.Node) or pattern.where is not None and not pattern.where(given):
+    if not isinstance(given, fx.Node) or (pattern.where is not None and not pattern.where(given)):
         best.note(len(nodes), f"{_said(given)} is not {pattern.said}")
     elif values.get(pattern.name, given) is not given:
         best.note(len(nodes), f"{pattern.name} would be both {values[pattern.name].name} and {given.name}")
@@ -211,5 +218,9 @@ def _same_constant(expected: Any, given: Any) -> bool:
 
 def _said(given: Any) -> str:
     if isinstance(given, fx.Node):
-        return f"{given.name} ({str(given.target).removeprefix('aten.')})" if given.op == "call_function" else given.name
+        return (
+            f"{given.name} ({str(given.target).removeprefix('aten.')})"
+            if given.op == "call_function"
+            else given.name
+        )
     return repr(given)

@@ -87,7 +87,17 @@ def _read(program: Program, node: fx.Node) -> LinearSite | str | None:
     if any(u.target is aten.embedding.default for u in stored.users):
         name = module_fqn(node) or name
     return LinearSite(
-        name, node, outer_x, output, str(stored.target), fqn, bias_name, in_features, out_features, transposed, tied
+        name,
+        node,
+        outer_x,
+        output,
+        str(stored.target),
+        fqn,
+        bias_name,
+        in_features,
+        out_features,
+        transposed,
+        tied,
     )
 
 

@@ -21,7 +21,9 @@ pow_, rsqrt, sqrt = call(aten.pow.Tensor_Scalar), call(aten.rsqrt.default), call
 mean = call(aten.mean.dim)
 
 _x, _eps = Var("x"), Number("eps")
-_weight = Var("weight", lambda n: n.op == "get_attr" and value(n).dim() == 1, "a weight of one dimension", True)
+_weight = Var(
+    "weight", lambda n: n.op == "get_attr" and value(n).dim() == 1, "a weight of one dimension", True
+)
 square = either(pow_(_x, 2), call(aten.square.default)(_x), mul(_x, _x))
 _variance = either(mean(square, [-1], True), mean(square, -1, True))
 _scaled = either(
@@ -37,7 +39,9 @@ def find_norms(program: Program) -> tuple[list[NormSite], list[Miss]]:
     """Every norm in graph order, and a Miss for each reciprocal root that belongs to none."""
     found: list[NormSite] = []
     missed = []
-    for node in program.nodes(aten.layer_norm.default, aten.rms_norm.default, *_ROOTS, aten.pow.Tensor_Scalar):
+    for node in program.nodes(
+        aten.layer_norm.default, aten.rms_norm.default, *_ROOTS, aten.pow.Tensor_Scalar
+    ):
         if node.target in (aten.layer_norm.default, aten.rms_norm.default):
             site: NormSite | str | None = _one_op(program, node)
         elif node.target is aten.pow.Tensor_Scalar and node.args[1] != -0.5:
@@ -60,13 +64,22 @@ def _one_op(program: Program, node: fx.Node) -> NormSite | str:
     held = {k: given.get(k) for k in ("weight", "bias")}
     for name, argument in held.items():
         if argument is not None and program.weight(uncast(argument)) is None:
-            return f"Its {name} is computed in the graph by {argument.name}; only a stored one can be rewritten."
+            return (
+                f"Its {name} is computed in the graph by {argument.name}; only a stored one can be rewritten."
+            )
     eps = given.get("eps")
     if eps is None:
         eps = 1e-5 if layer else torch.finfo(value(node).dtype).eps
     weight, bias = (str(uncast(a).target) if a is not None else None for a in held.values())
     return NormSite(
-        _name(program, node, weight), "layer" if layer else "rms", given["input"], node, weight, bias, eps, nodes=(node,)
+        _name(program, node, weight),
+        "layer" if layer else "rms",
+        given["input"],
+        node,
+        weight,
+        bias,
+        eps,
+        nodes=(node,),
     )
 
 
@@ -83,7 +96,7 @@ def _spelled(program: Program, root: fx.Node) -> NormSite | str | None:
             )  # fmt: skip
         if not isinstance(result, Found) and (failed is None or result.covered > failed.covered):
             failed = result
-    if failed is None or root.target is aten.sqrt.default and failed.covered < 4:
+    if failed is None or (root.target is aten.sqrt.default and failed.covered < 4):
         return None  # a root that normalises nothing
     return f"It looks like an RMS norm, but {failed.reason}."
 

@@ -240,7 +240,9 @@ class LayerSite:
     exports: list[fx.Node] = field(default_factory=list)
 
     def _sites(self, kind: type, cross: bool = False) -> list[Branch]:
-        return [b for b in self.branches if isinstance(b.site, kind) and getattr(b.site, "cross", False) == cross]
+        return [
+            b for b in self.branches if isinstance(b.site, kind) and getattr(b.site, "cross", False) == cross
+        ]
 
     @property
     def attention_branch(self) -> Branch | None:
@@ -273,7 +275,9 @@ class LayerSite:
             return "post"
         inside = any(b.post_norm for b in self.branches)
         before = any(b.pre_norm for b in self.branches)
-        return {(True, True): "sandwich", (True, False): "pre", (False, True): "branch"}.get((before, inside), "none")
+        return {(True, True): "sandwich", (True, False): "pre", (False, True): "branch"}.get(
+            (before, inside), "none"
+        )
 
     @property
     def norms(self) -> list[NormSite]:

@@ -37,7 +37,7 @@ class Unviewable(Exception):
 
 def is_view(node: object) -> bool:
     return isinstance(node, fx.Node) and (
-        node.target in VIEWS or node.target is operator.getitem and node.args[0].target in PARTS  # type: ignore[union-attr]
+        node.target in VIEWS or (node.target is operator.getitem and node.args[0].target in PARTS)  # type: ignore[union-attr]
     )
 
 

@@ -1,0 +1,111 @@
+"""Reads what an attention mask shows from its expression.
+
+transformers writes a mask as conditions joined by "and", over position vectors laid out [.., S, 1] for
+queries and [.., 1, S] for keys, and a padding mask. Each condition is recognised by itself. Nothing is
+evaluated: a window wider than the captured sequence is found too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.layout import Visibility
+from thresher.program import value
+
+from .pattern import CASTS, Number, Var, call, either, match
+from .token_axes import sizes
+
+aten = torch.ops.aten
+
+_AND = {aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor}
+_SAME = CASTS | {aten.expand.default, aten.unsqueeze.default, aten.reshape.default, aten.slice.Tensor}
+_TRUE = {aten.ones.default, aten.new_ones.default, aten.ones_like.default}
+
+_query = Var("query", lambda n: _lies(n, -2), "a vector of query positions")
+_key = Var("key", lambda n: _lies(n, -1), "a vector of key positions")
+_int = (torch.int64, torch.int32)
+
+_CAUSAL = either(call(aten.le.Tensor)(_key, _query), call(aten.ge.Tensor)(_query, _key))
+_BEFORE = either(
+    call(aten.gt.Tensor)(_key, call(aten.sub.Tensor)(_query, Number("width"))),
+    call(aten.lt.Tensor)(call(aten.sub.Tensor)(_query, Number("width")), _key),
+)
+_NEAR = call(aten.le.Scalar)(
+    call(aten.abs.default)(either(call(aten.sub.Tensor)(_query, _key), call(aten.sub.Tensor)(_key, _query))),
+    Number("reach"),
+)
+_ANY_ROW = call(aten.ge.Scalar)(Var("position", lambda n: _lies(n, -2) or _lies(n, -1), "positions"), 0)
+
+
+def _lies(node: fx.Node, dim: int) -> bool:
+    """Whether a node is an integer vector along one of the last two dimensions, the other being 1."""
+    known = value(node)
+    if not isinstance(known, torch.Tensor) or known.dtype not in _int or known.dim() < 2:
+        return False
+    return sizes(node)[-3 - dim] == 1
+
+
+def read_masks(masks: Sequence[fx.Node], is_causal: bool) -> Visibility:
+    """What queries see through all of these masks together."""
+    causal, back, around = is_causal, -1, -1
+    for mask in masks:
+        for condition in _conditions(mask):
+            if match(_CAUSAL, condition):
+                causal = True
+            elif found := match(_BEFORE, condition):
+                back = found["width"] - 1
+            elif found := match(_NEAR, condition):
+                around = found["reach"]
+            elif condition.target in _TRUE or match(_ANY_ROW, condition) or _is_padding(condition):
+                continue
+            else:
+                return Visibility("generic")
+    if causal:
+        return Visibility("causal", max(back, around) if -1 in (back, around) else min(back, around))
+    return Visibility("generic") if back >= 0 else Visibility("bidirectional", around)
+
+
+def _conditions(mask: Any) -> Iterator[fx.Node]:
+    while True:
+        if (mask.target in _SAME and isinstance(mask.args[0], fx.Node) and not _from_caller(mask.args[0])) or (mask.target is aten.where.ScalarOther and _hides(mask)) or (mask.target is aten.where.self and _hides(mask)):
+            mask = mask.args[0]
+        elif mask.target in _AND and value(mask).dtype is torch.bool:
+            yield from _conditions(mask.args[0])
+            mask = mask.args[1]
+        else:
+            yield mask
+            return
+
+
+def _from_caller(node: fx.Node) -> bool:
+    return node.op == "placeholder"
+
+
+def _hides(node: fx.Node) -> bool:
+    """Whether `where` gives 0 for true and a large negative number for false."""
+    shown, hidden = node.args[1:3]
+    if isinstance(hidden, fx.Node):
+        hidden = hidden.args[1] if hidden.target is aten.full.default else None
+    zero = isinstance(shown, fx.Node) and shown.target in (aten.zeros.default, aten.zeros_like.default)
+    zero = zero or (isinstance(shown, fx.Node) and shown.target is aten.full.default and shown.args[1] == 0)
+    return (zero or shown == 0) and isinstance(hidden, (int, float)) and hidden < -1e4
+
+
+def _is_padding(node: fx.Node) -> bool:
+    """A condition on keys only that comes from the caller: the same for every query and head."""
+    known = value(node)
+    if known.dtype is not torch.bool or (known.dim() >= 2 and known.dim() != 2 and sizes(node)[-2] != 1):
+        return False
+    stack, seen, from_caller = [node], set(), False
+    while stack:
+        one = stack.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        from_caller = from_caller or (one.op == "placeholder" and isinstance(value(one), torch.Tensor))
+        stack += one.all_input_nodes
+    return from_caller

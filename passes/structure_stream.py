@@ -1,0 +1,263 @@
+"""Follows the residual stream: which additions carry it, which sites hang on it, and the layers they form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.program import Program, value
+from thresher.report import Miss
+
+from .pattern import is_cast, uncast
+from .structure_sites import AttentionSite, Branch, LayerSite, MlpSite, NormSite, common_prefix
+from .structure_views import behind_views, is_view
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Norms:
+    """Norms by what they read (behind views) and by their result."""
+
+    by_input: dict[fx.Node, list[NormSite]] = field(default_factory=dict)
+    by_output: dict[fx.Node, NormSite] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, norms: Sequence[NormSite]) -> Norms:
+        found = cls(by_output={n.output: n for n in norms})
+        for norm in norms:
+            found.by_input.setdefault(behind_views(norm.input), []).append(norm)
+        return found
+
+
+def find_branch(
+    site: AttentionSite | MlpSite, norms: Norms, program: Program, outputs: set[fx.Node]
+) -> Branch | None:
+    """How a site hangs on the residual stream, or None when no addition brings the stream and its result together.
+
+    outputs: results of all sites; a sum of two of them on the way is a parallel layer's.
+    """
+    read = behind_views(site.x)
+    pre_norm = norms.by_output.get(read)
+    streams = {read: (None, site.x)}
+    if pre_norm is not None:
+        streams[behind_views(pre_norm.input)] = (pre_norm, pre_norm.input)
+    node, adds, post_norm, scale = site.output, [], None, None
+    for _ in range(12):
+        step = _next(node, norms, program, post_norm is None)
+        if step is None:
+            return None
+        node, how = step
+        if isinstance(how, NormSite):
+            post_norm = how
+        elif isinstance(how, (int, float, str)):
+            scale = how
+        elif isinstance(how, fx.Node):  # an addition; `how` is its other operand
+            adds.append(node)
+            stream = streams.get(behind_views(how))
+            if stream is not None:
+                return Branch(site, how, node, tuple(adds), stream[0], post_norm, scale=scale)
+            if _result_of(how, norms, outputs) is None:
+                return None
+    return None
+
+
+def _next(node: fx.Node, norms: Norms, program: Program, may_norm: bool) -> tuple[fx.Node, Any] | None:
+    """The next value on the way to the stream and what happens there; None where the way ends or forks."""
+    following = norms.by_input.get(behind_views(node), []) if may_norm else []
+    inside = {n for norm in following for n in norm.nodes}
+    users = [u for u in node.users if u.op != "output" and u not in inside]
+    if len(following) == 1 and not users:
+        return following[0].output, following[0]
+    if following or len(users) != 1:
+        return None
+    user = users[0]
+    if is_cast(user) or is_view(user):
+        return user, None
+    if user.target is aten.add.Tensor and not user.kwargs:
+        other = user.args[1] if user.args[0] is node else user.args[0]
+        return (user, other) if isinstance(other, fx.Node) else None
+    if user.target is aten.mul.Tensor:
+        factor = user.args[1] if user.args[0] is node else user.args[0]
+        held = program.weight(uncast(factor))
+        if isinstance(factor, (int, float)):
+            return user, factor
+        if held is not None and held.tensor.dim() <= 1:
+            return user, str(uncast(factor).target)
+    return None
+
+
+def _result_of(node: fx.Node, norms: Norms, outputs: set[fx.Node]) -> fx.Node | None:
+    """The site whose result this is, behind views, a norm, a factor or further sums; None when it is none's."""
+    for _ in range(6):
+        node = behind_views(node)
+        if node in outputs:
+            return node
+        if node in norms.by_output:
+            node = norms.by_output[node].input
+        elif node.target is aten.mul.Tensor and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        else:
+            return None
+    return None
+
+
+def find_branches(
+    sites: Sequence[AttentionSite | MlpSite], norms: Norms, program: Program
+) -> tuple[list[Branch], list[Miss]]:
+    """Branches in the order of their additions; a Miss for each attention that hangs on no stream."""
+    outputs = {s.output for s in sites}
+    branches, missed = [], []
+    for site in sites:
+        branch = find_branch(site, norms, program, outputs)
+        if branch is not None:
+            branches.append(branch)
+        elif isinstance(site, AttentionSite):
+            missed.append(Miss(site.fqn, "No addition brings its result together with the hidden state that it reads, "
+                                         "so it is on no residual stream and in no layer."))  # fmt: skip
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    return sorted(branches, key=lambda b: (position[b.add], position[b.site.output])), missed
+
+
+def link(branches: Sequence[Branch], norms: Norms) -> list[list[list[Branch]]]:
+    """Towers of layers of branches. Sets each branch's `stream_norm` where the stream itself is normalised."""
+    made_by = {b.add: b for b in branches}
+    towers: list[list[list[Branch]]] = []
+    place: dict[int, tuple[int, int]] = {}
+    for branch in branches:
+        before = made_by.get(_carrier(branch, made_by, norms))  # type: ignore[arg-type]
+        beside = next(
+            (b for b in branches if b is not branch and b.add is branch.add and id(b) in place), None
+        )
+        if beside is not None:
+            tower, layer = place[id(beside)]
+            towers[tower][layer].append(branch)
+        elif before is None or id(before) not in place:
+            towers.append([[branch]])
+            tower, layer = len(towers) - 1, 0
+        else:
+            tower, layer = place[id(before)]
+            if _begins_layer(branch, towers[tower][layer]):
+                towers[tower].append([branch])
+                layer += 1
+            else:
+                towers[tower][layer].append(branch)
+        place[id(branch)] = (tower, layer)
+    for tower in towers:
+        _normalise_last(tower, norms)
+    return towers
+
+
+def _carrier(branch: Branch, made_by: dict[fx.Node, Branch], norms: Norms) -> fx.Node | None:
+    """The addition whose result this branch's stream is, noting a norm that lies between them."""
+    stream = behind_views(branch.stream)
+    norm = norms.by_output.get(stream)
+    if norm is not None and behind_views(norm.input) in made_by:
+        stream = behind_views(norm.input)
+        for other in made_by.values():
+            if other.add is stream:
+                other.stream_norm = norm
+    return stream if stream in made_by else None
+
+
+def _begins_layer(branch: Branch, layer: Sequence[Branch]) -> bool:
+    if any(isinstance(b.site, MlpSite) for b in layer):
+        return True
+    return isinstance(branch.site, AttentionSite) and not branch.site.cross
+
+
+def _normalise_last(tower: Sequence[Sequence[Branch]], norms: Norms) -> None:
+    """The last addition of a post-norm model has its norm too, although no branch reads the result."""
+    branches = [b for layer in tower for b in layer]
+    last = branches[-1]
+    if len(branches) > 1 and all(b.stream_norm for b in branches[:-1]) and last.stream_norm is None:
+        after = norms.by_input.get(last.add, [])
+        last.stream_norm = after[0] if len(after) == 1 else None
+
+
+def build_layers(tower: Sequence[Sequence[Branch]], norms: Norms) -> list[LayerSite]:
+    """Layers with their hidden states; each layer's output is the node the next one reads."""
+    starts = [_read_by(layer[0]) for layer in tower]
+    last = tower[-1][-1]
+    if last.stream_norm is not None:
+        end = last.stream_norm.output
+    else:
+        after = norms.by_input.get(last.add, [])
+        end = after[0].input if len(after) == 1 else _restored(last.add, starts[0])
+    layers = []
+    for index, layer in enumerate(tower):
+        names = [linear.fqn for b in layer for linear in (b.site.linears[0], b.site.linears[-1])]
+        fqn = _layer_name(common_prefix(names))
+        layers.append(LayerSite(index, fqn, starts[index], (*starts[1:], end)[index], list(layer)))
+    return layers
+
+
+def _read_by(branch: Branch) -> fx.Node:
+    return uncast(branch.pre_norm.input if branch.pre_norm is not None else branch.stream)
+
+
+def _restored(add: fx.Node, like: fx.Node) -> fx.Node:
+    """The addition's result in the shape of the layers' inputs."""
+    rank = value(like).dim()
+    for user in add.users:
+        if value(add).dim() != rank and user.target is aten.reshape.default and value(user).dim() == rank:
+            return user
+    return add
+
+
+def _layer_name(fqn: str) -> str:
+    """`encoder.block.0` from `encoder.block.0.layer`: up to the last number."""
+    parts = fqn.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else fqn
+
+
+_LAYOUT = {aten.unsqueeze.default, aten.expand.default, aten.transpose.int, aten.to.dtype}
+
+
+def bound(layers: Sequence[LayerSite], program: Program) -> None:
+    """Fill in each layer's nodes, what it takes from outside, and what of it is read outside."""
+    order = list(program.graph.nodes)
+    position = {node: i for i, node in enumerate(order)}
+    for layer in layers:
+        inside = _between(layer.input, layer.output, position)
+        laid_out = [n for n in _arguments(inside) if n not in inside and n.target in _LAYOUT]
+        while laid_out:  # masks and tables are laid out for the heads in each layer anew
+            node = laid_out.pop()
+            if node not in inside and node is not layer.input and all(u in inside for u in node.users):
+                inside.add(node)
+                laid_out += [n for n in node.all_input_nodes if n.target in _LAYOUT]
+        layer.nodes = sorted(inside, key=position.__getitem__)
+        outside = [
+            n
+            for n in _arguments(layer.nodes)
+            if n not in inside and n.op != "get_attr" and n is not layer.input
+        ]
+        layer.inputs = [layer.input, *sorted(dict.fromkeys(outside), key=position.__getitem__)]
+        layer.exports = [
+            n for n in layer.nodes if n is not layer.output and any(u not in inside for u in n.users)
+        ]
+
+
+def _arguments(nodes: Any) -> list[fx.Node]:
+    return [a for node in nodes for a in node.all_input_nodes]
+
+
+def _between(start: fx.Node, end: fx.Node, position: dict[fx.Node, int]) -> set[fx.Node]:
+    """Nodes on a way from `start` to `end`, without `start`."""
+    first = position[start]
+    needed, stack = set(), [end]
+    while stack:
+        node = stack.pop()
+        if node not in needed and position[node] > first:
+            needed.add(node)
+            stack += node.all_input_nodes
+    inside: set[fx.Node] = set()
+    for node in sorted(needed, key=position.__getitem__):
+        if any(a is start or a in inside for a in node.all_input_nodes):
+            inside.add(node)
+    return inside
