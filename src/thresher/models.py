@@ -264,3 +264,17 @@ def _row_of(tokenizer: Any, length: int, start: int) -> dict[str, list[int]]:
             f"Lower max_len, or use a tokenizer with shorter tokens."
         )
     return dict(row)
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer) for `minilm`, `smollm2`, or the directory of a Hugging Face model, in eval mode, fp32."""
+    known = {"minilm": minilm, "smollm2": smollm2}
+    if name in known:
+        return known[name]()
+    if not Path(name).is_dir():
+        raise ArgumentError("model", repr(name), "minilm, smollm2, or the path of a model directory", "Check the path.")
+    hf = _need("transformers", "Loading a model directory")
+    config = hf.AutoConfig.from_pretrained(name)
+    causal = any("CausalLM" in a for a in config.architectures or ())
+    kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
+    return kind.from_pretrained(name, dtype=torch.float32).eval(), hf.AutoTokenizer.from_pretrained(name)
