@@ -48,17 +48,18 @@ class NVFP4Weight:
     block_scales: float8_e4m3fn [N, ceil(K/16)].
     global_scale: float32 [], multiplies: value = code * block_scale * global_scale.
     in_features: K before padding.
-    stored_global: the tensor scale exactly as a checkpoint held it, when that is another form (the
-        reciprocal); 1/(1/x) is not x in fp32, so saving needs the original.
     input_scale: float32 tensor scale of the activations, if calibrated.
+    stored_global, stored_input: both scales exactly as a checkpoint held them, perhaps as reciprocals;
+        1/(1/x) is not x in fp32, so saving without loss needs the originals.
     """
 
     codes: torch.Tensor
     block_scales: torch.Tensor
     global_scale: torch.Tensor
     in_features: int
-    stored_global: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
+    stored_global: torch.Tensor | None = None
+    stored_input: torch.Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [N, K] in `dtype`; the products are formed in fp32."""

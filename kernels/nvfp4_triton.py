@@ -41,12 +41,11 @@ if MISSING is None:
     def _weight_tile(codes, scales, rows, k, N, blocks, BN: tl.constexpr, BK: tl.constexpr):
         """fp16 [BN, BK] weights * 2^-8 from column k on. Whole blocks beyond the end decode to zero."""
         in_n = rows[:, None] < N
+        row = rows[:, None].to(tl.int64)  # a large head has more than 2^31 bytes of codes
         byte = k // 2 + tl.arange(0, BK // 2)[None, :]
         block = k // 16 + tl.arange(0, BK // 16)[None, :]
-        packed = tl.load(
-            codes + rows[:, None] * (blocks * 8) + byte, mask=in_n & (byte < blocks * 8), other=0
-        )
-        scale = tl.load(scales + rows[:, None] * blocks + block, mask=in_n & (block < blocks), other=0)
+        packed = tl.load(codes + row * (blocks * 8) + byte, mask=in_n & (byte < blocks * 8), other=0)
+        scale = tl.load(scales + row * blocks + block, mask=in_n & (block < blocks), other=0)
         values = tl.reshape(_decode_codes(packed), [BN, BK // 16, 16])
         return tl.reshape(values * _decode_scales(scale)[:, :, None], [BN, BK])
 
@@ -58,7 +57,8 @@ if MISSING is None:
         Grid (ceil(N / BN), M). x [M, K] fp16, bf16 or fp32; codes uint8 [N, 8 * blocks]; scales uint8.
         """
         rows = tl.program_id(0) * BN + tl.arange(0, BN)
-        x += tl.program_id(1) * stride_x
+        line = tl.program_id(1).to(tl.int64)
+        x += line * stride_x
         total = tl.zeros((BN, BK), tl.float32)
         for k in range(0, K, BK):
             column = k + tl.arange(0, BK)
@@ -68,7 +68,7 @@ if MISSING is None:
         result = tl.sum(total, axis=1) * (tl.load(global_scale) * 256.0)
         if HAS_BIAS:
             result += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
-        tl.store(y + tl.program_id(1) * stride_y + rows, result.to(y.dtype.element_ty), mask=rows < N)
+        tl.store(y + line * stride_y + rows, result.to(y.dtype.element_ty), mask=rows < N)
 
     @triton.jit
     def gemm(x, codes, scales, global_scale, bias, y, M, N, K, blocks, stride_x, stride_y,
@@ -86,18 +86,19 @@ if MISSING is None:
         tile_n = pid % (GROUP * tiles_n) // height
         lines = tile_m * BM + tl.arange(0, BM)
         rows = tile_n * BN + tl.arange(0, BN)
+        line = lines[:, None].to(tl.int64)
         total = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             column = k + tl.arange(0, BK)
             mask = (lines[:, None] < M) & (column[None, :] < K)
-            left = tl.load(x + lines[:, None] * stride_x + column[None, :], mask=mask, other=0.0)
+            left = tl.load(x + line * stride_x + column[None, :], mask=mask, other=0.0)
             weights = _weight_tile(codes, scales, rows, k, N, blocks, BN, BK).to(left.dtype)
             total = tl.dot(left, tl.trans(weights), total)
         result = total * (tl.load(global_scale) * 256.0)
         if HAS_BIAS:
             result += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
         inside = (lines[:, None] < M) & (rows[None, :] < N)
-        tl.store(y + lines[:, None] * stride_y + rows[None, :], result.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + line * stride_y + rows[None, :], result.to(y.dtype.element_ty), mask=inside)
 
     @triton.jit
     def gemm_w4a4(a, a_scales, codes, scales, alpha, bias, y, M, N, K, blocks, stride_y,
@@ -110,18 +111,19 @@ if MISSING is None:
         lines = tl.program_id(0) * BM + tl.arange(0, BM)
         rows = tl.program_id(1) * BN + tl.arange(0, BN)
         in_m, in_n = lines[:, None] < M, rows[:, None] < N
+        line, row = lines[:, None].to(tl.int64), rows[:, None].to(tl.int64)
         total = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             byte = k // 2 + tl.arange(0, BK // 2)[None, :]
             block = k // 16 + tl.arange(0, BK // 16)[None, :]
             in_bytes, in_blocks = byte < blocks * 8, block < blocks
-            left = tl.load(a + lines[:, None] * (blocks * 8) + byte, mask=in_m & in_bytes, other=0)
-            right = tl.load(codes + rows[:, None] * (blocks * 8) + byte, mask=in_n & in_bytes, other=0)
-            s_left = tl.load(a_scales + lines[:, None] * blocks + block, mask=in_m & in_blocks, other=0.0)
-            s_right = tl.load(scales + rows[:, None] * blocks + block, mask=in_n & in_blocks, other=0.0)
+            left = tl.load(a + line * (blocks * 8) + byte, mask=in_m & in_bytes, other=0)
+            right = tl.load(codes + row * (blocks * 8) + byte, mask=in_n & in_bytes, other=0)
+            s_left = tl.load(a_scales + line * blocks + block, mask=in_m & in_blocks, other=0.0)
+            s_right = tl.load(scales + row * blocks + block, mask=in_n & in_blocks, other=0.0)
             total = tl.dot_scaled(left, s_left, "e2m1", tl.trans(right), s_right, "e2m1", total)
         result = total * tl.load(alpha)
         if HAS_BIAS:
             result += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
         inside = in_m & (rows[None, :] < N)
-        tl.store(y + lines[:, None] * stride_y + rows[None, :], result.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + line * stride_y + rows[None, :], result.to(y.dtype.element_ty), mask=inside)
