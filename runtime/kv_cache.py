@@ -98,7 +98,7 @@ class MixedPrecisionCache(Cache):
     ) -> None:
         """Give a layer the outcome of a prefill that ran elsewhere, pruned or not.
 
-        keys, values: [B, Hkv, L, D], keys rotated. positions: int64 [B, L], rising; -1 for unused slots.
+        keys, values: [B, Hkv, L, D], keys rotated. positions: int [B, L], rising; -1 for unused slots.
         seen: tokens of the prompt, pruned ones included; alike for all layers.
         scores: [B, L], the most important highest; None counts all as important.
         """
@@ -123,10 +123,12 @@ def _attention(
     """Attention as transformers calls it; attention_mask is bool [B, keys], false for padding, or None."""
     layer = getattr(key, "thresher_layer", None)
     if layer is None:  # no cache, or another one
-        if attention_mask is not None and attention_mask.dim() == 2:
-            causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-            causal = causal.tril(key.shape[2] - query.shape[2])
-            attention_mask = causal & attention_mask[:, None, None].bool()
+        queries, keys = query.shape[2], key.shape[2]
+        padding = attention_mask is not None and attention_mask.dim() == 2
+        if padding or (attention_mask is None and 1 < queries < keys):
+            # PyTorch's own causal flag aligns the first query with the first key, not last with last.
+            causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+            attention_mask = causal & attention_mask[:, None, None].bool() if padding else causal[None, None]
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -40,14 +40,19 @@ class KVPolicy:
 
     def __post_init__(self) -> None:
         if self.important is not None and not 0.0 < self.important <= 1.0:
-            raise ArgumentError("important", self.important, "a share above 0, at most 1, or None", "Try 0.3.")
+            raise ArgumentError(
+                "important", self.important, "a share above 0, at most 1, or None", "Try 0.3."
+            )
         if self.bits is not None and not set(self.bits) <= {2, 4, 8}:
             raise ArgumentError("bits", self.bits, "two of 2, 4 and 8, or None", "Use (4, 2).")
         if self.block < 1:
             raise ArgumentError("block", self.block, "at least 1 token", "128 is usual.")
         if self.bits is None and not self.drop:
             raise ArgumentError(
-                "bits", None, "two bit widths unless drop=True", "A cache that neither rounds nor drops is DynamicCache."
+                "bits",
+                None,
+                "two bit widths unless drop=True",
+                "A cache that neither rounds nor drops is DynamicCache.",
             )
 
 
@@ -72,14 +77,14 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = False
         self.tail = self.fresh = self.seen = 0
         self.pools: list[Pool] = []
-        self.places: list[torch.Tensor] = []  # int64 [B, slots], the position of each token, of each pool
+        self.places: list[torch.Tensor] = []  # int32 [B, slots], the position of each token, of each pool
         self.tail_places: torch.Tensor | None = None
         self.gaps = False  # some slots hold no token: their position is -1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.tail_places = torch.empty(key_states.shape[0], 0, dtype=torch.int64, device=self.device)
+        self.tail_places = torch.empty(key_states.shape[0], 0, dtype=torch.int32, device=self.device)
         self.is_initialized = True
 
     @property
@@ -92,7 +97,7 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def positions(self) -> torch.Tensor:
-        """int64 [B, slots], the position of each slot's token; -1 where there is none."""
+        """int32 [B, slots], the position of each slot's token; -1 where there is none."""
         return torch.cat([*self.places, self.tail_places], dim=1)
 
     @property
@@ -125,7 +130,7 @@ class KVLayer(CacheLayerMixin):
     ) -> None:
         """Append tokens to the tail.
 
-        keys, values: [B, Hkv, m, D], keys rotated. positions: int64 [B, m], rising, -1 for a slot that
+        keys, values: [B, Hkv, m, D], keys rotated. positions: int [B, m], rising, -1 for a slot that
         holds no token; by default the next m. seen: the sequence's length with these, dropped tokens
         included; by default m more than before.
         """
@@ -134,9 +139,12 @@ class KVLayer(CacheLayerMixin):
         batch, _, count, _ = keys.shape
         if positions is None:
             positions = torch.arange(self.seen, self.seen + count, device=keys.device).expand(batch, -1)
-        elif positions.shape != (batch, count) or positions.dtype != torch.int64:
+        elif positions.shape != (batch, count) or positions.dtype not in (torch.int32, torch.int64):
             raise ArgumentError(
-                "positions", f"{positions.dtype} {tuple(positions.shape)}", f"int64 [{batch}, {count}]", "One a token."
+                "positions",
+                f"{positions.dtype} {tuple(positions.shape)}",
+                f"int [{batch}, {count}]",
+                "One a token.",
             )
         else:
             self.gaps = self.gaps or bool((positions < 0).any())
@@ -145,7 +153,7 @@ class KVLayer(CacheLayerMixin):
             self._make_room(end + (self.policy.block if self.tail or count == 1 else 0))
         self.keys[:, :, self.tail : end] = keys
         self.values[:, :, self.tail : end] = values
-        self.tail_places = torch.cat([self.tail_places, positions], dim=1)
+        self.tail_places = torch.cat([self.tail_places, positions.int()], dim=1)
         self.tail, self.fresh = end, self.fresh + count
         self.seen = self.seen + count if seen is None else seen
 
@@ -171,7 +179,7 @@ class KVLayer(CacheLayerMixin):
             return None
         positions = self.positions
         held = positions >= 0
-        return held if real is None else held & real.gather(1, positions.clamp_min(0))
+        return held if real is None else held & real.gather(1, positions.clamp_min(0).long())
 
     def attend(self, q: torch.Tensor, scale: float, real: torch.Tensor | None = None) -> torch.Tensor:
         """Attention [B, Hq, m, Dv] of the m newest tokens; compresses a full tail afterwards.
@@ -182,7 +190,9 @@ class KVLayer(CacheLayerMixin):
         keys, values = self.tail_keys, self.tail_values
         if not self.pools and visible is None and self.tail == q.shape[2]:
             grouped = q.shape[1] != keys.shape[1]
-            out = scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+            out = scaled_dot_product_attention(
+                q, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
+            )
         else:
             pools = [t for pool in self.pools for t in pool]
             out = torch.ops.thresher.kv_attention(q, pools, keys, values, visible, scale)
@@ -194,13 +204,15 @@ class KVLayer(CacheLayerMixin):
     def _scores(
         self, q: torch.Tensor, scale: float, real: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention the fresh tokens receive from some of these queries: per row that sees them, and in sum."""
+        """Attention fresh tokens receive from some of these queries: per row that sees them, and in sum."""
         batch, heads, queries, dim = q.shape
         policy, fresh = self.policy, self.fresh
         if queries == fresh:  # a prompt
             real = torch.ones(batch, fresh, dtype=torch.bool, device=q.device) if real is None else real
             starts, lengths = real.int().argmax(1, keepdim=True), real.sum(1, keepdim=True)
-            rows = torch.ops.thresher.probe_positions(starts, lengths, policy.recent, policy.spread, policy.seed)
+            rows = torch.ops.thresher.probe_positions(
+                starts, lengths, policy.recent, policy.spread, policy.seed
+            )
         else:
             rows = torch.arange(fresh - min(queries, policy.recent), fresh, device=q.device).expand(batch, -1)
         at = (rows - (fresh - queries)).clamp_min(0)[:, None, :, None].expand(-1, heads, -1, dim)
@@ -224,13 +236,15 @@ class KVLayer(CacheLayerMixin):
             count = fresh
             scores = torch.zeros(batch, fresh, device=self.device)
         elif policy.important is None:
-            count = int(torch.ops.thresher.adaptive_count(scores if sums is None else sums, None, policy.tau).max())
+            count = int(
+                torch.ops.thresher.adaptive_count(scores if sums is None else sums, None, policy.tau).max()
+            )
         else:
             count = math.ceil(policy.important * fresh)
         pad = None if real is None else ~real
         high = torch.ops.thresher.topk_sorted(scores, None, pad, count, None)
         others = torch.ones(batch, fresh, dtype=torch.bool, device=self.device).scatter_(1, high, False)
-        low = (~others).to(torch.int8).argsort(1, stable=True)[:, : fresh - count]
+        low = (~others).to(torch.int8).argsort(dim=1, stable=True)[:, : fresh - count]
         chosen = [self._fresh(index) for index in ([high] if policy.drop else [high, low])]
         self._forget_fresh()
         if policy.bits is None:
@@ -261,7 +275,7 @@ class KVLayer(CacheLayerMixin):
         self.fresh = 0
 
     def restore(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, Hkv, seen, D] of the whole sequence in order. Refused once tokens were dropped."""
+        """Keys and values [B, Hkv, seen, D] of the whole sequence, in order. Refused once any is gone."""
         if self.slots != self.seen or self.gaps:
             raise ArgumentError(
                 "cache",

@@ -1,50 +1,10 @@
 // Magnitude and cosine of a block's update, token by token: x.x, f.f and x.f in one reading of both.
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
+#include "half.h"
 
 namespace {
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
-inline float widen(float value) { return value; }
-
-inline float widen(BFloat value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-inline float widen(Half value) {
-#ifdef __F16C__
-  return _cvtsh_ss(value.bits);
-#else
-  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, magnitude = value.bits & 0x7fff;
-  float result;
-  if (magnitude < 0x400) {  // zero and subnormals: multiples of 2^-24
-    result = float(magnitude) * 5.9604644775390625e-8f;
-  } else {
-    const uint32_t exponent = magnitude >= 0x7c00 ? 0x7f800000 | (magnitude & 0x3ff) << 13
-                                                  : (magnitude << 13) + (112u << 23);
-    std::memcpy(&result, &exponent, sizeof result);
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &result, sizeof bits);
-  bits |= sign;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-#endif
-}
 
 constexpr int LANES = 16;  // partial sums, so that the loop vectorises without reordering by the compiler
 
