@@ -87,8 +87,8 @@ def rotation(order: int, seed: int, kind: str = "auto", signed: bool = True) -> 
     block = order
     if kind == "block" and not exists:
         block = max(b for b in range(1, order + 1) if order % b == 0 and decompose(b) is not None)
-    found = decompose(block)
-    parts = " x ".join(str(part) for part in (*found[0], found[1]))
+    paley, two = decompose(block) or ((), 1)
+    parts = " x ".join(str(part) for part in (*paley, *((two,) if two > 1 or not paley else ())))
     note = f"Hadamard matrix of order {block} ({parts})"
     if signs is not None:
         note += f" with random signs, seed {seed}"
