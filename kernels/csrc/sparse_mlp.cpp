@@ -1,0 +1,350 @@
+// MLPs that read only the weights of active neurons.
+//
+// Weights are neuron-major: row i holds what neuron i needs, so a neuron that is off costs nothing.
+// One call finds the neurons that any of its tokens keeps (the union), and adds their rows up.
+//
+// Every output column is one chain of fused multiply-adds over the neurons in ascending order,
+// whatever the batch, the thread count and the other neurons. A neuron whose coefficient is zero
+// leaves the chain's bits as they are, so skipping it equals running it, bit for bit.
+#include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int ROWS = 8;    // neurons per pass over the columns: as many streams as a cache has ways
+constexpr int TOKENS = 4;  // tokens per register tile
+constexpr int LINE = 64;   // bytes
+
+enum Type { F32 = 0, BF16 = 1, I8 = 2 };
+
+// Columns [col, col + C * V) of T tokens: acc[t] += sum over n rows of coef[r][t] * row[r].
+// N fixes n at compile time.
+template <class W, int T, int C, int N>
+INLINE void tile(const W* const* rows, const float* coef, int n, float* acc, int64_t ld, int64_t col) {
+    vf sum[T][C];
+    UNROLL for (int t = 0; t < T; ++t)
+        UNROLL for (int c = 0; c < C; ++c) sum[t][c] = widen(acc + t * ld + col + c * V);
+    UNROLL for (int r = 0; r < (N ? N : n); ++r) {
+        vf w[C];
+        UNROLL for (int c = 0; c < C; ++c) {
+            w[c] = widen(rows[r] + col + c * V);
+            IN_REGISTER(w[c]);
+        }
+        UNROLL for (int t = 0; t < T; ++t)
+            UNROLL for (int c = 0; c < C; ++c)
+                sum[t][c] = multiply_add(all(coef[r * T + t]), w[c], sum[t][c]);
+    }
+    UNROLL for (int t = 0; t < T; ++t)
+        UNROLL for (int c = 0; c < C; ++c) std::memcpy(acc + t * ld + col + c * V, &sum[t][c], sizeof(vf));
+}
+
+// Columns [begin, end) of T tokens for one pass of n rows, while the next pass's rows, if named, are
+// brought near: whole where rows lie far apart, else only the start, which is what the hardware's
+// own prefetch cannot foresee (and does better than we do from there on).
+template <class W, int T>
+void pass(const W* const* rows, const W* const* next, bool whole, const float* coef, int n, float* acc,
+          int64_t ld, int64_t begin, int64_t end) {
+    constexpr int C = T <= 2 ? 4 : 2;
+    constexpr int LINES = std::max<int>(1, C * V * sizeof(W) / LINE);
+    int ahead = 0;
+    int64_t col = begin;
+    for (; col + C * V <= end; col += C * V) {
+        if (next && whole) {
+            for (int r = 0; r < ROWS; ++r)
+                for (int l = 0; l < LINES; ++l) __builtin_prefetch((const char*)(next[r] + col) + l * LINE, 0, 2);
+        } else if (next && ahead < ROWS) {
+            for (int l = 0; l < 4; ++l) __builtin_prefetch((const char*)(next[ahead] + begin) + l * LINE);
+            ++ahead;
+        }
+        if (n == ROWS)
+            tile<W, T, C, ROWS>(rows, coef, n, acc, ld, col);
+        else
+            tile<W, T, C, 0>(rows, coef, n, acc, ld, col);
+    }
+    for (; col + V <= end; col += V) tile<W, T, 1, 0>(rows, coef, n, acc, ld, col);
+    for (; col < end; ++col)
+        for (int t = 0; t < T; ++t) {
+            float sum = acc[t * ld + col];
+            for (int r = 0; r < n; ++r) sum = multiply_add(coef[r * T + t], one(rows[r][col]), sum);
+            acc[t * ld + col] = sum;
+        }
+}
+
+template <class W>
+void pass(int tokens, const W* const* rows, const W* const* next, bool whole, const float* coef, int n,
+          float* acc, int64_t ld, int64_t begin, int64_t end) {
+    switch (tokens) {
+        case 1: return pass<W, 1>(rows, next, whole, coef, n, acc, ld, begin, end);
+        case 2: return pass<W, 2>(rows, next, whole, coef, n, acc, ld, begin, end);
+        case 3: return pass<W, 3>(rows, next, whole, coef, n, acc, ld, begin, end);
+        default: return pass<W, 4>(rows, next, whole, coef, n, acc, ld, begin, end);
+    }
+}
+
+
+// Dot products of T tokens with N rows: out[n][t]. Each has one accumulator of its own, so its bits
+// do not depend on the company it is computed in.
+template <class W, int N, int T>
+INLINE void dots(const W* const* rows, const float* x, int64_t ld, int64_t K, float* out) {
+    vf sum[N][T] = {};
+    int64_t k = 0;
+    for (; k + V <= K; k += V)
+        UNROLL for (int n = 0; n < N; ++n) {
+            vf w = widen(rows[n] + k);
+            UNROLL for (int t = 0; t < T; ++t) sum[n][t] = multiply_add(w, widen(x + t * ld + k), sum[n][t]);
+        }
+    for (int n = 0; n < N; ++n)
+        for (int t = 0; t < T; ++t) {
+            float total = 0;
+            for (int lane = 0; lane < V; ++lane) total += sum[n][t][lane];
+            for (int64_t rest = k; rest < K; ++rest)
+                total = multiply_add(one(rows[n][rest]), x[t * ld + rest], total);
+            out[n * T + t] = total;
+        }
+}
+
+template <class A>
+INLINE bool keeps(A a, float threshold) {
+    return !(std::fabs(one(a)) <= threshold);  // so written, a NaN is kept
+}
+
+// The neurons that some token keeps, ascending, and a coefficient for each and every token.
+struct Active {
+    const int32_t* index;
+    const float* value;  // [count][tokens]
+    int64_t count, of;  // so many of F neurons
+};
+
+// Fills `index` and `value` (0 where a token does not keep a neuron that another does) and returns
+// the count; stops past `limit` neurons and returns -1.
+template <class A>
+int64_t scan(const A* act, int64_t tokens, int64_t F, const float* threshold, bool each, int64_t limit,
+             int32_t* index, float* value) {
+    constexpr int64_t BLOCK = 256;
+    uint8_t keep[BLOCK];
+    int64_t count = 0;
+    for (int64_t first = 0; first < F; first += BLOCK) {
+        const int64_t size = std::min(BLOCK, F - first);
+        std::memset(keep, 0, sizeof keep);
+        for (int64_t t = 0; t < tokens; ++t) {
+            const A* a = act + t * F + first;
+            if (each)
+                for (int64_t i = 0; i < size; ++i) keep[i] |= keeps(a[i], threshold[first + i]);
+            else
+                for (int64_t i = 0; i < size; ++i) keep[i] |= keeps(a[i], *threshold);
+        }
+        for (int64_t group = 0; group < size; group += 8) {
+            uint64_t any;
+            std::memcpy(&any, keep + group, sizeof any);
+            if (!any) continue;
+            for (int64_t i = group; i < group + 8; ++i) {
+                index[count] = int32_t(first + i);
+                count += keep[i];
+            }
+        }
+        if (count > limit) return -1;
+    }
+    for (int64_t n = 0; n < count; ++n)
+        for (int64_t t = 0; t < tokens; ++t) {
+            const A a = act[t * F + index[n]];
+            value[n * tokens + t] = keeps(a, threshold[each ? index[n] : 0]) ? one(a) : 0.0f;
+        }
+    return count;
+}
+
+// Columns [begin, end) of acc[tokens][D] += value^T * weight[index].
+template <class W>
+void add_rows(const Active& active, int64_t tokens, const W* weight, const float* scale, int64_t groups,
+              int64_t D, float* acc, int64_t begin, int64_t end) {
+    const W* rows[2][ROWS];
+    std::vector<float> coef(size_t(ROWS) * tokens);
+    const int64_t width = D / groups;
+    auto point = [&](int64_t first, const W** to) {
+        const int n = int(std::min<int64_t>(ROWS, active.count - first));
+        for (int r = 0; r < n; ++r) to[r] = weight + active.index[first + r] * D;
+        return n;
+    };
+    const bool apart = active.count * 4 <= active.of;
+    int n = active.count ? point(0, rows[0]) : 0;
+    for (int64_t first = 0, turn = 0; first < active.count; first += ROWS, turn ^= 1) {
+        const bool more = first + ROWS < active.count;
+        const int n_next = more ? point(first + ROWS, rows[turn ^ 1]) : 0;
+        for (int64_t g = begin / width; g * width < end; ++g) {
+            const int64_t from = std::max(begin, g * width), to = std::min(end, (g + 1) * width);
+            for (int64_t t = 0; t < tokens; t += TOKENS) {
+                const int some = int(std::min<int64_t>(TOKENS, tokens - t));
+                for (int r = 0; r < n; ++r) {
+                    const float s = scale ? scale[active.index[first + r] * groups + g] : 1.0f;
+                    for (int k = 0; k < some; ++k)
+                        coef[r * some + k] = active.value[(first + r) * tokens + t + k] * s;
+                }
+                const bool foresee = t == 0 && n_next == ROWS;
+                pass<W>(some, rows[turn], foresee ? rows[turn ^ 1] : nullptr, apart, coef.data(), n, acc + t * D,
+                        D, from, to);
+            }
+        }
+        n = n_next;
+    }
+}
+
+// A thread's share of `total`, in whole cache lines of fp32.
+INLINE void share(int64_t total, int threads, int thread, int64_t* begin, int64_t* end) {
+    const int64_t unit = LINE / sizeof(float), units = (total + unit - 1) / unit;
+    *begin = std::min(total, units * thread / threads * unit);
+    *end = std::min(total, units * (thread + 1) / threads * unit);
+}
+
+template <class W, class O>
+void down(const Active& active, int64_t tokens, const W* weight, const float* scale, int64_t groups, int64_t D,
+          const O* bias, O* out, int threads) {
+    std::unique_ptr<float[]> own;
+    float* acc = reinterpret_cast<float*>(out);
+    if (sizeof(O) != sizeof(float)) {
+        own.reset(new float[size_t(tokens) * D]);
+        acc = own.get();
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t begin, end;
+        share(D, omp_get_num_threads(), omp_get_thread_num(), &begin, &end);
+        for (int64_t t = 0; t < tokens; ++t) std::fill(acc + t * D + begin, acc + t * D + end, 0.0f);
+        add_rows(active, tokens, weight, scale, groups, D, acc, begin, end);
+        if (bias || own)
+            for (int64_t t = 0; t < tokens; ++t)
+                for (int64_t d = begin; d < end; ++d)
+                    put(out + t * D + d, acc[t * D + d] + (bias ? one(bias[d]) : 0.0f));
+    }
+}
+
+// value[n][t] *= act(x[t] . up[index[n]] + bias): the up projection of the active neurons.
+template <class W, class A>
+void up(const Active& active, float* value, int64_t tokens, const float* x, int64_t K, const W* weight,
+        const float* scale, const A* bias, bool relu, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t first = 0; first < active.count; first += 4) {
+        const W* rows[4];
+        const int n = int(std::min<int64_t>(4, active.count - first));
+        for (int r = 0; r < 4; ++r) rows[r] = weight + active.index[first + std::min(r, n - 1)] * K;
+        for (int64_t t = 0; t < tokens; t += 2) {
+            float u[8];
+            const int some = int(std::min<int64_t>(2, tokens - t));
+            if (some == 2)
+                dots<W, 4, 2>(rows, x + t * K, K, K, u);
+            else
+                dots<W, 4, 1>(rows, x + t * K, K, K, u);
+            for (int r = 0; r < n; ++r)
+                for (int k = 0; k < some; ++k) {
+                    const int64_t i = active.index[first + r];
+                    float y = multiply_add(u[r * some + k], scale ? scale[i] : 1.0f, bias ? one(bias[i]) : 0.0f);
+                    if (relu && y < 0) y = 0;  // a NaN stays
+                    float& v = value[(first + r) * tokens + t + k];
+                    if (v != 0) v *= y;  // a neuron this token does not keep stays 0, whatever y is
+                }
+        }
+    }
+}
+
+template <class W, class A>
+int64_t run_down(const A* act, int64_t tokens, int64_t F, int64_t D, const float* threshold, bool each,
+                 const W* weight, const float* scale, int64_t groups, const A* bias, A* out, int64_t limit,
+                 int threads) {
+    std::unique_ptr<int32_t[]> index(new int32_t[F + 1]);
+    std::unique_ptr<float[]> value(new float[size_t(F) * tokens]);
+    const int64_t count = scan(act, tokens, F, threshold, each, limit, index.get(), value.get());
+    if (count >= 0)
+        down(Active{index.get(), value.get(), count, F}, tokens, weight, scale, groups, D, bias, out, threads);
+    return count;
+}
+
+template <class W, class A>
+int64_t run_mlp(const A* gate, const A* x, int64_t tokens, int64_t F, int64_t K, int64_t D,
+                const float* threshold, bool each, const W* up_weight, const float* up_scale, const A* up_bias,
+                bool up_relu, const W* weight, const float* scale, int64_t groups, const A* bias, A* out,
+                int64_t limit, int threads) {
+    std::unique_ptr<int32_t[]> index(new int32_t[F + 1]);
+    std::unique_ptr<float[]> value(new float[size_t(F) * tokens]), wide;
+    const int64_t count = scan(gate, tokens, F, threshold, each, limit, index.get(), value.get());
+    if (count < 0) return count;
+    const float* x32 = reinterpret_cast<const float*>(x);
+    if (sizeof(A) != sizeof(float)) {
+        wide.reset(new float[size_t(tokens) * K]);
+        for (int64_t i = 0; i < tokens * K; ++i) wide[i] = one(x[i]);
+        x32 = wide.get();
+    }
+    Active active{index.get(), value.get(), count, F};
+    up(active, value.get(), tokens, x32, K, up_weight, up_scale, up_bias, up_relu, threads);
+    if (up_relu) {  // the second ReLU switches more neurons off
+        int64_t left = 0;
+        for (int64_t n = 0; n < count; ++n) {
+            const float* v = value.get() + n * tokens;
+            if (std::all_of(v, v + tokens, [](float h) { return h == 0; })) continue;
+            index[left] = index[n];
+            std::copy(v, v + tokens, value.get() + left++ * tokens);
+        }
+        active.count = left;
+    }
+    down(active, tokens, weight, scale, groups, D, bias, out, threads);
+    return count;
+}
+
+// Calls f(weight pointer type, activation pointer type) for the two type tags.
+template <class F>
+int64_t with_types(int act, int weight, F f) {
+    if (act == F32 && weight == F32) return f((const float*)0, (const float*)0);
+    if (act == F32 && weight == I8) return f((const int8_t*)0, (const float*)0);
+    if (act == BF16 && weight == BF16) return f((const bf16*)0, (const bf16*)0);
+    if (act == BF16 && weight == I8) return f((const int8_t*)0, (const bf16*)0);
+    return -2;
+}
+
+}  // namespace
+
+// Both return the number of neurons in the union, -1 if it exceeds `limit` (nothing is written),
+// or -2 for a pair of types that has no kernel. Shapes: act, gate [tokens, F]; x [tokens, K];
+// up_weight [F, K]; weight [F, D]; up_scale [F]; scale [F, groups]; biases and out of the
+// activations' type; threshold one float, or F of them when `each`.
+extern "C" int64_t thresher_sparse_down(const void* act, int act_type, int64_t tokens, int64_t F, int64_t D,
+                                        const float* threshold, int each, const void* weight, int weight_type,
+                                        const float* scale, int64_t groups, const void* bias, void* out,
+                                        int64_t limit, int threads) {
+    return with_types(act_type, weight_type, [&](auto w, auto a) {
+        typedef std::remove_const_t<std::remove_pointer_t<decltype(a)>> A;
+        return run_down((const A*)act, tokens, F, D, threshold, each, (decltype(w))weight, scale, groups,
+                        (const A*)bias, (A*)out, limit, threads);
+    });
+}
+
+extern "C" int64_t thresher_sparse_mlp(const void* gate, const void* x, int act_type, int64_t tokens, int64_t F,
+                                       int64_t K, int64_t D, const float* threshold, int each,
+                                       const void* up_weight, int weight_type, const float* up_scale,
+                                       const void* up_bias, int up_relu, const void* weight, const float* scale,
+                                       int64_t groups, const void* bias, void* out, int64_t limit, int threads) {
+    return with_types(act_type, weight_type, [&](auto w, auto a) {
+        typedef std::remove_const_t<std::remove_pointer_t<decltype(a)>> A;
+        return run_mlp((const A*)gate, (const A*)x, tokens, F, K, D, threshold, each, (decltype(w))up_weight,
+                       up_scale, (const A*)up_bias, up_relu, (decltype(w))weight, scale, groups, (const A*)bias,
+                       (A*)out, limit, threads);
+    });
+}
+
+// Asks the system for large pages under a weight: a row that was not read lately then costs one
+// look-up instead of several. Best effort; the weight's contents do not change.
+extern "C" void thresher_large_pages(void* start, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t page = 2 << 20, from = (uintptr_t(start) + page - 1) / page * page;
+    const uintptr_t to = (uintptr_t(start) + bytes) / page * page;
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}

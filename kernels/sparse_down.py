@@ -1,0 +1,174 @@
+"""Op `thresher::sparse_down`: the down projection of an MLP, reading only active neurons' weights.
+
+    sparse_down(act [..., F], weight [F, D], scale?, bias? [D], threshold?, tau, bmax, site) -> [..., D]
+
+`weight` is neuron-major: row i is what neuron i adds to the output, so a neuron that is off costs
+no memory traffic. The dense fallback reads the same copy. A neuron is *kept* for a token iff
+`!(|a| <= threshold)`; so written, a NaN is kept and reaches the output. Without a threshold exactly
+the zeros are dropped, which changes no result. Tokens of one call share the union of what they keep.
+
+weight      act's dtype; or int8 with `scale`, fp32 [F] or [F, groups] with the groups along D, so
+            that dropping a neuron drops its scales too
+threshold   None (zero), or fp32 [] or [F]; never negative
+tau         largest union density, 0 to 1, at which the sparse kernel runs; negative: measured on the
+            machine that runs the call (`sparse_tune`), so a saved program carries no machine's number
+bmax        largest number of tokens for which the union is looked for
+site        a name under which `sparse_counters` counts this call; "" counts nothing
+
+Dispatch never changes the meaning: entries that are not kept count as zero in the dense kernel too.
+It can change rounding, since a dense matrix product adds in another order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from thresher import ops
+from thresher.errors import ArgumentError
+
+# bf16 and fp16: the reference's own output rounding is 2^-9 and 2^-12, plus one for its inputs' order.
+# fp32: sums of up to 512 terms in another order.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+def kept(act: torch.Tensor, threshold: torch.Tensor | None) -> torch.Tensor:
+    """`act` with zeros where a neuron is not kept; NaN is kept. Same shape and dtype."""
+    if threshold is None:
+        return act
+    return torch.where(act.float().abs() <= threshold, torch.zeros_like(act), act)
+
+
+def dequantized(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in `dtype`: `weight[i, d] * scale[i, d // (D / groups)]`, the product taken in fp32."""
+    if scale is None:
+        return weight.to(dtype)
+    rows, cols = weight.shape
+    groups = scale.numel() // max(rows, 1)
+    wide = weight.float().view(rows, groups, -1) * scale.view(rows, groups, 1)
+    return wide.view(rows, cols).to(dtype)
+
+
+def check_weight(
+    name: str, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype, neurons: int
+) -> None:
+    """Raise ArgumentError unless a neuron-major weight fits the activations and its scales fit it."""
+    if weight.dim() != 2 or weight.shape[0] != neurons:
+        raise ArgumentError(
+            name,
+            f"shape {tuple(weight.shape)}",
+            f"[{neurons}, features], one row a neuron",
+            "Pass the weight neuron-major: the transpose of a down projection's nn.Linear weight.",
+        )
+    if (scale is None and weight.dtype != dtype) or (scale is not None and weight.dtype != torch.int8):
+        raise ArgumentError(
+            name,
+            f"{weight.dtype} {'without' if scale is None else 'with'} a scale, for {dtype} activations",
+            f"{dtype}, or torch.int8 with a scale",
+            "Convert the weight, or pass the scale it was quantized with.",
+        )
+    if scale is not None:
+        rows, cols = weight.shape
+        groups = scale.numel() // max(rows, 1)
+        if scale.dtype != torch.float32 or scale.shape[0] != rows or groups == 0 or cols % groups:
+            raise ArgumentError(
+                f"{name}'s scale",
+                f"{scale.dtype} {tuple(scale.shape)} for a weight of {tuple(weight.shape)}",
+                "fp32 [F] or [F, groups], with the groups dividing the columns",
+                "Quantize each neuron's row by itself, in equal groups along the row.",
+            )
+
+
+def check_threshold(threshold: torch.Tensor | None, neurons: int) -> None:
+    """Raise ArgumentError unless the threshold is fp32, one number or one for each neuron."""
+    if threshold is not None and (
+        threshold.dtype != torch.float32 or tuple(threshold.shape) not in ((), (neurons,))
+    ):
+        raise ArgumentError(
+            "threshold",
+            f"{threshold.dtype} {tuple(threshold.shape)}",
+            f"None, or fp32 of shape [] or [{neurons}]",
+            "Give one threshold, or one for each neuron.",
+        )
+
+
+def check_bias(bias: torch.Tensor | None, features: int, dtype: torch.dtype, name: str = "bias") -> None:
+    """Raise ArgumentError unless the bias is None or [features] of the activations' dtype."""
+    if bias is not None and (tuple(bias.shape) != (features,) or bias.dtype != dtype):
+        raise ArgumentError(
+            name,
+            f"{bias.dtype} {tuple(bias.shape)}",
+            f"{dtype} of shape [{features}]",
+            "Convert the bias to the activations' dtype; one number for each output feature.",
+        )
+
+
+def _fake(act, weight, scale, bias, threshold, tau, bmax, site):
+    return act.new_empty((*act.shape[:-1], weight.shape[1]))
+
+
+def activations(lead, neurons, density, device, dtype, generator):
+    """Random activations, zero with probability 1 - density; shape [*lead, neurons]."""
+    act = torch.randn(*lead, neurons, generator=generator)
+    act = act * (torch.rand(*lead, neurons, generator=generator) < density)
+    return act.to(device=device, dtype=dtype)
+
+
+def quantized(rows, cols, groups, device, generator):
+    """A random int8 weight [rows, cols] and its scales [rows, groups] ([rows] for one group)."""
+    weight = torch.randint(-127, 128, (rows, cols), dtype=torch.int8, generator=generator)
+    scale = torch.rand(rows, groups, generator=generator) / 64 + 1e-3
+    return weight.to(device), (scale[:, 0] if groups == 1 else scale).contiguous().to(device)
+
+
+def _inputs(device, dtype):
+    g = torch.Generator().manual_seed(0)
+
+    def sample(
+        label, lead, neurons, features, density, *, groups=0, bias=False, threshold=None, tau=1.0, bmax=16
+    ):
+        act = activations(lead, neurons, density, device, dtype, g)
+        scale = None
+        if groups:
+            weight, scale = quantized(neurons, features, groups, device, g)
+        else:
+            weight = torch.randn(neurons, features, generator=g).to(device, dtype)
+        b = torch.randn(features, generator=g).to(device, dtype) if bias else None
+        if threshold == "each":
+            threshold = torch.rand(neurons, generator=g).to(device)
+        elif threshold is not None:
+            threshold = torch.tensor(threshold, device=device)
+        return ops.Sample(label, (act, weight, scale, b, threshold, tau, bmax, ""))
+
+    # No NaN: opcheck compares results with ==. NaN and inf have tests of their own.
+    return [
+        sample("one token", (1,), 512, 256, 0.1),
+        sample("nothing active", (2, 1), 64, 32, 0.0, bias=True),
+        sample("all active, odd sizes, bias", (3, 1), 77, 45, 1.0, bias=True),
+        sample("batch 16, one threshold", (4, 4), 200, 80, 0.6, threshold=0.5),
+        sample("threshold for each neuron", (5,), 200, 80, 0.9, threshold="each"),
+        sample("above tau", (2,), 128, 64, 0.9, threshold=0.1, tau=0.3),
+        sample("int8, union of 7", (7,), 256, 136, 0.1, groups=1, bias=True),
+        sample("int8 in groups", (1,), 130, 96, 0.3, groups=3),
+        sample("int8 above bmax", (17,), 64, 48, 0.3, groups=2),
+        sample("no token", (0,), 64, 32, 0.5),
+    ]
+
+
+@ops.define(
+    "sparse_down(Tensor act, Tensor weight, Tensor? scale, Tensor? bias, Tensor? threshold, "
+    "float tau, int bmax, str site) -> Tensor",
+    fake=_fake,
+    inputs=_inputs,
+    tolerance=TOLERANCE,
+)
+def sparse_down(act, weight, scale, bias, threshold, tau, bmax, site):
+    check(act, weight, scale, bias, threshold)
+    return F.linear(kept(act, threshold), dequantized(weight, scale, act.dtype).t(), bias)
+
+
+def check(act, weight, scale, bias, threshold) -> None:
+    """Raise ArgumentError unless the tensors of one call fit each other."""
+    check_weight("weight", weight, scale, act.dtype, act.shape[-1])
+    check_threshold(threshold, act.shape[-1])
+    check_bias(bias, weight.shape[1], act.dtype)

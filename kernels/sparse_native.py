@@ -1,0 +1,159 @@
+"""The C++ kernels of the sparse MLP operators, and the dense product they stand against, as functions.
+
+All take the activations as [tokens, F], contiguous, fp32 or bf16, and a neuron-major weight of the
+same dtype or int8 with a scale. Results are bitwise the same for any thread count and batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from . import native
+from . import sparse_down as defs
+
+_P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_ZERO = torch.zeros(1)
+_SLAB = 1 << 21  # weights widened at a time for a product in fp32: 8 MiB
+_MIN_WORK = 1 << 19  # multiply-adds; below it a second thread costs more than it saves
+
+
+@functools.cache
+def _function(name: str, signature: tuple[type, ...], result: type | None = _L):
+    function = getattr(native.load("sparse_mlp"), name)
+    function.argtypes, function.restype = signature, result
+    return function
+
+
+_DOWN = (_P, _I, _L, _L, _L, _P, _I, _P, _I, _P, _L, _P, _P, _L, _I)
+_MLP = (_P, _P, _I, _L, _L, _L, _L, _P, _I, _P, _I, _P, _P, _I, _P, _P, _L, _P, _P, _L, _I)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= _MIN_WORK else 1
+
+
+def refuses(act: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """Why the kernels cannot take this call, or None."""
+    if act.dtype not in (torch.float32, torch.bfloat16):
+        return f"The C++ kernel computes fp32 and bf16 activations, not {act.dtype}."
+    if not all(t is None or t.is_contiguous() for t in (weight, *others)):
+        return "The C++ kernel reads contiguous weights, scales, biases and thresholds only."
+    return None
+
+
+def down(
+    act: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+    limit: int,
+) -> tuple[torch.Tensor | None, int]:
+    """(result [tokens, D], neurons in the union); (None, -1) when the union exceeds `limit` neurons."""
+    tokens, neurons = act.shape
+    features = weight.shape[1]
+    out = torch.empty(tokens, features, dtype=act.dtype)
+    limits = _ZERO if threshold is None else threshold
+    active = _function("thresher_sparse_down", _DOWN)(
+        act.data_ptr(),
+        _TYPES[act.dtype],
+        tokens,
+        neurons,
+        features,
+        limits.data_ptr(),
+        limits.dim() == 1 and threshold is not None,
+        weight.data_ptr(),
+        _TYPES[weight.dtype],
+        _pointer(scale),
+        1 if scale is None else scale.numel() // max(neurons, 1),
+        _pointer(bias),
+        out.data_ptr(),
+        limit,
+        _threads(tokens * neurons * features),
+    )
+    return (out if active >= 0 else None), active
+
+
+def mlp(
+    gate: torch.Tensor,
+    x: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_scale: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    up_act: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+    limit: int,
+) -> tuple[torch.Tensor | None, int]:
+    """As `down`, with gate [tokens, F] and x [tokens, K]; the count is of neurons whose gate is kept."""
+    tokens, neurons = gate.shape
+    width, features = x.shape[1], weight.shape[1]
+    out = torch.empty(tokens, features, dtype=gate.dtype)
+    limits = _ZERO if threshold is None else threshold
+    active = _function("thresher_sparse_mlp", _MLP)(
+        gate.data_ptr(),
+        x.data_ptr(),
+        _TYPES[gate.dtype],
+        tokens,
+        neurons,
+        width,
+        features,
+        limits.data_ptr(),
+        limits.dim() == 1 and threshold is not None,
+        up_weight.data_ptr(),
+        _TYPES[weight.dtype],
+        _pointer(up_scale),
+        _pointer(up_bias),
+        up_act == "relu",
+        weight.data_ptr(),
+        _pointer(scale),
+        1 if scale is None else scale.numel() // max(neurons, 1),
+        _pointer(bias),
+        out.data_ptr(),
+        limit,
+        _threads(tokens * neurons * (width + features)),
+    )
+    return (out if active >= 0 else None), active
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    return bool(native.cpu_features() & {"amx_bf16", "avx512_bf16"})
+
+
+def matmul(
+    h: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`h @ dequantized(weight) + bias` by PyTorch's own product, from the neuron-major copy; [tokens, D].
+
+    A weight that the CPU cannot multiply as it is kept is widened to fp32 a slab at a time.
+    """
+    if weight.dtype == h.dtype and (h.dtype == torch.float32 or _multiplies_bf16()):
+        return torch.mm(h, weight) if bias is None else torch.addmm(bias, h, weight)
+    neurons, features = weight.shape
+    total = torch.zeros(h.shape[0], features)
+    step = max(1, _SLAB // max(features, 1))
+    for first in range(0, neurons, step):
+        rows = slice(first, first + step)
+        slab = defs.dequantized(weight[rows], None if scale is None else scale[rows], torch.float32)
+        total.addmm_(h[:, rows].float(), slab)
+    return (total if bias is None else total + bias.float()).to(h.dtype)
+
+
+def large_pages(weight: torch.Tensor) -> None:
+    """Ask the system for large pages under a CPU weight, best before it is filled; contents stay.
+
+    Rows are read far apart, and each first touch of a small page is a look-up of its own.
+    """
+    call = _function("thresher_large_pages", (_P, _L), None)
+    call(weight.data_ptr(), weight.numel() * weight.element_size())
