@@ -119,10 +119,43 @@ def _settle_spelling(graph: fx.Graph) -> None:
             node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
 
 
+def _write_to_copies(graph: fx.Graph) -> None:
+    """`scores += bias` becomes `scores = scores + bias` where nothing else sees the written memory.
+
+    A write to an input, to a weight, or to memory that another value shares stays, and `verify` names it.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
+        pure = getattr(getattr(aten, packet[:-1], None), overload, None) if packet.endswith("_") else None
+        written = node.args[0] if node.args else None
+        if pure is None or _mutates(pure) or not isinstance(written, fx.Node) or written.op != "call_function":
+            continue
+        others = [u for u in written.users if u is not node]
+        if _shares_memory(written) or any(_shares_memory(u) and u.users for u in others if position[u] < position[node]):
+            continue
+        if value(written).dtype != value(node).dtype or not same_shape(value(written), value(node)):
+            continue
+        node.target = pure
+        written.replace_all_uses_with(node, delete_user_cb=lambda u, at=position[node]: position[u] > at)
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Whether a node's result may lie in one of its arguments' memory."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    schema = node.target._schema
+    may_alias = node.target in _RESHAPES or node.target in _ALIASES or node.target in _CASTS
+    return may_alias or any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+
+
 def canonicalise(program: Program) -> Program:
     """Bring a freshly traced Program into the dialect, in place; returns it."""
     graph = program.graph
     _drop_meaningless(graph)
+    _write_to_copies(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and (source := _identity_of(node)) is not None:
             node.replace_all_uses_with(source)
