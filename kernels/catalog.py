@@ -29,6 +29,7 @@ FAMILIES: tuple[str, ...] = (
     "varlen_attention",
     "varlen_cpu",
     "varlen_cuda",
+    "varlen_cuda",
     "wna16",
     "wna16_cpu",
 )
