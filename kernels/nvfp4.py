@@ -155,13 +155,11 @@ def _in_place(x, codes, block_scales, global_scale, input_scale=None, bias=None,
 
 @nvfp4_linear.provider("cpu_cpp", device="cpu", supported=nvfp4_cpu.unavailable, supports_args=_in_place)
 def _cpu(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"):
-    rows, factor = x.reshape(-1, x.shape[-1]), None
+    rows, alpha = x.reshape(-1, x.shape[-1]), global_scale
     if activations == "nvfp4":
         rows, factor = round_activations(rows, activations, input_scale)
-    y = nvfp4_cpu.linear(rows, codes, block_scales, "exact" if factor is not None else activations)
-    y *= global_scale.reshape(()) if factor is None else global_scale.reshape(()) * factor
-    if bias is not None:
-        y += bias
+        alpha, activations = global_scale.reshape(()) * factor, "exact"
+    y = nvfp4_cpu.linear(rows, codes, block_scales, alpha, bias, activations)
     return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
 
 

@@ -84,27 +84,41 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> 
     return out
 
 
-def linear(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, activations: str) -> torch.Tensor:
-    """`x` [M, K] against codes [N, 8B] and scales [N, B], tensor scale left out: fp32 [M, N].
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor | None,
+    activations: str,
+) -> torch.Tensor:
+    """`alpha` * x [M, K] W^T + `bias`, W from codes [N, 8B] and scales [N, B]: [M, N] in x's dtype.
 
-    activations: a key of PLANES.
+    alpha: fp32, one value, the tensor scale; activations: a key of PLANES.
     """
     if activations == "exact" and x.shape[0] > GEMV_ROWS:
-        return _many_rows(x, codes, scales)
-    rows = pad_blocks(x).float().contiguous()
-    out = torch.empty(x.shape[0], codes.shape[0])
+        y = _many_rows(x, codes, scales).mul_(alpha)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    y = x.new_empty(x.shape[0], codes.shape[0])
     native.load("nvfp4_linear").nvfp4_linear(
-        native.pointer(rows),
+        native.pointer(x),
         native.pointer(codes),
         native.pointer(scales),
-        native.pointer(out),
-        _i64(rows.shape[0]),
+        native.pointer(alpha),
+        None if bias is None else native.pointer(bias),
+        native.pointer(y),
+        TYPE_NUMBERS[x.dtype],
+        _i64(x.shape[0]),
         _i64(codes.shape[0]),
+        _i64(x.shape[1]),
         _i64(scales.shape[1]),
         PLANES[activations],
         torch.get_num_threads(),
     )
-    return out
+    return y
 
 
 def _bf16_is_fast() -> bool:

@@ -1,6 +1,5 @@
-// y[m, n] = sum_k x[m, k] * code[n, k] * scale[n, k / 16], on weights in the interchange layout:
-// codes uint8 [n, 8 * blocks] (even k in the low nibble), scales E4M3 [n, blocks]. The tensor scale
-// is applied by the caller.
+// y[m, n] = alpha * sum_k x[m, k] * code[n, k] * scale[n, k / 16] + bias[n], on weights in the
+// interchange layout: codes uint8 [n, 8 * blocks] (even k in the low nibble), scales E4M3 [n, blocks].
 //
 // The unit of work is a group: 8 blocks of 16, so 128 weights in 64 bytes and 8 scales. Two dword
 // shuffles turn the 64 bytes into two vectors whose 32-bit lane is a block, which makes the block
@@ -252,9 +251,16 @@ bool run_row(Path& path, const uint8_t* codes, const uint8_t* scales, int64_t bl
 struct Problem {
   const float* x;  // [m, 16 * blocks], zero-padded
   const uint8_t *codes, *scales;
-  float* y;  // [m, n]
+  float alpha;
+  const void* bias;  // [n] or null
+  void* y;           // [m, n], like bias in `type`
+  Type type;
   int64_t m, n, blocks;
   int threads;
+
+  void put(int64_t row, int64_t column, float sum) const {
+    store(y, row * n + column, type, alpha * sum + (bias ? load(bias, column, type) : 0.f));
+  }
 };
 
 template <class Path, int MB, class Rows>
@@ -267,7 +273,7 @@ void run_chunk(const Problem& p, const Rows& rows, int64_t first) {
     const bool plain = run_row(path, codes, scales, p.blocks);
     for (int m = 0; m < MB; m++) {
       const float* x = p.x + (first + m) * p.blocks * 16;
-      p.y[(first + m) * p.n + n] = plain ? path.finish(m) : careful(codes, scales, p.blocks, x);
+      p.put(first + m, n, plain ? path.finish(m) : careful(codes, scales, p.blocks, x));
     }
   }
 }
@@ -290,16 +296,19 @@ using Int16Row = RoundedRow<2, MB>;
 
 extern "C" {
 
-// planes: 0 exact, 1 int8, 2 int16.
-void nvfp4_linear(const float* x, const uint8_t* codes, const uint8_t* scales, float* y, int64_t m, int64_t n,
-                  int64_t blocks, int planes, int threads) {
-  const Problem p{x, codes, scales, y, m, n, blocks, threads};
-  const int64_t k = blocks * 16, groups = (blocks + kLanes - 1) / kLanes;
+// x [m, k] and y [m, n] of `type`, k <= 16 * blocks; planes: 0 exact, 1 int8, 2 int16.
+void nvfp4_linear(const void* x, const uint8_t* codes, const uint8_t* scales, const float* alpha, const void* bias,
+                  void* y, int type, int64_t m, int64_t n, int64_t k, int64_t blocks, int planes, int threads) {
+  const int64_t width = blocks * kBlock, groups = (blocks + kLanes - 1) / kLanes;
+  std::vector<float> wide(m * width, 0.f);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < k; j++) wide[i * width + j] = load(x, i * k + j, Type(type));
+  const Problem p{wide.data(), codes, scales, *alpha, bias, y, Type(type), m, n, blocks, threads};
   if (planes == 0) {
     std::vector<Exact> laid(m);
     std::vector<const float*> rows(m);
     for (int64_t i = 0; i < m; i++) {
-      lay_out(x + i * k, k, groups, laid[i]);
+      lay_out(p.x + i * width, width, groups, laid[i]);
       rows[i] = laid[i].x.data();
     }
     run_all<ExactRow>(p, rows);
@@ -309,11 +318,11 @@ void nvfp4_linear(const float* x, const uint8_t* codes, const uint8_t* scales, f
   std::vector<const Rounded*> rows(m);
   for (int64_t i = 0; i < m; i++) {
     laid[i].planes = planes;
-    lay_out(x + i * k, k, groups, laid[i]);
+    lay_out(p.x + i * width, width, groups, laid[i]);
     rows[i] = &laid[i];
   }
   planes == 1 ? run_all<Int8Row>(p, rows) : run_all<Int16Row>(p, rows);
   for (int64_t i = 0; i < m; i++)
-    if (!laid[i].finite) std::fill(y + i * n, y + (i + 1) * n, NAN);
+    for (int64_t j = 0; j < n && !laid[i].finite; j++) p.put(i, j, NAN);
 }
 }

@@ -12,46 +12,16 @@ namespace {
 using namespace nvfp4;
 
 enum Mode { kThresher, kTe, kTorchao, kModelopt, kCompressedTensors };
-enum Type { kFloat32, kBFloat16, kFloat16 };
 
 // fp32 in [0, 448] to E4M3, to nearest even.
 uint8_t to_e4m3(float v) {
   if (v < 0x1p-6f) return uint8_t(std::nearbyint(v * 512.f));  // subnormals; 8 is the first normal code
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
+  uint32_t bits = float_to_bits(v);
   bits += 0x7FFFF + ((bits >> 20) & 1);
   return uint8_t((bits >> 20) - (120 << 3));
 }
 
 float clamp_scale(float v, float least) { return std::min(std::max(v, least), 448.f); }
-
-float bf16_round(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
-
-float fp16_to_float(uint16_t h) {
-  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
-  float v = exponent == 31 ? (mantissa ? NAN : INFINITY)
-            : exponent     ? std::ldexp(1024.f + mantissa, exponent - 25)
-                           : std::ldexp(float(mantissa), -24);
-  return h & 0x8000 ? -v : v;
-}
-
-// v / 6 rounded to fp16, for v that is itself an fp16 value.
-float fp16_round(float v) {
-  if (v >= 0x1p-14f) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFFu;
-    std::memcpy(&v, &bits, 4);
-    return v;
-  }
-  return std::nearbyint(v * 0x1p24f) * 0x1p-24f;
-}
 
 template <Mode mode, Type type>
 uint8_t block_scale(float amax, float g) {
@@ -67,8 +37,8 @@ uint8_t block_scale(float amax, float g) {
       return to_e4m3(clamp_scale(scale == 0 ? 1.f : scale, 0x1p-9f));
     }
     default: {
-      const float sixth = type == kBFloat16 ? bf16_round(amax / 6.f)
-                          : type == kFloat16 ? fp16_round(amax / 6.f)
+      const float sixth = type == kBFloat16  ? bits_to_float(uint32_t(float_to_bf16(amax / 6.f)) << 16)
+                          : type == kFloat16 ? fp16_to_float(float_to_fp16(amax / 6.f))
                                              : amax / 6.f;
       const uint8_t code = to_e4m3(clamp_scale(g * sixth, 0.f));
       return code ? code : to_e4m3(0.125f);
@@ -97,9 +67,9 @@ void load_block(const void* x, int64_t at, int count, float* out) {
   if (type == kFloat32) {
     std::memcpy(out, static_cast<const float*>(x) + at, count * sizeof(float));
   } else {
-    const uint16_t* halves = static_cast<const uint16_t*>(x) + at;
 #if NVFP4_SIMD
     if (count == kBlock) {
+      const uint16_t* halves = static_cast<const uint16_t*>(x) + at;
       for (int h = 0; h < kBlock; h += 8) {
         const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + h));
         const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16);
@@ -108,13 +78,7 @@ void load_block(const void* x, int64_t at, int count, float* out) {
       return;
     }
 #endif
-    for (int i = 0; i < count; i++) {
-      const uint32_t bits = uint32_t(halves[i]) << 16;
-      if (type == kBFloat16)
-        std::memcpy(out + i, &bits, 4);
-      else
-        out[i] = fp16_to_float(halves[i]);
-    }
+    for (int i = 0; i < count; i++) out[i] = load(x, at + i, type);
   }
   std::fill(out + count, out + kBlock, 0.f);
 }
@@ -248,10 +212,7 @@ float nvfp4_amax(const void* x, int64_t count, int type, int threads) {
   uint32_t bits = type == kFloat32 ? largest_bits<uint32_t>(x, count, 0x7FFFFFFFu, threads)
                                    : largest_bits<uint16_t>(x, count, 0x7FFFu, threads);
   if (type == kFloat16) return fp16_to_float(uint16_t(bits));
-  if (type == kBFloat16) bits <<= 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+  return bits_to_float(type == kBFloat16 ? bits << 16 : bits);
 }
 
 // x [rows, k] finite, g the mode's tensor scale; codes [rows, 8 * blocks], scales [rows, blocks].

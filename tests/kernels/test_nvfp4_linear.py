@@ -6,7 +6,7 @@ import torch
 from thresher.errors import ArgumentError
 from thresher.kernels import native, nvfp4_cpu
 from thresher.kernels.nvfp4 import ACTIVATIONS, nvfp4_linear
-from thresher.kernels.nvfp4_quantize import NVFP4Weight, quantize
+from thresher.kernels.nvfp4_quantize import MODES, NVFP4Weight, quantize
 
 built = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -161,3 +161,39 @@ def test_bad_input(change, message):
     with pytest.raises(ArgumentError, match="(?i)" + message):
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
             nvfp4_linear.fake(*arguments.values())
+
+
+@built
+@pytest.mark.slow
+def test_portable_code_agrees_where_there_is_no_avx2(monkeypatch, tmp_path):
+    plain = tuple(f for f in native._FLAGS if f != "-march=native")
+    monkeypatch.setattr(native, "_FLAGS", plain)
+    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path))
+    x = torch.randn(5, 200)
+    fast = {
+        mode: quantize(torch.randn(24, 200, generator=torch.Generator().manual_seed(0)), mode=mode)
+        for mode in MODES
+    }
+    native.load.cache_clear()
+    try:
+        for mode, q in fast.items():
+            again = quantize(torch.randn(24, 200, generator=torch.Generator().manual_seed(0)), mode=mode)
+            assert torch.equal(again.codes, q.codes)
+            assert torch.equal(again.block_scales.view(torch.uint8), q.block_scales.view(torch.uint8))
+        for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
+            for activations in ("exact", "int8", "int16"):
+                for rows in (x[:1], x, x.repeat(5, 1)):
+                    arguments = (
+                        rows.to(dtype),
+                        q.codes,
+                        q.block_scales,
+                        q.global_scale,
+                        None,
+                        None,
+                        activations,
+                    )
+                    with nvfp4_linear.force("cpu_cpp"):
+                        y = nvfp4_linear(*arguments)
+                    assert relative(y, nvfp4_linear.reference(*arguments)) < bound
+    finally:
+        native.load.cache_clear()
