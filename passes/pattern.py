@@ -53,7 +53,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of one of `targets` with exactly these arguments; numbers, lists and None stand for themselves."""
+    """A call of one of `targets` with exactly these arguments; constants and lists stand for themselves."""
 
     targets: tuple[Any, ...]
     args: tuple[Any, ...]
@@ -146,22 +146,22 @@ def _attempts(
     elif isinstance(pattern, Var):
         yield from _variable(pattern, given, values, nodes, best)
     elif isinstance(pattern, Number):
-        if isinstance(given, (int, float)) and not isinstance(given, bool):
-            if values.get(pattern.name, given) == given:
-                yield {**values, pattern.name: given}, nodes
-                return
-        best.note(len(nodes), f"{_said(given)} is not the number expected for {pattern.name}")
+        is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        if is_number and values.get(pattern.name, given) == given:
+            yield {**values, pattern.name: given}, nodes
+            return
+        best.note(len(nodes), f"{described(given)} is not the number expected for {pattern.name}")
     elif isinstance(pattern, Call):
         yield from _call(pattern, given, values, nodes, best)
     elif isinstance(pattern, (list, tuple)):
         if isinstance(given, (list, tuple)) and len(given) == len(pattern):
             yield from _sequence(list(zip(pattern, given)), values, nodes, best)
         else:
-            best.note(len(nodes), f"{_said(given)} is not a list of {len(pattern)}")
+            best.note(len(nodes), f"{described(given)} is not a list of {len(pattern)}")
     elif _same_constant(pattern, given):
         yield values, nodes
     else:
-        best.note(len(nodes), f"{_said(given)} is not {pattern}")
+        best.note(len(nodes), f"{described(given)} is not {pattern}")
 
 
 def _variable(
@@ -170,7 +170,7 @@ def _variable(
     if pattern.through_casts:
         given = uncast(given)
     if not isinstance(given, fx.Node) or (pattern.where is not None and not pattern.where(given)):
-        best.note(len(nodes), f"{_said(given)} is not {pattern.said}")
+        best.note(len(nodes), f"{described(given)} is not {pattern.said}")
     elif values.get(pattern.name, given) is not given:
         best.note(len(nodes), f"{pattern.name} would be both {values[pattern.name].name} and {given.name}")
     else:
@@ -184,10 +184,10 @@ def _call(
         given = uncast(given)
     if not isinstance(given, fx.Node) or given.target not in pattern.targets:
         expected = " or ".join(str(t).removeprefix("aten.") for t in pattern.targets)
-        best.note(len(nodes), f"{_said(given)} is not {expected}")
+        best.note(len(nodes), f"{described(given)} is not {expected}")
         return
     if len(given.args) != len(pattern.args) or set(given.kwargs) != set(pattern.kwargs):
-        best.note(len(nodes), f"{_said(given)} has other arguments than expected")
+        best.note(len(nodes), f"{described(given)} has other arguments than expected")
         return
     pairs = [(pattern.kwargs[k], given.kwargs[k]) for k in pattern.kwargs]
     orders = [list(zip(pattern.args, given.args))]
@@ -216,7 +216,8 @@ def _same_constant(expected: Any, given: Any) -> bool:
     return type(given) in (int, float, bool, str, type(None), torch.dtype) and bool(expected == given)
 
 
-def _said(given: Any) -> str:
+def described(given: Any) -> str:
+    """A graph argument in a sentence: `mul_3 (mul.Tensor)`."""
     if isinstance(given, fx.Node):
         return (
             f"{given.name} ({str(given.target).removeprefix('aten.')})"

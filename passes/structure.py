@@ -23,26 +23,25 @@ from thresher.program import Program, module_fqn, value
 from thresher.report import Miss
 
 from . import structure_attention, structure_mlp
+from .pattern import described
 from .structure_embeddings import find_embeddings
 from .structure_linears import find_linears
 from .structure_norms import find_norms
 from .structure_sites import (
     AttentionSite,
-    Branch,
-    EmbeddingSite,
-    LayerSite,
     LinearSite,
     MlpSite,
     NormSite,
     Projection,
     Rope,
-    Tower,
+    Unknown,
 )
 from .structure_stream import Norms, bound, build_layers, find_branches, link
+from .structure_tower import Branch, EmbeddingSite, LayerSite, Tower
 from .structure_views import behind_views
 
-__all__ = ["AttentionSite", "Branch", "EmbeddingSite", "LayerSite", "LinearSite", "MlpSite", "NormSite", "Projection",
-           "Rope", "Structure", "Tower", "recover"]  # fmt: skip
+__all__ = ["AttentionSite", "Branch", "EmbeddingSite", "LayerSite", "LinearSite", "MlpSite", "NormSite",
+           "Projection", "Rope", "Structure", "Tower", "recover"]  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -130,10 +129,11 @@ def recover(program: Program) -> Structure:
     for group in link(branches, norms):
         layers = build_layers(group, norms)
         bound(layers, program)
-        embeddings, embedding_norm = find_embeddings(program, layers[0].input, norms.by_output)
-        found.towers.append(Tower(embeddings, layers, layers[-1].output, embedding_norm))
+        embeddings, norm = find_embeddings(program, layers[0].input, norms.by_output, by_output)
+        norm = norm if layers[0].complete else None
+        found.towers.append(Tower(embeddings, layers, layers[-1].output, norm))
     _find_final_norms(found, norms)
-    _find_head(program, found)
+    _find_head(found)
     _account(found)
     return found
 
@@ -150,7 +150,7 @@ def _find_attention(program: Program, found: Structure, by_output: dict[fx.Node,
             continue
         try:
             site = structure_attention.find_attention(core, parts)
-        except structure_attention.Unknown as reason:
+        except Unknown as reason:
             found.missed.append(Miss(module_fqn(core.node) or core.node.name, str(reason)))
             continue
         found.attentions.append(site)
@@ -167,7 +167,7 @@ def _find_mlps(found: Structure, by_output: dict[fx.Node, LinearSite]) -> None:
             continue
         try:
             site = structure_mlp.find_mlp(down, by_output)
-        except structure_mlp.Unknown as reason:
+        except Unknown as reason:
             found.missed.append(Miss(down.fqn, str(reason)))
             continue
         if site is not None:
@@ -182,11 +182,11 @@ def _find_final_norms(found: Structure, norms: Norms) -> None:
     inside = {n for layer in found.layers for n in layer.norms}
     for tower in found.towers:
         after = [n for n in norms.by_input.get(behind_views(tower.hidden), []) if n not in inside]
-        if len(after) == 1:
+        if len(after) == 1 and tower.layers[-1].complete:
             tower.final_norm, tower.hidden = after[0], after[0].output
 
 
-def _find_head(program: Program, found: Structure) -> None:
+def _find_head(found: Structure) -> None:
     """The head gives one number for each row of the token embedding."""
     for tower in found.towers:
         tokens = tower.token_embedding
@@ -200,17 +200,15 @@ def _find_head(program: Program, found: Structure) -> None:
 
 
 def _account(found: Structure) -> None:
-    """Every linear that has no role and no Miss yet gets a Miss."""
+    """Every layer that lacks a part, and every linear without a role, gets a Miss."""
+    for layer in found.layers:
+        if not layer.complete:
+            lacks, known = ("attention", layer.mlp) if layer.attention is None else ("MLP", layer.attention)
+            at = known.fqn if known is not None else "nothing"
+            found.missed.append(Miss(layer.fqn, f"No {lacks} was recovered in this layer, only {at}."))
     said = {m.site for m in found.missed}
     for site in found.linears:
         if not site.role and site.fqn not in said:
-            readers = (
-                ", ".join(f"{u.name} ({str(u.target).removeprefix('aten.')})" for u in site.output.users)
-                or "nothing"
-            )
-            found.missed.append(
-                Miss(
-                    site.fqn,
-                    f"It is in no attention, no MLP and not the head: it reads {site.x.name} and feeds {readers}.",
-                )
-            )
+            readers = ", ".join(map(described, site.output.users)) or "nothing"
+            place = f"it reads {described(site.x)} and feeds {readers}"
+            found.missed.append(Miss(site.fqn, f"It is in no attention, no MLP and not the head: {place}."))

@@ -14,20 +14,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.dialect import same_size
 from thresher.program import Program, value
 
-from .pattern import Anything, Number, Var, call, either, is_cast, match, uncast
+from .pattern import Anything, Number, Var, call, described, either, is_cast, match, uncast
 from .structure_masks import read_masks
 from .structure_rope import find_rope
-from .structure_sites import AttentionSite, LinearSite, NormSite, Projection, Rope, common_prefix
+from .structure_sites import AttentionSite, LinearSite, NormSite, Projection, Rope, Unknown, common_prefix
 from .structure_views import Unviewable, head_rows, is_view, merges_heads, viewed
-from .token_axes import sizes
 
 aten = torch.ops.aten
-
-
-class Unknown(Exception):
-    """Why an attention is not understood, as a full sentence."""
 
 
 @dataclass
@@ -65,6 +61,7 @@ class Traced:
     norm: NormSite | None
     rope: Rope | None
     scale: float
+    past: fx.Node | None
 
 
 def find_attention(core: Core, parts: Parts) -> AttentionSite:
@@ -83,8 +80,10 @@ def find_attention(core: Core, parts: Parts) -> AttentionSite:
             f"It has {heads} query heads of {head_dim}, {k.projection.rows.shape[0]} key heads of "
             f"{k.projection.rows.shape[1]} and {kv_heads} value heads, which do not fit together."
         )
-    if core.softcap is None and core.spelling != "eager" and v.scale != 1.0:
-        raise Unknown(f"Its values are scaled by {v.scale}, which no known attention does.")
+    if v.scale != 1.0 or v.norm is not None or v.rope is not None:
+        raise Unknown("Its values are scaled, normalised or rotated, which no known attention does.")
+    if (k.past is None) != (v.past is None):
+        raise Unknown("Only one of its keys and its values continues a cache.")
     output = _output_linear(core.node, heads * value_dim, parts)
     visibility = read_masks(core.masks, core.is_causal)
     if core.spelling == "varlen":
@@ -94,17 +93,15 @@ def find_attention(core: Core, parts: Parts) -> AttentionSite:
         fqn=common_prefix([p.projection.linear.fqn for p in (q, k, v)] + [output.fqn]),
         node=core.node, spelling=core.spelling, q=q.projection, k=k.projection, v=v.projection, o=output,
         q_norm=q.norm, k_norm=k.norm, rope=q.rope, masks=core.masks, visibility=visibility,
-        scale=core.scale * q.scale * k.scale, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim,
-        softcap=core.softcap, cross=cross, probabilities=core.probabilities,
+        scale=core.scale * q.scale * k.scale, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        value_dim=value_dim, softcap=core.softcap, cross=cross, probabilities=core.probabilities,
+        past=(k.past, v.past) if k.past is not None and v.past is not None else None,
     )  # fmt: skip
 
 
 def _same_rope(one: Rope, other: Rope | None) -> bool:
-    return other is not None and (one.kind, one.cos, one.sin, one.dim) == (
-        other.kind,
-        other.cos,
-        other.sin,
-        other.dim,
+    return other is not None and all(
+        getattr(one, f) == getattr(other, f) for f in ("kind", "cos", "sin", "dim")
     )
 
 
@@ -118,17 +115,17 @@ def _unrepeated(node: fx.Node) -> fx.Node | None:
     lifted: Any = spread.args[0]
     if lifted.target is not aten.unsqueeze.default or lifted.args[1] != 2 or value(lifted).dim() != 5:
         return None
-    wide = sizes(spread)
-    return lifted.args[0] if sizes(node) == [wide[0], wide[1] * wide[2], *wide[3:]] else None
+    (_, kv_heads, times, *_), result = value(spread).shape, value(node).shape
+    return lifted.args[0] if len(result) == 4 and same_size(result[1], kv_heads * times) else None
 
 
 def trace(node: fx.Node, parts: Parts, subject: str) -> Traced:
     """Follow a query, key or value back to the linear that makes it. Raises Unknown."""
-    result, steps, norm, rope, scale = node, [], None, None, 1.0
-    shared = _unrepeated(uncast(node))
-    if shared is not None:
-        node = result = shared
+    steps, norm, rope, scale = [], None, None, 1.0
+    result = node = _unrepeated(uncast(node)) or node
+    past, node = _continued(node)
     while node not in parts.linears:
+        factor = node.args[1] if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
         if (site := parts.norms.get(node)) is not None and norm is None:
             norm, node = site, site.input
         elif (rotated := find_rope(node)) is not None and rope is None:
@@ -138,24 +135,32 @@ def trace(node: fx.Node, parts: Parts, subject: str) -> Traced:
             node = viewed(node)
         elif is_cast(node):
             node = node.args[0]  # type: ignore[assignment]
-        elif node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
-            scale *= node.args[1] if node.target is aten.mul.Tensor else 1 / node.args[1]
+        elif isinstance(factor, (int, float)) and norm is None:  # a factor before a norm has no effect
+            scale *= factor if node.target is aten.mul.Tensor else 1 / factor
             node = node.args[0]  # type: ignore[assignment]
         else:
             raise Unknown(
-                f"{subject} does not lead back to one linear: {node.name} ({str(node.target).removeprefix('aten.')}) is "
-                "neither a view, a norm, a rotary embedding nor a constant factor."
+                f"{subject} does not lead back to one linear: {described(node)} is neither a view, a norm, "
+                "a rotary embedding nor a constant factor."
             )
     linear = parts.linears[node]
-    merged = steps[0] if steps and value(result).dim() == 3 else None
-    if merged is not None:  # [batch * heads, tokens, dim], for a batched matrix product
+    if steps and value(result).dim() == 3:  # [batch * heads, tokens, dim], for a batched matrix product
         steps = steps[1:]
     try:
         rows = head_rows(node, linear.out_features, steps[::-1])
     except Unviewable as reason:
         raise Unknown(f"{subject} is not laid out as [batch, heads, tokens, head_dim]: {reason}.") from None
     whole = torch.equal(rows.flatten(), torch.arange(linear.out_features))
-    return Traced(Projection(linear, rows, whole, result), norm, rope, scale)
+    return Traced(Projection(linear, rows, whole, result), norm, rope, scale, past)
+
+
+def _continued(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """A cache's keys or values that the new ones are put behind, and the new ones."""
+    if node.target is aten.cat.default and len(node.args) == 2 and node.args[1] in (2, -2):
+        parts: Any = node.args[0]
+        if len(parts) == 2 and parts[0].op == "placeholder":
+            return parts[0], parts[1]
+    return None, node
 
 
 def _output_linear(node: fx.Node, width: int, parts: Parts) -> LinearSite:
@@ -164,17 +169,22 @@ def _output_linear(node: fx.Node, width: int, parts: Parts) -> LinearSite:
     start = node
     if value(node).dim() == 3:  # a batched matrix product: the next view separates batch and heads
         start = node = next(iter(node.users))
+        if value(node).dim() != 4:
+            raise Unknown(
+                f"Its result stays in {value(node).dim()} dimensions, where batch and heads are one."
+            )
     while True:
         readers = parts.readers.get(node, [])
         if readers:
             if len(readers) == 1 and readers[0].in_features == width and merges_heads(start, steps):
                 return readers[0]
             raise Unknown(
-                f"{readers[0].fqn} reads its result, but not as [batch, tokens, heads * head_dim] with the heads in order."
+                f"{readers[0].fqn} reads its result, but not as [batch, tokens, heads * head_dim] with "
+                "the heads in order."
             )
         users = [u for u in node.users if u.op != "output"]
         if len(users) != 1 or not (is_view(users[0]) or is_cast(users[0])):
-            said = ", ".join(f"{u.name} ({str(u.target).removeprefix('aten.')})" for u in users) or "nothing"
+            said = ", ".join(map(described, users)) or "nothing"
             raise Unknown(f"Its result does not lead to one output linear: {node.name} is read by {said}.")
         node = users[0]
         steps.append(node)
@@ -196,7 +206,7 @@ def _sdpa(node: fx.Node) -> Core:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
     mask, scale = given.get("attn_mask"), given.get("scale")
-    scale = sizes(given["query"])[-1] ** -0.5 if scale is None else scale
+    scale = value(given["query"]).shape[-1] ** -0.5 if scale is None else scale
     masks = (mask,) if isinstance(mask, fx.Node) else ()
     return Core(
         node, "sdpa", given["query"], given["key"], given["value"], masks, scale, bool(given.get("is_causal"))

@@ -10,7 +10,8 @@ from torch import fx
 from thresher.program import Program, module_fqn, sequence_of, value
 
 from .pattern import uncast
-from .structure_sites import EmbeddingSite, NormSite
+from .structure_sites import LinearSite, NormSite
+from .structure_tower import EmbeddingSite
 from .structure_views import VIEWS
 
 aten = torch.ops.aten
@@ -26,9 +27,12 @@ _CONVOLUTIONS = {
 
 
 def find_embeddings(
-    program: Program, start: fx.Node, norms: dict[fx.Node, NormSite]
+    program: Program, start: fx.Node, norms: dict[fx.Node, NormSite], linears: dict[fx.Node, LinearSite]
 ) -> tuple[list[EmbeddingSite], NormSite | None]:
-    """The embeddings that add up to `start`, and the norm they go through together, if any."""
+    """The embeddings that add up to `start`, and the norm they go through together, if any.
+
+    linears: by output; those without a role between the embeddings and `start` get the role "embedding".
+    """
     found: list[EmbeddingSite] = []
     norm = None
     stack: list[tuple[fx.Node, float | str | None]] = [(start, None)]
@@ -40,7 +44,11 @@ def find_embeddings(
             continue
         seen.add(node)
         held = program.weight(node)
-        if node in norms:
+        if node in linears:
+            if not linears[node].role:
+                linears[node].role = "embedding"
+                stack.append((linears[node].x, scale))
+        elif node in norms:
             norm = norm or norms[node]
             stack.append((norms[node].input, scale))
         elif node.target is aten.embedding.default:
@@ -71,15 +79,8 @@ def find_embeddings(
             factor, other = _factor(program, node)
             if other is not None:
                 stack.append((other, factor))
-        elif node.target in _SAME:
+        elif node.target in _SAME or node.target in (aten.masked_scatter.default, aten.masked_fill.Scalar):
             stack.append((node.args[0], scale))  # type: ignore[arg-type]
-        elif node.target in (
-            aten.linear.default,
-            aten.where.self,
-            aten.masked_scatter.default,
-            aten.masked_fill.Scalar,
-        ):
-            stack += [(a, scale) for a in node.all_input_nodes[:1] if program.weight(a) is None]
     _name_kinds(program, found)
     return found, norm
 

@@ -35,7 +35,7 @@ def stored_weight(program: Program, argument: Any) -> tuple[fx.Node, bool] | Non
     """The weight an argument reads, and whether it is read transposed; None when it is computed otherwise."""
     flipped = False
     while isinstance(argument, fx.Node) and argument.op == "call_function":
-        if argument.target is aten.t.default or _swaps_two(argument):
+        if argument.target in (aten.t.default, aten.numpy_T.default) or _swaps_two(argument):
             flipped = not flipped
         elif argument.target not in CASTS:
             return None
@@ -65,8 +65,8 @@ def _read(program: Program, node: fx.Node) -> LinearSite | str | None:
         if node.target is not aten.linear.default:
             return None
         how = f"{factor.name} ({factor.target})" if isinstance(factor, fx.Node) else repr(factor)
-        return f"Its weight is computed in the graph by {how}; only a weight that the model stores can be rewritten."
-    if not isinstance(x, fx.Node) or value(x).dim() < 2:
+        return f"Its weight is computed in the graph by {how}; only a stored weight can be rewritten."
+    if not isinstance(x, fx.Node):
         return None
     stored, flipped = read
     transposed = flipped if node.target is aten.linear.default else not flipped

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.dialect import same_size
 from thresher.layout import Visibility
 from thresher.program import value
 
 from .pattern import CASTS, Number, Var, call, either, match
-from .token_axes import sizes
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ def _lies(node: fx.Node, dim: int) -> bool:
     known = value(node)
     if not isinstance(known, torch.Tensor) or known.dtype not in _int or known.dim() < 2:
         return False
-    return sizes(node)[-3 - dim] == 1
+    return same_size(known.shape[-3 - dim], 1)
 
 
 def read_masks(masks: Sequence[fx.Node], is_causal: bool) -> Visibility:
@@ -71,7 +71,7 @@ def read_masks(masks: Sequence[fx.Node], is_causal: bool) -> Visibility:
 
 def _conditions(mask: Any) -> Iterator[fx.Node]:
     while True:
-        if (mask.target in _SAME and isinstance(mask.args[0], fx.Node) and not _from_caller(mask.args[0])) or (mask.target is aten.where.ScalarOther and _hides(mask)) or (mask.target is aten.where.self and _hides(mask)):
+        if (mask.target in _SAME and mask.args[0].op != "placeholder") or _hides(mask):
             mask = mask.args[0]
         elif mask.target in _AND and value(mask).dtype is torch.bool:
             yield from _conditions(mask.args[0])
@@ -81,12 +81,10 @@ def _conditions(mask: Any) -> Iterator[fx.Node]:
             return
 
 
-def _from_caller(node: fx.Node) -> bool:
-    return node.op == "placeholder"
-
-
 def _hides(node: fx.Node) -> bool:
     """Whether `where` gives 0 for true and a large negative number for false."""
+    if node.target not in (aten.where.ScalarOther, aten.where.self):
+        return False
     shown, hidden = node.args[1:3]
     if isinstance(hidden, fx.Node):
         hidden = hidden.args[1] if hidden.target is aten.full.default else None
@@ -96,16 +94,16 @@ def _hides(node: fx.Node) -> bool:
 
 
 def _is_padding(node: fx.Node) -> bool:
-    """A condition on keys only that comes from the caller: the same for every query and head."""
+    """A condition on keys only that comes from the caller's values: the same for every query and head."""
     known = value(node)
-    if known.dtype is not torch.bool or (known.dim() >= 2 and known.dim() != 2 and sizes(node)[-2] != 1):
+    if known.dtype is not torch.bool or (known.dim() > 2 and not same_size(known.shape[-2], 1)):
         return False
-    stack, seen, from_caller = [node], set(), False
+    stack, seen = [node], set()
     while stack:
         one = stack.pop()
-        if one in seen:
-            continue
-        seen.add(one)
-        from_caller = from_caller or (one.op == "placeholder" and isinstance(value(one), torch.Tensor))
-        stack += one.all_input_nodes
-    return from_caller
+        if one.op == "placeholder" and isinstance(value(one), torch.Tensor):
+            return True
+        if one not in seen and one.target is not aten.sym_size.int:  # sizes are not values
+            seen.add(one)
+            stack += one.all_input_nodes
+    return False

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import value
-
 from .pattern import Var, call, either, match, uncast
-from .structure_sites import LinearSite, MlpSite, Projection, common_prefix
+from .structure_sites import LinearSite, MlpSite, Projection, Unknown, common_prefix
 from .structure_views import Unviewable, behind_views, feature_rows, is_view, viewed
 
 aten = torch.ops.aten
@@ -45,10 +43,6 @@ ACTIVATIONS: Sequence[tuple[str, Any]] = (
 
 _GATES = (*ACTIVATIONS, ("sigmoid", sigmoid(_x)))
 """A plain sigmoid is an MLP's activation only where it gates."""
-
-
-class Unknown(Exception):
-    """Why something that looks like an MLP is not understood, as a full sentence."""
 
 
 def find_mlp(down: LinearSite, by_output: dict[fx.Node, LinearSite]) -> MlpSite | None:
@@ -105,28 +99,16 @@ def _site(down: LinearSite, up: Projection, gate: Projection | None, name: str, 
     for operand in operands:
         if len(operand.rows) != down.in_features:
             raise Unknown(
-                f"{operand.linear.fqn} gives {len(operand.rows)} values where {down.fqn} reads {down.in_features}, "
-                "so the two are not the halves of one MLP."
+                f"{operand.linear.fqn} gives {len(operand.rows)} values where {down.fqn} reads "
+                f"{down.in_features}, so the two are not the halves of one MLP."
             )
     if gate is not None:
         if gate.linear.x is not up.linear.x:
             raise Unknown(
-                f"Its gate {gate.linear.fqn} reads {gate.linear.x.name} and its up projection {up.linear.fqn} reads "
-                f"{up.linear.x.name}; in an MLP both read the same value."
+                f"Its gate {gate.linear.fqn} reads {gate.linear.x.name} and its up projection "
+                f"{up.linear.fqn} reads {up.linear.x.name}; in an MLP both read the same value."
             )
         if gate.linear is up.linear and torch.isin(gate.rows, up.rows).any():
             raise Unknown(f"Gate and up projection take overlapping parts of {up.linear.fqn}.")
     fqn = common_prefix([o.linear.fqn for o in operands] + [down.fqn])
     return MlpSite(fqn, up, gate, down, name, acted, uncast(behind_views(down.x)))
-
-
-def looks_like_mlp(down: LinearSite) -> str | None:
-    """A sentence for a linear that reads an activation which no known form explains."""
-    hidden = uncast(behind_views(down.x))
-    if (
-        isinstance(hidden, fx.Node)
-        and hidden.op == "call_function"
-        and isinstance(value(hidden), torch.Tensor)
-    ):
-        return f"It reads {hidden.name} ({str(hidden.target).removeprefix('aten.')})"
-    return None

@@ -1,4 +1,4 @@
-"""Finds normalisations: `layer_norm`, `rms_norm`, and RMS norms spelled out."""
+"""Finds normalisations: `layer_norm` and `rms_norm`, as one operator or spelled out."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ _x, _eps = Var("x"), Number("eps")
 _weight = Var(
     "weight", lambda n: n.op == "get_attr" and value(n).dim() == 1, "a weight of one dimension", True
 )
-square = either(pow_(_x, 2), call(aten.square.default)(_x), mul(_x, _x))
-_variance = either(mean(square, [-1], True), mean(square, -1, True))
-_scaled = either(
-    mul(_x, rsqrt(add(_variance, _eps))),
-    mul(_x, pow_(add(_variance, _eps), -0.5)),
-    div(_x, sqrt(add(_variance, _eps))),
-)
-RMS_NORM = either(mul(either(add(_weight, Number("offset")), _weight), _scaled), _scaled)
+_scale = either(add(_weight, Number("offset")), _weight)
+
+
+def _normed(x: Any) -> Any:
+    """x divided by its root mean square, then scaled, or not."""
+    square = either(pow_(x, 2), call(aten.square.default)(x), mul(x, x))
+    variance = add(either(mean(square, [-1], True), mean(square, -1, True)), _eps)
+    scaled = either(mul(x, rsqrt(variance)), mul(x, pow_(variance, -0.5)), div(x, sqrt(variance)))
+    return either(mul(_scale, scaled), scaled)
+
+
+RMS_NORM = _normed(_x)
+LAYER_NORM = _normed(call(aten.sub.Tensor)(_x, either(mean(_x, [-1], True), mean(_x, -1, True))))
 _ROOTS = (aten.rsqrt.default, aten.sqrt.default)
 
 
@@ -60,45 +65,65 @@ def _one_op(program: Program, node: fx.Node) -> NormSite | str:
     names = ("input", "shape", "weight", "bias", "eps") if layer else ("input", "shape", "weight", "eps")
     given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
     if len(given["shape"]) != 1:
-        return f"It normalises over {len(given['shape'])} dimensions; a transformer's norms work on the last one."
-    held = {k: given.get(k) for k in ("weight", "bias")}
-    for name, argument in held.items():
-        if argument is not None and program.weight(uncast(argument)) is None:
+        return f"It normalises over {len(given['shape'])} dimensions, and only norms over the last are known."
+    offset, nodes = 0.0, (node,)
+    if found := match(_scale, given.get("weight")):
+        given["weight"], offset, nodes = found["weight"], found.get("offset", 0.0), (*found.nodes, node)
+    names = []
+    for part in ("weight", "bias"):
+        argument = uncast(given.get(part))
+        if argument is not None and program.weight(argument) is None:
             return (
-                f"Its {name} is computed in the graph by {argument.name}; only a stored one can be rewritten."
+                f"Its {part} is computed in the graph by {argument.name}; only a stored one can be rewritten."
             )
+        names.append(None if argument is None else str(argument.target))
+    weight, bias = names
     eps = given.get("eps")
     if eps is None:
         eps = 1e-5 if layer else torch.finfo(value(node).dtype).eps
-    weight, bias = (str(uncast(a).target) if a is not None else None for a in held.values())
+    kind, output = "layer" if layer else "rms", _cast_back(node, given["input"])
     return NormSite(
-        _name(program, node, weight),
-        "layer" if layer else "rms",
-        given["input"],
-        node,
-        weight,
-        bias,
-        eps,
-        nodes=(node,),
+        _name(program, node, weight), kind, given["input"], output, weight, bias, eps, offset, nodes
     )
+
+
+def _cast_back(node: fx.Node, like: fx.Node) -> fx.Node:
+    """The norm's result in the type of its input, where it is cast back to that and used in no other."""
+    users = list(node.users)
+    if len(users) == 1 and is_cast(users[0]) and value(users[0]).dtype == value(uncast(like)).dtype:
+        return users[0]
+    return node
 
 
 def _spelled(program: Program, root: fx.Node) -> NormSite | str | None:
     failed = None
     for output in _results(root):
-        result = match(RMS_NORM, output)
-        if isinstance(result, Found) and root in result.nodes:
-            weight = result.get("weight")
-            name = str(weight.target) if weight is not None else None
-            return NormSite(
-                _name(program, output, name), "rms", uncast(result["x"]), output, name, None, result["eps"],
-                result.get("offset", 0.0), tuple(sorted(result.nodes)),
-            )  # fmt: skip
-        if not isinstance(result, Found) and (failed is None or result.covered > failed.covered):
-            failed = result
+        for kind, pattern in (("layer", LAYER_NORM), ("rms", RMS_NORM)):
+            result = match(pattern, output)
+            if isinstance(result, Found) and root in result.nodes:
+                return _spelled_site(program, kind, output, result)
+            if not isinstance(result, Found) and (failed is None or result.covered > failed.covered):
+                failed = result
     if failed is None or (root.target is aten.sqrt.default and failed.covered < 4):
         return None  # a root that normalises nothing
-    return f"It looks like an RMS norm, but {failed.reason}."
+    return f"It looks like a norm, but {failed.reason}."
+
+
+def _spelled_site(program: Program, kind: str, output: fx.Node, found: Found) -> NormSite:
+    weight, bias = found.get("weight"), None
+    name = str(weight.target) if weight is not None else None
+    nodes, result = sorted(found.nodes), output
+    users = list(output.users)
+    if kind == "layer" and len(users) == 1 and users[0].target is aten.add.Tensor and not users[0].kwargs:
+        for argument in users[0].args:
+            if (held := program.weight(uncast(argument))) is not None and held.tensor.dim() == 1:
+                bias, result = str(uncast(argument).target), users[0]
+                nodes.append(result)
+    source = uncast(found["x"])
+    return NormSite(
+        _name(program, output, name), kind, source, _cast_back(result, source), name, bias, found["eps"],
+        found.get("offset", 0.0), tuple(nodes),
+    )  # fmt: skip
 
 
 def _results(root: fx.Node) -> Iterator[fx.Node]:

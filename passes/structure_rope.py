@@ -9,12 +9,14 @@ from thresher.program import value
 
 from .pattern import Anything, Found, Var, call, either, is_cast, match, uncast
 from .structure_sites import Rope
-from .token_axes import sizes
 
 aten = torch.ops.aten
 
 _MAX = 2**62
-_LAYOUT = {aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.transpose.int}
+_LAYOUT = {
+    aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.transpose.int,
+    aten.repeat_interleave.self_int,
+}  # fmt: skip
 _x, _cos, _sin = Var("x"), Var("cos"), Var("sin")
 _neg, _cat, _add, _mul = (
     call(aten.neg.default),
@@ -44,7 +46,7 @@ def find_rope(node: fx.Node) -> tuple[Rope, fx.Node] | None:
     for kind, pattern in (("half", _HALF), ("interleaved", _PAIRS)):
         found = match(pattern, node)
         if isinstance(found, Found) and _rotates(found, kind):
-            rope = Rope(kind, _table(found["cos"]), _table(found["sin"]), sizes(node)[-1])
+            rope = Rope(kind, _table(found["cos"]), _table(found["sin"]), _width(node))
             return rope, found["x"]
     return None
 
@@ -60,9 +62,9 @@ def _partial(node: fx.Node) -> tuple[Rope, fx.Node] | None:
         return None
     rope, rotated = inner
     whole: fx.Node = rest.args[0]  # type: ignore[assignment]
-    if _range(rest) != (rope.dim, sizes(whole)[-1], 1):
+    if _range(rest) != (rope.dim, _width(whole), 1):
         return None
-    if rotated is whole and sizes(rest)[-1] == 0:
+    if rotated is whole and _width(rest) == 0:
         return rope, whole
     begins = (
         rotated.target is aten.slice.Tensor
@@ -75,7 +77,7 @@ def _partial(node: fx.Node) -> tuple[Rope, fx.Node] | None:
 def _rotates(found: Found, kind: str) -> bool:
     """Whether the two parts are x's halves, or its even and odd elements."""
     x, first, second = found["x"], found["first"], found["second"]
-    width = sizes(x)[-1]
+    width = _width(x)
     if any(
         part.target is not aten.slice.Tensor or uncast(part.args[0]) is not uncast(x)
         for part in (first, second)
@@ -90,13 +92,17 @@ def _rotates(found: Found, kind: str) -> bool:
 def _range(part: fx.Node) -> tuple[int, int, int]:
     """Start, end and step of a slice along the last dimension; an impossible range when along another."""
     dim, start, end, step = (*part.args[1:], *(0, None, _MAX, 1)[len(part.args) - 1 :])  # type: ignore[misc]
-    width = sizes(part.args[0])[-1]  # type: ignore[arg-type]
+    width = _width(part.args[0])  # type: ignore[arg-type]
     if dim not in (-1, value(part).dim() - 1) or not all(
         isinstance(i, (int, type(None))) for i in (start, end, step)
     ):
         return (-1, -1, -1)
     start, end = (start or 0), (width if end is None else min(end, width))
     return (start + width if start < 0 else start, end + width if end < 0 else end, step)
+
+
+def _width(node: fx.Node) -> int:
+    return value(node).shape[-1]
 
 
 def _table(node: fx.Node) -> fx.Node:

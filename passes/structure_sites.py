@@ -1,4 +1,4 @@
-"""What structure recovery finds: the parts of a transformer, each with its nodes and weights.
+"""What structure recovery finds: linears, norms, attention and MLPs, each with its nodes and weights.
 
 Sites point into one Program's graph. They describe it as it was when `recover` ran; after a rewrite,
 recover again.
@@ -7,12 +7,16 @@ recover again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from thresher.layout import Visibility
+
+
+class Unknown(Exception):
+    """Why something that looks like a site is not understood, as a full sentence."""
 
 
 @dataclass(eq=False)
@@ -25,7 +29,8 @@ class LinearSite:
         `x` and replaces `output`.
     weight, bias: attribute names in the Program. weight_fqn: the weight's name in the model.
     transposed: the weight is stored [in, out]; otherwise [out, in].
-    role: q k v qkv o up gate gate_up down head, or "" when the linear is in none of these places.
+    role: q k v kv qkv o up gate gate_up down head, embedding (between the embeddings and the first layer), or
+        "" when the linear is in none of these places.
     tied: some other node reads the same weight.
     """
 
@@ -83,8 +88,8 @@ class Projection:
 class Rope:
     """Rotary position embedding. kind: "half" (rotate_half) or "interleaved" (rotate_every_two).
 
-    cos, sin: as computed, before they are unsqueezed for the heads. dim: how many of the head's leading
-    dimensions are rotated.
+    cos, sin: as computed, before they are laid out for the heads or repeated for pairs.
+    dim: how many of the head's leading dimensions are rotated.
     """
 
     kind: str
@@ -104,6 +109,7 @@ class AttentionSite:
     visibility: what the mask shows, as far as its expression tells; "generic" when it does not.
     scale: what multiplies q @ k^T, everything included. softcap: the logits' soft cap, or None.
     cross: keys come from another sequence than queries. probabilities: after softmax, eager only.
+    past: cached keys and values that are put in front of the new ones, or None.
     """
 
     fqn: str
@@ -126,6 +132,7 @@ class AttentionSite:
     softcap: float | None = None
     cross: bool = False
     probabilities: fx.Node | None = None
+    past: tuple[fx.Node, fx.Node] | None = None
 
     @property
     def fused(self) -> bool:
@@ -198,127 +205,6 @@ class MlpSite:
     def linears(self) -> list[LinearSite]:
         gate = [self.gate.linear] if self.gate is not None else []
         return list(dict.fromkeys((self.up.linear, *gate, self.down)))
-
-
-@dataclass(eq=False)
-class Branch:
-    """A site on the residual stream: `add = stream + scale * post_norm(site(pre_norm(stream)))`.
-
-    stream: the residual operand. pre_norm, post_norm: norms inside the branch. stream_norm: the norm the
-    stream itself goes through after the addition (post-norm models such as BERT).
-    scale: a number, or the attribute name of a weight, that multiplies the branch; None for one.
-    adds: the additions from the site's output to the stream, `add` last; two in parallel layers.
-    """
-
-    site: AttentionSite | MlpSite
-    stream: fx.Node
-    add: fx.Node
-    adds: tuple[fx.Node, ...]
-    pre_norm: NormSite | None = None
-    post_norm: NormSite | None = None
-    stream_norm: NormSite | None = None
-    scale: float | str | None = None
-
-
-@dataclass(eq=False)
-class LayerSite:
-    """One layer of the residual stream.
-
-    input, output: the hidden state before and after. parallel: attention and MLP read the same stream.
-    inputs: every value the layer takes from outside, `input` first, then masks, rotary tables and sizes.
-    nodes: the operators inside, in order. exports: those inside, besides `output`, that are read outside
-        (keys and values for a cache).
-    """
-
-    index: int
-    fqn: str
-    input: fx.Node
-    output: fx.Node
-    branches: list[Branch]
-    inputs: list[fx.Node] = field(default_factory=list)
-    nodes: list[fx.Node] = field(default_factory=list)
-    exports: list[fx.Node] = field(default_factory=list)
-
-    def _sites(self, kind: type, cross: bool = False) -> list[Branch]:
-        return [
-            b for b in self.branches if isinstance(b.site, kind) and getattr(b.site, "cross", False) == cross
-        ]
-
-    @property
-    def attention_branch(self) -> Branch | None:
-        return next(iter(self._sites(AttentionSite)), None)
-
-    @property
-    def mlp_branch(self) -> Branch | None:
-        return next(iter(self._sites(MlpSite)), None)
-
-    @property
-    def attention(self) -> AttentionSite | None:
-        return self.attention_branch.site if self.attention_branch else None  # type: ignore[return-value]
-
-    @property
-    def cross_attention(self) -> AttentionSite | None:
-        return next((b.site for b in self._sites(AttentionSite, cross=True)), None)  # type: ignore[misc]
-
-    @property
-    def mlp(self) -> MlpSite | None:
-        return self.mlp_branch.site if self.mlp_branch else None  # type: ignore[return-value]
-
-    @property
-    def parallel(self) -> bool:
-        return len(self.branches) > 1 and len({b.stream for b in self.branches}) == 1
-
-    @property
-    def norm_position(self) -> str:
-        """ "pre", "post" (the stream is normalised after each addition), "branch" or "sandwich"."""
-        if any(b.stream_norm for b in self.branches):
-            return "post"
-        inside = any(b.post_norm for b in self.branches)
-        before = any(b.pre_norm for b in self.branches)
-        return {(True, True): "sandwich", (True, False): "pre", (False, True): "branch"}.get(
-            (before, inside), "none"
-        )
-
-    @property
-    def norms(self) -> list[NormSite]:
-        """Norms of the hidden width, in the order they run."""
-        found = [n for b in self.branches for n in (b.pre_norm, b.post_norm, b.stream_norm) if n is not None]
-        return list(dict.fromkeys(found))
-
-
-@dataclass(eq=False)
-class EmbeddingSite:
-    """A part of what starts a residual stream.
-
-    kind: token, position, token_type, patch (a convolution), prefix (a learned token put in front) or
-        input (the caller gives the embeddings).
-    node: the look-up, the convolution, or the weight itself when it is added whole.
-    scale: a number, or the attribute name of a weight, that multiplies it; None for one.
-    """
-
-    kind: str
-    fqn: str
-    node: fx.Node
-    weight: str | None
-    scale: float | str | None = None
-
-
-@dataclass(eq=False)
-class Tower:
-    """One residual stream: embeddings, layers, final norm. norm: the embeddings' own norm.
-
-    hidden: the stream after the last layer and the final norm.
-    """
-
-    embeddings: list[EmbeddingSite]
-    layers: list[LayerSite]
-    hidden: fx.Node
-    embedding_norm: NormSite | None = None
-    final_norm: NormSite | None = None
-
-    @property
-    def token_embedding(self) -> EmbeddingSite | None:
-        return next((e for e in self.embeddings if e.kind == "token"), None)
 
 
 def common_prefix(names: Sequence[str]) -> str:

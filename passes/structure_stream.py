@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from thresher.program import Program, value
 from thresher.report import Miss
 
 from .pattern import is_cast, uncast
-from .structure_sites import AttentionSite, Branch, LayerSite, MlpSite, NormSite, common_prefix
+from .structure_sites import AttentionSite, MlpSite, NormSite, common_prefix
+from .structure_tower import Branch, LayerSite
 from .structure_views import behind_views, is_view
 
 aten = torch.ops.aten
@@ -21,14 +22,14 @@ aten = torch.ops.aten
 
 @dataclass
 class Norms:
-    """Norms by what they read (behind views) and by their result."""
+    """Norms by what they read and by their result, both behind views and casts."""
 
     by_input: dict[fx.Node, list[NormSite]] = field(default_factory=dict)
     by_output: dict[fx.Node, NormSite] = field(default_factory=dict)
 
     @classmethod
     def of(cls, norms: Sequence[NormSite]) -> Norms:
-        found = cls(by_output={n.output: n for n in norms})
+        found = cls(by_output={behind_views(n.output): n for n in norms})
         for norm in norms:
             found.by_input.setdefault(behind_views(norm.input), []).append(norm)
         return found
@@ -37,15 +38,15 @@ class Norms:
 def find_branch(
     site: AttentionSite | MlpSite, norms: Norms, program: Program, outputs: set[fx.Node]
 ) -> Branch | None:
-    """How a site hangs on the residual stream, or None when no addition brings the stream and its result together.
+    """How a site hangs on the residual stream, or None when no addition brings the two together.
 
     outputs: results of all sites; a sum of two of them on the way is a parallel layer's.
     """
     read = behind_views(site.x)
     pre_norm = norms.by_output.get(read)
-    streams = {read: (None, site.x)}
+    streams = {read: None}
     if pre_norm is not None:
-        streams[behind_views(pre_norm.input)] = (pre_norm, pre_norm.input)
+        streams[behind_views(pre_norm.input)] = pre_norm
     node, adds, post_norm, scale = site.output, [], None, None
     for _ in range(12):
         step = _next(node, norms, program, post_norm is None)
@@ -58,10 +59,11 @@ def find_branch(
             scale = how
         elif isinstance(how, fx.Node):  # an addition; `how` is its other operand
             adds.append(node)
-            stream = streams.get(behind_views(how))
-            if stream is not None:
-                return Branch(site, how, node, tuple(adds), stream[0], post_norm, scale=scale)
-            if _result_of(how, norms, outputs) is None:
+            carried = _stream_in(how, streams, norms, outputs)
+            if carried is not None:
+                pre_norm = streams[behind_views(carried)]
+                return Branch(site, carried, node, tuple(adds), pre_norm, post_norm, scale=scale)
+            if not _is_result(how, norms, outputs):
                 return None
     return None
 
@@ -70,7 +72,7 @@ def _next(node: fx.Node, norms: Norms, program: Program, may_norm: bool) -> tupl
     """The next value on the way to the stream and what happens there; None where the way ends or forks."""
     following = norms.by_input.get(behind_views(node), []) if may_norm else []
     inside = {n for norm in following for n in norm.nodes}
-    users = [u for u in node.users if u.op != "output" and u not in inside]
+    users = [u for u in node.users if u.op != "output" and u not in inside and not _only_into(u, inside)]
     if len(following) == 1 and not users:
         return following[0].output, following[0]
     if following or len(users) != 1:
@@ -91,19 +93,46 @@ def _next(node: fx.Node, norms: Norms, program: Program, may_norm: bool) -> tupl
     return None
 
 
-def _result_of(node: fx.Node, norms: Norms, outputs: set[fx.Node]) -> fx.Node | None:
-    """The site whose result this is, behind views, a norm, a factor or further sums; None when it is none's."""
+def _only_into(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a cast feeds nothing but a norm."""
+    return (
+        is_cast(node) and bool(node.users) and all(u in inside or _only_into(u, inside) for u in node.users)
+    )
+
+
+def _stream_in(
+    node: fx.Node, streams: Container[fx.Node], norms: Norms, outputs: set[fx.Node]
+) -> fx.Node | None:
+    """The stream itself, also where a parallel layer has added another site's result to it already."""
+    if behind_views(node) in streams:
+        return node
+    inner = behind_views(node)
+    if inner.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in inner.args):
+        for stream, other in (inner.args, inner.args[::-1]):
+            if behind_views(stream) in streams and _is_result(other, norms, outputs):  # type: ignore[arg-type]
+                return stream  # type: ignore[return-value]
+    return None
+
+
+def _is_result(node: fx.Node, norms: Norms, outputs: set[fx.Node]) -> bool:
+    """Whether this is a site's result, behind views, a norm or a factor."""
     for _ in range(6):
         node = behind_views(node)
         if node in outputs:
-            return node
+            return True
         if node in norms.by_output:
             node = norms.by_output[node].input
         elif node.target is aten.mul.Tensor and isinstance(node.args[0], fx.Node):
             node = node.args[0]
         else:
-            return None
-    return None
+            return False
+    return False
+
+
+_ADRIFT = (
+    "No addition brings its result together with the hidden state that it reads, so it is on no residual "
+    "stream and in no layer."
+)
 
 
 def find_branches(
@@ -117,38 +146,35 @@ def find_branches(
         if branch is not None:
             branches.append(branch)
         elif isinstance(site, AttentionSite):
-            missed.append(Miss(site.fqn, "No addition brings its result together with the hidden state that it reads, "
-                                         "so it is on no residual stream and in no layer."))  # fmt: skip
+            missed.append(Miss(site.fqn, _ADRIFT))
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     return sorted(branches, key=lambda b: (position[b.add], position[b.site.output])), missed
 
 
 def link(branches: Sequence[Branch], norms: Norms) -> list[list[list[Branch]]]:
-    """Towers of layers of branches. Sets each branch's `stream_norm` where the stream itself is normalised."""
+    """Towers of layers of branches. Sets `stream_norm` where the stream itself is normalised."""
     made_by = {b.add: b for b in branches}
     towers: list[list[list[Branch]]] = []
-    place: dict[int, tuple[int, int]] = {}
+    beside: dict[fx.Node, tuple[int, int]] = {}  # tower and layer of the branches that read a stream
+    behind: dict[fx.Node, tuple[int, int]] = {}  # and of those whose addition made it
     for branch in branches:
-        before = made_by.get(_carrier(branch, made_by, norms))  # type: ignore[arg-type]
-        beside = next(
-            (b for b in branches if b is not branch and b.add is branch.add and id(b) in place), None
-        )
-        if beside is not None:
-            tower, layer = place[id(beside)]
+        stream, carrier = behind_views(branch.stream), _carrier(branch, made_by, norms)
+        if stream in beside:  # the other branch of a parallel layer
+            tower, layer = beside[stream]
             towers[tower][layer].append(branch)
-        elif before is None or id(before) not in place:
+        elif carrier not in behind:
             towers.append([[branch]])
             tower, layer = len(towers) - 1, 0
         else:
-            tower, layer = place[id(before)]
+            tower, layer = behind[carrier]
             if _begins_layer(branch, towers[tower][layer]):
                 towers[tower].append([branch])
                 layer += 1
             else:
                 towers[tower][layer].append(branch)
-        place[id(branch)] = (tower, layer)
-    for tower in towers:
-        _normalise_last(tower, norms)
+        beside[stream] = behind[branch.add] = (tower, layer)
+    for group in towers:
+        _normalise_last(group, norms)
     return towers
 
 
@@ -158,9 +184,10 @@ def _carrier(branch: Branch, made_by: dict[fx.Node, Branch], norms: Norms) -> fx
     norm = norms.by_output.get(stream)
     if norm is not None and behind_views(norm.input) in made_by:
         stream = behind_views(norm.input)
-        for other in made_by.values():
-            if other.add is stream:
-                other.stream_norm = norm
+        made_by[stream].stream_norm = norm
+    if stream.target is aten.add.Tensor and stream not in made_by:  # past a branch that was not recovered
+        before = [a for a in map(behind_views, stream.args) if a in made_by]
+        stream = before[0] if len(before) == 1 else stream
     return stream if stream in made_by else None
 
 
@@ -190,8 +217,8 @@ def build_layers(tower: Sequence[Sequence[Branch]], norms: Norms) -> list[LayerS
         end = after[0].input if len(after) == 1 else _restored(last.add, starts[0])
     layers = []
     for index, layer in enumerate(tower):
-        names = [linear.fqn for b in layer for linear in (b.site.linears[0], b.site.linears[-1])]
-        fqn = _layer_name(common_prefix(names))
+        ends = [linear.fqn for b in layer for linear in (b.site.linears[0], b.site.linears[-1])]
+        fqn = _layer_name(common_prefix(ends))
         layers.append(LayerSite(index, fqn, starts[index], (*starts[1:], end)[index], list(layer)))
     return layers
 
@@ -216,21 +243,37 @@ def _layer_name(fqn: str) -> str:
     return ".".join(parts[: numbers[-1] + 1]) if numbers else fqn
 
 
-_LAYOUT = {aten.unsqueeze.default, aten.expand.default, aten.transpose.int, aten.to.dtype}
+_LAYOUT = {
+    aten.unsqueeze.default, aten.expand.default, aten.transpose.int, aten.to.dtype,
+    aten.repeat_interleave.self_int,
+}  # fmt: skip
 
 
 def bound(layers: Sequence[LayerSite], program: Program) -> None:
     """Fill in each layer's nodes, what it takes from outside, and what of it is read outside."""
     order = list(program.graph.nodes)
     position = {node: i for i, node in enumerate(order)}
+    constant: set[fx.Node] = set()  # functions of weights alone
+    for node in order:
+        sources = node.all_input_nodes
+        if (
+            sources
+            and node.op == "call_function"
+            and all(a.op == "get_attr" or a in constant for a in sources)
+        ):
+            constant.add(node)
+
+    def owned(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return [a for n in nodes for a in n.all_input_nodes if a.target in _LAYOUT or a in constant]
+
     for layer in layers:
         inside = _between(layer.input, layer.output, position)
-        laid_out = [n for n in _arguments(inside) if n not in inside and n.target in _LAYOUT]
-        while laid_out:  # masks and tables are laid out for the heads in each layer anew
-            node = laid_out.pop()
+        near = owned(inside)
+        while near:  # what only this layer reads: masks and tables laid out for its heads, weights plus one
+            node = near.pop()
             if node not in inside and node is not layer.input and all(u in inside for u in node.users):
                 inside.add(node)
-                laid_out += [n for n in node.all_input_nodes if n.target in _LAYOUT]
+                near += owned([node])
         layer.nodes = sorted(inside, key=position.__getitem__)
         outside = [
             n

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch import fx
 from thresher.program import value
 
 from .pattern import is_cast
-from .token_axes import hint, sizes
 
 aten = torch.ops.aten
 
@@ -29,6 +29,19 @@ VIEWS = {
 PARTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
 _RESHAPES = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 _COPIES = {aten.contiguous.default, aten.clone.default}
+
+
+def sizes(node: Any) -> list[int]:
+    """A tensor node's sizes as numbers, symbolic ones by their example. Raises Unviewable without one."""
+    return [_number(s, node) for s in value(node).shape]
+
+
+def _number(size: Any, node: Any) -> int:
+    if isinstance(size, torch.SymInt):
+        if not size.node.has_hint():
+            raise Unviewable(f"{node} has a size that only the data decide")
+        return int(size.node.hint)
+    return size
 
 
 class Unviewable(Exception):
@@ -75,17 +88,19 @@ def replay(start: torch.Tensor, steps: Sequence[fx.Node]) -> torch.Tensor:
 
 
 def head_rows(output: fx.Node, features: int, steps: Sequence[fx.Node]) -> torch.Tensor:
-    """Features [heads, head_dim] of a linear's output that its views bring to [batch, heads, tokens, head_dim]."""
+    """Features [heads, dim] of a linear's output that its views lay out as [batch, heads, tokens, dim]."""
     result = replay(_like(output), steps)
     if result.dim() != 4:
         raise Unviewable(f"{steps[-1].name if steps else output.name} has {result.dim()} dimensions, not 4")
-    _, heads, tokens, width = result.shape
+    batch, heads, tokens, width = result.shape
     _, by_head, by_token, by_dim = result.stride()
     if tokens > 1 and by_token % features:
         raise Unviewable("its dimension 2 runs over features, where tokens are expected")
     rows = result.storage_offset() + torch.arange(heads)[:, None] * by_head + torch.arange(width) * by_dim
     if int(rows.max()) >= features:
         raise Unviewable("its dimension 1 runs over tokens, where heads are expected")
+    if batch * tokens != prod(sizes(output)[:-1]):
+        raise Unviewable("it holds some of the tokens only, or features in their place")
     return rows
 
 
@@ -95,6 +110,8 @@ def feature_rows(output: fx.Node, features: int, steps: Sequence[fx.Node]) -> to
     rows = result.storage_offset() + torch.arange(result.shape[-1]) * result.stride(-1)
     if int(rows.max()) >= features:
         raise Unviewable("its last dimension runs over tokens, where features are expected")
+    if prod(result.shape[:-1]) != prod(sizes(output)[:-1]):
+        raise Unviewable("it holds some of the tokens only, or features in their place")
     return rows
 
 
@@ -115,7 +132,9 @@ def _like(node: fx.Node) -> torch.Tensor:
 
 def _numbers(arguments: Any) -> Any:
     def number(argument: Any) -> Any:
-        return hint(value(argument)) if isinstance(argument, (fx.Node, torch.SymInt)) else argument
+        return (
+            _number(value(argument), argument) if isinstance(argument, (fx.Node, torch.SymInt)) else argument
+        )
 
     if isinstance(arguments, dict):
         return {k: number(v) for k, v in arguments.items()}
