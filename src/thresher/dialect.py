@@ -115,6 +115,8 @@ def _settle_spelling(graph: fx.Graph) -> None:
             continue
         if node.target in _RESHAPES:
             node.target = aten.reshape.default
+        elif node.target is aten.type_as.default and value(node).device == value(node.args[0]).device:
+            node.target, node.args = aten.to.dtype, (node.args[0], value(node).dtype)
         elif node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
             node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
 
@@ -133,8 +135,8 @@ def _write_to_copies(graph: fx.Graph) -> None:
         written = node.args[0] if node.args else None
         if pure is None or _mutates(pure) or not isinstance(written, fx.Node) or written.op != "call_function":
             continue
-        others = [u for u in written.users if u is not node]
-        if _shares_memory(written) or any(_shares_memory(u) and u.users for u in others if position[u] < position[node]):
+        before = [u for u in written.users if position[u] < position[node]]
+        if _shares_memory(written) or any(_shares_memory(u) and u.users for u in before):
             continue
         if value(written).dtype != value(node).dtype or not same_shape(value(written), value(node)):
             continue
@@ -144,6 +146,8 @@ def _write_to_copies(graph: fx.Graph) -> None:
 
 def _shares_memory(node: fx.Node) -> bool:
     """Whether a node's result may lie in one of its arguments' memory."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _shares_memory(node.args[0])
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     schema = node.target._schema
