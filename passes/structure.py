@@ -25,6 +25,7 @@ from thresher.report import Miss
 from . import structure_attention, structure_mlp
 from .pattern import described
 from .structure_embeddings import find_embeddings
+from .structure_layers import bound, build_layers
 from .structure_linears import find_linears
 from .structure_norms import find_norms
 from .structure_sites import (
@@ -36,7 +37,7 @@ from .structure_sites import (
     Rope,
     Unknown,
 )
-from .structure_stream import Norms, bound, build_layers, find_branches, link
+from .structure_stream import Norms, find_branches, link
 from .structure_tower import Branch, EmbeddingSite, LayerSite, Tower
 from .structure_views import behind_views
 
@@ -84,32 +85,36 @@ class Structure:
         return next((s for s in self.linears if s.weight_fqn == weight_fqn), None)
 
     def summary(self) -> dict[str, Any]:
-        """One row for a table: counts and the words that describe the architecture."""
-        attention, mlp = next(iter(self.attentions), None), next(iter(self.mlps), None)
+        """One row for a table: counts, and the words that describe the architecture."""
+        attention = next(iter(self.attentions), None)
         return {
-            "layers": len(self.layers),
+            "layers": f"{sum(layer.complete for layer in self.layers)} of {len(self.layers)}",
             "norms": _words(f"{n.kind}{' 1+w' if n.offset else ''}" for n in self.norms),
-            "norm position": _words(layer.norm_position for layer in self.layers),
-            "attention": len(self.attentions),
-            "spelling": _words(a.spelling for a in self.attentions),
-            "heads": f"{attention.heads}/{attention.kv_heads}" if attention else "",
-            "projections": _words("fused" if a.fused else "separate" for a in self.attentions),
-            "rope": _words(a.rope.kind if a.rope else "no" for a in self.attentions),
-            "visibility": _words(
-                a.visibility.kind + (f", {a.window} back" if a.window is not None else "")
-                for a in self.attentions
+            "place": _words(
+                layer.norm_position + (", parallel" if layer.parallel else "") for layer in self.layers
             ),
-            "mlp": len(self.mlps),
-            "activation": _words(m.activation for m in self.mlps),
-            "gate": ("fused" if mlp.fused else "separate" if mlp.gate else "no") if mlp else "",
+            "attention": _words(f"{a.spelling}, {'fused' if a.fused else 'q k v'}" for a in self.attentions),
+            "heads": f"{attention.heads}/{attention.kv_heads}" if attention else "",
+            "rope": _words(a.rope.kind if a.rope else "no" for a in self.attentions),
+            "sees": _words(_seen(a) for a in self.attentions),
+            "MLP": _words(_mlp_words(m) for m in self.mlps),
             "embeddings": _words(e.kind for e in self.embeddings),
             "head": "no" if self.head is None else "tied" if self.head.tied else "own",
             "missed": len(self.missed),
         }
 
 
+def _seen(site: AttentionSite) -> str:
+    cap = "" if site.softcap is None else f", soft cap {site.softcap:g}"
+    return site.visibility.kind + (f" {site.window} back" if site.window is not None else "") + cap
+
+
+def _mlp_words(site: MlpSite) -> str:
+    return site.activation + ("" if site.gate is None else ", fused gate" if site.fused else ", gate")
+
+
 def _words(words: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(words))
+    return "; ".join(dict.fromkeys(words))
 
 
 def recover(program: Program) -> Structure:
@@ -129,8 +134,10 @@ def recover(program: Program) -> Structure:
     for group in link(branches, norms):
         layers = build_layers(group, norms)
         bound(layers, program)
-        embeddings, norm = find_embeddings(program, layers[0].input, norms.by_output, by_output)
-        norm = norm if layers[0].complete else None
+        whole = layers[0].complete  # else the way back from it may lead through parts that are no embeddings
+        through = by_output if whole else {}
+        embeddings, norm = find_embeddings(program, layers[0].input, norms.by_output, through)
+        norm = norm if whole else None
         found.towers.append(Tower(embeddings, layers, layers[-1].output, norm))
     _find_final_norms(found, norms)
     _find_head(found)
@@ -205,7 +212,7 @@ def _account(found: Structure) -> None:
         if not layer.complete:
             lacks, known = ("attention", layer.mlp) if layer.attention is None else ("MLP", layer.attention)
             at = known.fqn if known is not None else "nothing"
-            found.missed.append(Miss(layer.fqn, f"No {lacks} was recovered in this layer, only {at}."))
+            found.missed.append(Miss(layer.fqn or at, f"No {lacks} was recovered in this layer, only {at}."))
     said = {m.site for m in found.missed}
     for site in found.linears:
         if not site.role and site.fqn not in said:

@@ -16,6 +16,7 @@ from .structure_views import VIEWS
 
 aten = torch.ops.aten
 
+_MOST_TYPES = 16  # models have one to four token types, and hundreds of positions
 _SAME = VIEWS | {aten.expand.default, aten.to.dtype}
 _CONVOLUTIONS = {
     aten.conv1d.default,
@@ -118,12 +119,12 @@ def _name_kinds(program: Program, found: list[EmbeddingSite]) -> None:
             site.kind = "token"
         elif origin == "computed":
             site.kind = "position"
+        elif origin == "caller":
+            shared = tokens is not None and site.weight == tokens.weight
+            few = value(site.node.args[0]).shape[0] <= _MOST_TYPES
+            site.kind = "token_type" if shared or (few and "position" not in site.fqn) else "position"
         else:
-            site.kind = (
-                "token_type"
-                if origin == "caller" and "position" not in site.fqn
-                else _buffer_kind(program, site)
-            )
+            site.kind = _buffer_kind(program, site)
 
 
 def _buffer_kind(program: Program, site: EmbeddingSite) -> str:

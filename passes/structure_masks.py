@@ -23,6 +23,7 @@ aten = torch.ops.aten
 
 _AND = {aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor}
 _SAME = CASTS | {aten.expand.default, aten.unsqueeze.default, aten.reshape.default, aten.slice.Tensor}
+_WHERE = {aten.where.self, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf}
 _TRUE = {aten.ones.default, aten.new_ones.default, aten.ones_like.default}
 
 _query = Var("query", lambda n: _lies(n, -2), "a vector of query positions")
@@ -83,7 +84,7 @@ def _conditions(mask: Any) -> Iterator[fx.Node]:
 
 def _hides(node: fx.Node) -> bool:
     """Whether `where` gives 0 for true and a large negative number for false."""
-    if node.target not in (aten.where.ScalarOther, aten.where.self):
+    if node.target not in _WHERE:
         return False
     shown, hidden = node.args[1:3]
     if isinstance(hidden, fx.Node):

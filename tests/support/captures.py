@@ -1,0 +1,52 @@
+"""A model as a Program, through Dynamo or through torch.export, at fixed or at symbolic sizes."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import zoo
+
+from thresher import capture
+from thresher.program import Program
+
+WAYS = ("dynamo", "export", "dynamo-dynamic", "export-dynamic")
+
+
+def dynamo(model: torch.nn.Module, inputs: zoo.Inputs, dynamic: bool = False) -> Program:
+    """What a backend of torch.compile is given. The model must be one graph."""
+    programs = []
+
+    def backend(graph_module, example_inputs):
+        programs.append(capture.from_dynamo(graph_module, example_inputs)[0])
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(**inputs)
+    (program,) = programs
+    return program
+
+
+def export(model: torch.nn.Module, inputs: zoo.Inputs, dynamic: bool = False) -> Program:
+    """Without a KV cache among the outputs, which export would need to be told about."""
+    model.config.use_cache = False
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=64)
+    shapes = {name: {0: batch, 1: sequence} for name in inputs} if dynamic else None
+    with torch.no_grad():
+        return capture.from_export(
+            torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+        )
+
+
+@functools.cache
+def of_zoo(name: str, way: str = "export") -> Program:
+    """A zoo model's Program, captured once; a test that edits it takes a copy."""
+    model, inputs = zoo.ZOO[name].build()
+    route, _, dynamic = way.partition("-")
+    return {"dynamo": dynamo, "export": export}[route](model, inputs, bool(dynamic))
+
+
+def arguments(program: Program, inputs: zoo.Inputs) -> list[object]:
+    """A zoo model's inputs in the order of a Program's placeholders; sizes by position in the first input."""
+    return [inputs[name] for name in program.input_names]
