@@ -7,6 +7,9 @@ every neuron on (often: it streams the weight once, whatever the batch), there i
 from __future__ import annotations
 
 import functools
+import math
+
+import torch
 
 from . import native, sparse_counters, sparse_native, sparse_tune
 from . import sparse_down as down_defs
@@ -25,43 +28,39 @@ def _accepts_mlp(
     return sparse_native.refuses(gate, weight, up_weight, up_scale, up_bias, scale, bias, threshold)
 
 
-def _limit(tau: float, bmax: int, tokens: int, shape: sparse_tune.Site) -> int:
+def _limit(tau: float, bmax: int, act: torch.Tensor, weight: torch.Tensor, width: int) -> int:
     """The largest union, in neurons, that runs sparse; -1 for none, not even an empty one."""
+    neurons, features = weight.shape
+    tokens = math.prod(act.shape[:-1])
     if tokens > bmax:
         return -1
-    density = tau if tau >= 0 else sparse_tune.break_even(shape, tokens)
-    return min(int(density * shape.neurons), shape.neurons)
+    if tau < 0:
+        site = sparse_tune.Site(neurons, features, width, act.dtype, weight.dtype)
+        tau = sparse_tune.break_even(site, tokens)
+    return min(int(tau * neurons), neurons)
 
 
 @down_defs.sparse_down.provider("cpu_cpp", device="cpu", supported=_supported, supports_args=_accepts_down)
 def _down(act, weight, scale, bias, threshold, tau, bmax, site):
     down_defs.check(act, weight, scale, bias, threshold)
-    neurons, features = weight.shape
-    flat = act.reshape(-1, neurons).contiguous()
-    shape = sparse_tune.Site(neurons, features, 0, act.dtype, weight.dtype)
-    limit = _limit(tau, bmax, flat.shape[0], shape)
-    out, active = (
-        sparse_native.down(flat, weight, scale, bias, threshold, limit) if limit >= 0 else (None, -1)
-    )
+    limit = _limit(tau, bmax, act, weight, 0)
+    out, active = sparse_native.down(act, weight, scale, bias, threshold, limit) if limit >= 0 else (None, -1)
     if out is None:
-        out = sparse_native.matmul(down_defs.kept(flat, threshold), weight, scale, bias)
-    sparse_counters.count(site, neurons, active if active >= 0 else None)
-    return out.view(*act.shape[:-1], features)
+        out = sparse_native.matmul(down_defs.kept(act, threshold), weight, scale, bias)
+    sparse_counters.count(site, weight.shape[0], active if active >= 0 else None)
+    return out
 
 
 @mlp_defs.sparse_mlp.provider("cpu_cpp", device="cpu", supported=_supported, supports_args=_accepts_mlp)
 def _mlp(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold, tau, bmax, site):
     mlp_defs.check(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold)
-    (neurons, features), width = weight.shape, x.shape[-1]
-    flat, inputs = gate.reshape(-1, neurons).contiguous(), x.reshape(-1, width).contiguous()
-    shape = sparse_tune.Site(neurons, features, width, gate.dtype, weight.dtype)
-    limit = _limit(tau, bmax, flat.shape[0], shape)
-    out, active = None, -1
+    limit = _limit(tau, bmax, gate, weight, x.shape[-1])
     up = (up_weight, up_scale, up_bias, up_act)
+    out, active = None, -1
     if limit >= 0:
-        out, active = sparse_native.mlp(flat, inputs, *up, weight, scale, bias, threshold, limit)
+        out, active = sparse_native.mlp(gate, x, *up, weight, scale, bias, threshold, limit)
     if out is None:
-        hidden = mlp_defs.hidden(flat, inputs, *up, threshold)
+        hidden = mlp_defs.hidden(gate, x, *up, threshold)
         out = sparse_native.matmul(hidden, weight, scale, bias)
-    sparse_counters.count(site, neurons, active if active >= 0 else None)
-    return out.view(*gate.shape[:-1], features)
+    sparse_counters.count(site, weight.shape[0], active if active >= 0 else None)
+    return out

@@ -1,13 +1,15 @@
 """The C++ kernels of the sparse MLP operators, and the dense product they stand against, as functions.
 
-All take the activations as [tokens, F], contiguous, fp32 or bf16, and a neuron-major weight of the
-same dtype or int8 with a scale. Results are bitwise the same for any thread count and batch.
+All take activations [..., F], fp32 or bf16, and a neuron-major weight of the same dtype, or int8 with
+a scale. The C++ kernels' results are bitwise the same for any thread count and batch. At low
+densities a call lasts a tenth of a millisecond, so the wrappers create no tensor but the result.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 
 import torch
 
@@ -57,10 +59,11 @@ def down(
     threshold: torch.Tensor | None,
     limit: int,
 ) -> tuple[torch.Tensor | None, int]:
-    """(result [tokens, D], neurons in the union); (None, -1) when the union exceeds `limit` neurons."""
-    tokens, neurons = act.shape
-    features = weight.shape[1]
-    out = torch.empty(tokens, features, dtype=act.dtype)
+    """(result [..., D], neurons in the union); (None, -1) when the union exceeds `limit` neurons."""
+    act = act.contiguous()
+    neurons, features = weight.shape
+    tokens = math.prod(act.shape[:-1])
+    out = torch.empty((*act.shape[:-1], features), dtype=act.dtype)
     limits = _ZERO if threshold is None else threshold
     active = _function("thresher_sparse_down", _DOWN)(
         act.data_ptr(),
@@ -95,10 +98,11 @@ def mlp(
     threshold: torch.Tensor | None,
     limit: int,
 ) -> tuple[torch.Tensor | None, int]:
-    """As `down`, with gate [tokens, F] and x [tokens, K]; the count is of neurons whose gate is kept."""
-    tokens, neurons = gate.shape
-    width, features = x.shape[1], weight.shape[1]
-    out = torch.empty(tokens, features, dtype=gate.dtype)
+    """As `down`, with gate [..., F] and x [..., K]; the count is of neurons whose gate is kept."""
+    gate, x = gate.contiguous(), x.contiguous()
+    (neurons, features), width = weight.shape, x.shape[-1]
+    tokens = math.prod(gate.shape[:-1])
+    out = torch.empty((*gate.shape[:-1], features), dtype=gate.dtype)
     limits = _ZERO if threshold is None else threshold
     active = _function("thresher_sparse_mlp", _MLP)(
         gate.data_ptr(),
@@ -134,20 +138,23 @@ def _multiplies_bf16() -> bool:
 def matmul(
     h: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`h @ dequantized(weight) + bias` by PyTorch's own product, from the neuron-major copy; [tokens, D].
+    """`h @ dequantized(weight) + bias` by PyTorch's own product, from the neuron-major copy; [..., D].
 
     A weight that the CPU cannot multiply as it is kept is widened to fp32 a slab at a time.
     """
-    if weight.dtype == h.dtype and (h.dtype == torch.float32 or _multiplies_bf16()):
-        return torch.mm(h, weight) if bias is None else torch.addmm(bias, h, weight)
     neurons, features = weight.shape
-    total = torch.zeros(h.shape[0], features)
-    step = max(1, _SLAB // max(features, 1))
-    for first in range(0, neurons, step):
-        rows = slice(first, first + step)
-        slab = defs.dequantized(weight[rows], None if scale is None else scale[rows], torch.float32)
-        total.addmm_(h[:, rows].float(), slab)
-    return (total if bias is None else total + bias.float()).to(h.dtype)
+    flat = h.reshape(-1, neurons)
+    if weight.dtype == h.dtype and (h.dtype == torch.float32 or _multiplies_bf16()):
+        out = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
+    else:
+        total = torch.zeros(flat.shape[0], features)
+        step = max(1, _SLAB // max(features, 1))
+        for first in range(0, neurons, step):
+            rows = slice(first, first + step)
+            slab = defs.dequantized(weight[rows], None if scale is None else scale[rows], torch.float32)
+            total.addmm_(flat[:, rows].float(), slab)
+        out = (total if bias is None else total + bias.float()).to(h.dtype)
+    return out.view(*h.shape[:-1], features)
 
 
 def large_pages(weight: torch.Tensor) -> None:

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -26,6 +25,15 @@ constexpr int TOKENS = 4;  // tokens per register tile
 constexpr int LINE = 64;   // bytes
 
 enum Type { F32 = 0, BF16 = 1, I8 = 2 };
+
+// Working memory number K of this thread, kept between calls: a fresh block this large would be
+// returned to the system after each call and cost a page fault for every page of the next.
+template <class E, int K>
+E* scratch(int64_t size) {
+    static thread_local std::vector<E> block;
+    if (int64_t(block.size()) < size) block.resize(size);
+    return block.data();
+}
 
 // Columns [col, col + C * V) of T tokens: acc[t] += sum over n rows of coef[r][t] * row[r].
 // N fixes n at compile time.
@@ -48,29 +56,34 @@ INLINE void tile(const W* const* rows, const float* coef, int n, float* acc, int
         UNROLL for (int c = 0; c < C; ++c) std::memcpy(acc + t * ld + col + c * V, &sum[t][c], sizeof(vf));
 }
 
-// Columns [begin, end) of T tokens for one pass of n rows, while the next pass's rows, if named, are
-// brought near: whole where rows lie far apart, else only the start, which is what the hardware's
-// own prefetch cannot foresee (and does better than we do from there on).
-template <class W, int T>
-void pass(const W* const* rows, const W* const* next, bool whole, const float* coef, int n, float* acc,
-          int64_t ld, int64_t begin, int64_t end) {
-    constexpr int C = T <= 2 ? 4 : 2;
-    constexpr int LINES = std::max<int>(1, C * V * sizeof(W) / LINE);
-    int ahead = 0;
+// The same for one token and a whole pass: coefficients and row pointers stay in registers, so that
+// the CPU looks far enough ahead to keep loads of all rows in flight. No prefetch instruction was
+// found to help: the rows' own streams do better alone.
+template <class W, int C>
+INLINE int64_t stream(const W* const* rows, const float* coef, float* acc, int64_t begin, int64_t end) {
+    const W* row[ROWS];
+    vf k[ROWS];
+    UNROLL for (int r = 0; r < ROWS; ++r) row[r] = rows[r], k[r] = all(coef[r]);
     int64_t col = begin;
     for (; col + C * V <= end; col += C * V) {
-        if (next && whole) {
-            for (int r = 0; r < ROWS; ++r)
-                for (int l = 0; l < LINES; ++l) __builtin_prefetch((const char*)(next[r] + col) + l * LINE, 0, 2);
-        } else if (next && ahead < ROWS) {
-            for (int l = 0; l < 4; ++l) __builtin_prefetch((const char*)(next[ahead] + begin) + l * LINE);
-            ++ahead;
-        }
-        if (n == ROWS)
-            tile<W, T, C, ROWS>(rows, coef, n, acc, ld, col);
-        else
-            tile<W, T, C, 0>(rows, coef, n, acc, ld, col);
+        vf sum[C];
+        UNROLL for (int c = 0; c < C; ++c) sum[c] = widen(acc + col + c * V);
+        UNROLL for (int r = 0; r < ROWS; ++r)
+            UNROLL for (int c = 0; c < C; ++c) sum[c] = multiply_add(k[r], widen(row[r] + col + c * V), sum[c]);
+        UNROLL for (int c = 0; c < C; ++c) std::memcpy(acc + col + c * V, &sum[c], sizeof(vf));
     }
+    return col;
+}
+
+// Columns [begin, end) of T tokens for one pass of n rows.
+template <class W, int T>
+void pass(const W* const* rows, const float* coef, int n, float* acc, int64_t ld, int64_t begin, int64_t end) {
+    constexpr int C = T <= 2 ? 4 : 2;
+    int64_t col = begin;
+    if (n == ROWS && T == 1) col = stream<W, 2>(rows, coef, acc, begin, end);
+    if (n == ROWS)
+        for (; col + C * V <= end; col += C * V) tile<W, T, C, ROWS>(rows, coef, n, acc, ld, col);
+    for (; col + C * V <= end; col += C * V) tile<W, T, C, 0>(rows, coef, n, acc, ld, col);
     for (; col + V <= end; col += V) tile<W, T, 1, 0>(rows, coef, n, acc, ld, col);
     for (; col < end; ++col)
         for (int t = 0; t < T; ++t) {
@@ -81,16 +94,15 @@ void pass(const W* const* rows, const W* const* next, bool whole, const float* c
 }
 
 template <class W>
-void pass(int tokens, const W* const* rows, const W* const* next, bool whole, const float* coef, int n,
-          float* acc, int64_t ld, int64_t begin, int64_t end) {
+void pass(int tokens, const W* const* rows, const float* coef, int n, float* acc, int64_t ld, int64_t begin,
+          int64_t end) {
     switch (tokens) {
-        case 1: return pass<W, 1>(rows, next, whole, coef, n, acc, ld, begin, end);
-        case 2: return pass<W, 2>(rows, next, whole, coef, n, acc, ld, begin, end);
-        case 3: return pass<W, 3>(rows, next, whole, coef, n, acc, ld, begin, end);
-        default: return pass<W, 4>(rows, next, whole, coef, n, acc, ld, begin, end);
+        case 1: return pass<W, 1>(rows, coef, n, acc, ld, begin, end);
+        case 2: return pass<W, 2>(rows, coef, n, acc, ld, begin, end);
+        case 3: return pass<W, 3>(rows, coef, n, acc, ld, begin, end);
+        default: return pass<W, 4>(rows, coef, n, acc, ld, begin, end);
     }
 }
-
 
 // Dot products of T tokens with N rows: out[n][t]. Each has one accumulator of its own, so its bits
 // do not depend on the company it is computed in.
@@ -122,7 +134,7 @@ INLINE bool keeps(A a, float threshold) {
 struct Active {
     const int32_t* index;
     const float* value;  // [count][tokens]
-    int64_t count, of;  // so many of F neurons
+    int64_t count;
 };
 
 // Fills `index` and `value` (0 where a token does not keep a neuron that another does) and returns
@@ -166,19 +178,12 @@ int64_t scan(const A* act, int64_t tokens, int64_t F, const float* threshold, bo
 template <class W>
 void add_rows(const Active& active, int64_t tokens, const W* weight, const float* scale, int64_t groups,
               int64_t D, float* acc, int64_t begin, int64_t end) {
-    const W* rows[2][ROWS];
-    std::vector<float> coef(size_t(ROWS) * tokens);
+    const W* rows[ROWS];
+    float coef[ROWS * TOKENS];
     const int64_t width = D / groups;
-    auto point = [&](int64_t first, const W** to) {
+    for (int64_t first = 0; first < active.count; first += ROWS) {
         const int n = int(std::min<int64_t>(ROWS, active.count - first));
-        for (int r = 0; r < n; ++r) to[r] = weight + active.index[first + r] * D;
-        return n;
-    };
-    const bool apart = active.count * 4 <= active.of;
-    int n = active.count ? point(0, rows[0]) : 0;
-    for (int64_t first = 0, turn = 0; first < active.count; first += ROWS, turn ^= 1) {
-        const bool more = first + ROWS < active.count;
-        const int n_next = more ? point(first + ROWS, rows[turn ^ 1]) : 0;
+        for (int r = 0; r < n; ++r) rows[r] = weight + active.index[first + r] * D;
         for (int64_t g = begin / width; g * width < end; ++g) {
             const int64_t from = std::max(begin, g * width), to = std::min(end, (g + 1) * width);
             for (int64_t t = 0; t < tokens; t += TOKENS) {
@@ -188,12 +193,9 @@ void add_rows(const Active& active, int64_t tokens, const W* weight, const float
                     for (int k = 0; k < some; ++k)
                         coef[r * some + k] = active.value[(first + r) * tokens + t + k] * s;
                 }
-                const bool foresee = t == 0 && n_next == ROWS;
-                pass<W>(some, rows[turn], foresee ? rows[turn ^ 1] : nullptr, apart, coef.data(), n, acc + t * D,
-                        D, from, to);
+                pass<W>(some, rows, coef, n, acc + t * D, D, from, to);
             }
         }
-        n = n_next;
     }
 }
 
@@ -207,19 +209,15 @@ INLINE void share(int64_t total, int threads, int thread, int64_t* begin, int64_
 template <class W, class O>
 void down(const Active& active, int64_t tokens, const W* weight, const float* scale, int64_t groups, int64_t D,
           const O* bias, O* out, int threads) {
-    std::unique_ptr<float[]> own;
-    float* acc = reinterpret_cast<float*>(out);
-    if (sizeof(O) != sizeof(float)) {
-        own.reset(new float[size_t(tokens) * D]);
-        acc = own.get();
-    }
+    const bool narrow = sizeof(O) != sizeof(float);
+    float* acc = narrow ? scratch<float, 0>(tokens * D) : reinterpret_cast<float*>(out);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t begin, end;
         share(D, omp_get_num_threads(), omp_get_thread_num(), &begin, &end);
         for (int64_t t = 0; t < tokens; ++t) std::fill(acc + t * D + begin, acc + t * D + end, 0.0f);
         add_rows(active, tokens, weight, scale, groups, D, acc, begin, end);
-        if (bias || own)
+        if (bias || narrow)
             for (int64_t t = 0; t < tokens; ++t)
                 for (int64_t d = begin; d < end; ++d)
                     put(out + t * D + d, acc[t * D + d] + (bias ? one(bias[d]) : 0.0f));
@@ -258,11 +256,11 @@ template <class W, class A>
 int64_t run_down(const A* act, int64_t tokens, int64_t F, int64_t D, const float* threshold, bool each,
                  const W* weight, const float* scale, int64_t groups, const A* bias, A* out, int64_t limit,
                  int threads) {
-    std::unique_ptr<int32_t[]> index(new int32_t[F + 1]);
-    std::unique_ptr<float[]> value(new float[size_t(F) * tokens]);
-    const int64_t count = scan(act, tokens, F, threshold, each, limit, index.get(), value.get());
+    int32_t* index = scratch<int32_t, 0>(F + 8);
+    float* value = scratch<float, 1>(F * tokens);
+    const int64_t count = scan(act, tokens, F, threshold, each, limit, index, value);
     if (count >= 0)
-        down(Active{index.get(), value.get(), count, F}, tokens, weight, scale, groups, D, bias, out, threads);
+        down(Active{index, value, count}, tokens, weight, scale, groups, D, bias, out, threads);
     return count;
 }
 
@@ -271,25 +269,25 @@ int64_t run_mlp(const A* gate, const A* x, int64_t tokens, int64_t F, int64_t K,
                 const float* threshold, bool each, const W* up_weight, const float* up_scale, const A* up_bias,
                 bool up_relu, const W* weight, const float* scale, int64_t groups, const A* bias, A* out,
                 int64_t limit, int threads) {
-    std::unique_ptr<int32_t[]> index(new int32_t[F + 1]);
-    std::unique_ptr<float[]> value(new float[size_t(F) * tokens]), wide;
-    const int64_t count = scan(gate, tokens, F, threshold, each, limit, index.get(), value.get());
+    int32_t* index = scratch<int32_t, 0>(F + 8);
+    float* value = scratch<float, 1>(F * tokens);
+    const int64_t count = scan(gate, tokens, F, threshold, each, limit, index, value);
     if (count < 0) return count;
     const float* x32 = reinterpret_cast<const float*>(x);
     if (sizeof(A) != sizeof(float)) {
-        wide.reset(new float[size_t(tokens) * K]);
+        float* wide = scratch<float, 2>(tokens * K);
         for (int64_t i = 0; i < tokens * K; ++i) wide[i] = one(x[i]);
-        x32 = wide.get();
+        x32 = wide;
     }
-    Active active{index.get(), value.get(), count, F};
-    up(active, value.get(), tokens, x32, K, up_weight, up_scale, up_bias, up_relu, threads);
+    Active active{index, value, count};
+    up(active, value, tokens, x32, K, up_weight, up_scale, up_bias, up_relu, threads);
     if (up_relu) {  // the second ReLU switches more neurons off
         int64_t left = 0;
         for (int64_t n = 0; n < count; ++n) {
-            const float* v = value.get() + n * tokens;
+            const float* v = value + n * tokens;
             if (std::all_of(v, v + tokens, [](float h) { return h == 0; })) continue;
             index[left] = index[n];
-            std::copy(v, v + tokens, value.get() + left++ * tokens);
+            std::copy(v, v + tokens, value + left++ * tokens);
         }
         active.count = left;
     }
