@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -90,6 +90,9 @@ class Found:
     def get(self, name: str, default: Any = None) -> Any:
         return self.values.get(name, default)
 
+    def __bool__(self) -> Literal[True]:
+        return True
+
 
 @dataclass
 class Mismatch:
@@ -98,7 +101,7 @@ class Mismatch:
     reason: str
     covered: int = -1
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         return False
 
     def note(self, covered: int, reason: str) -> None:

@@ -128,7 +128,8 @@ def recover(program: Program) -> Structure:
     _find_mlps(found, by_output)
     norms = Norms.of(found.norms)
     order = {site.output: i for i, site in enumerate(found.linears)}
-    sites = sorted([*found.attentions, *found.mlps], key=lambda s: order[s.output])
+    sites: list[AttentionSite | MlpSite] = [*found.attentions, *found.mlps]
+    sites.sort(key=lambda s: order[s.output])
     branches, missed = find_branches(sites, norms, program)
     found.missed += missed
     for group in link(branches, norms):
@@ -147,8 +148,8 @@ def recover(program: Program) -> Structure:
 
 def _find_attention(program: Program, found: Structure, by_output: dict[fx.Node, LinearSite]) -> None:
     readers: dict[fx.Node, list[LinearSite]] = {}
-    for site in found.linears:
-        readers.setdefault(site.x, []).append(site)
+    for linear in found.linears:
+        readers.setdefault(linear.x, []).append(linear)
     parts = structure_attention.Parts(program, by_output, readers, {n.output: n for n in found.norms})
     for core in structure_attention.cores(program):
         if isinstance(core, tuple):

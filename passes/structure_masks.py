@@ -86,12 +86,14 @@ def _hides(node: fx.Node) -> bool:
     """Whether `where` gives 0 for true and a large negative number for false."""
     if node.target not in _WHERE:
         return False
-    shown, hidden = node.args[1:3]
+    shown: Any = node.args[1]
+    hidden: Any = node.args[2]
     if isinstance(hidden, fx.Node):
         hidden = hidden.args[1] if hidden.target is aten.full.default else None
-    zero = isinstance(shown, fx.Node) and shown.target in (aten.zeros.default, aten.zeros_like.default)
-    zero = zero or (isinstance(shown, fx.Node) and shown.target is aten.full.default and shown.args[1] == 0)
-    return (zero or shown == 0) and isinstance(hidden, (int, float)) and hidden < -1e4
+    if isinstance(shown, fx.Node):
+        zeros = shown.target in (aten.zeros.default, aten.zeros_like.default)
+        shown = 0 if zeros else shown.args[1] if shown.target is aten.full.default else None
+    return shown == 0 and isinstance(hidden, (int, float)) and hidden < -1e4
 
 
 def _is_padding(node: fx.Node) -> bool:

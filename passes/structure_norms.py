@@ -66,18 +66,18 @@ def _one_op(program: Program, node: fx.Node) -> NormSite | str:
     given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
     if len(given["shape"]) != 1:
         return f"It normalises over {len(given['shape'])} dimensions, and only norms over the last are known."
-    offset, nodes = 0.0, (node,)
+    offset, nodes = 0.0, (node,)  # type: tuple[float, tuple[fx.Node, ...]]
     if found := match(_scale, given.get("weight")):
         given["weight"], offset, nodes = found["weight"], found.get("offset", 0.0), (*found.nodes, node)
-    names = []
+    held: list[str | None] = []
     for part in ("weight", "bias"):
         argument = uncast(given.get(part))
         if argument is not None and program.weight(argument) is None:
             return (
                 f"Its {part} is computed in the graph by {argument.name}; only a stored one can be rewritten."
             )
-        names.append(None if argument is None else str(argument.target))
-    weight, bias = names
+        held.append(None if argument is None else str(argument.target))
+    weight, bias = held
     eps = given.get("eps")
     if eps is None:
         eps = 1e-5 if layer else torch.finfo(value(node).dtype).eps

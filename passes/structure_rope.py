@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -91,17 +93,16 @@ def _rotates(found: Found, kind: str) -> bool:
 
 def _range(part: fx.Node) -> tuple[int, int, int]:
     """Start, end and step of a slice along the last dimension; an impossible range when along another."""
-    dim, start, end, step = (*part.args[1:], *(0, None, _MAX, 1)[len(part.args) - 1 :])  # type: ignore[misc]
-    width = _width(part.args[0])  # type: ignore[arg-type]
-    if dim not in (-1, value(part).dim() - 1) or not all(
-        isinstance(i, (int, type(None))) for i in (start, end, step)
-    ):
+    given: list[Any] = [*part.args[1:], *(0, None, _MAX, 1)[len(part.args) - 1 :]]
+    dim, start, end, step = given
+    width = _width(part.args[0])
+    if dim not in (-1, value(part).dim() - 1) or any(isinstance(i, fx.Node) for i in given):
         return (-1, -1, -1)
-    start, end = (start or 0), (width if end is None else min(end, width))
-    return (start + width if start < 0 else start, end + width if end < 0 else end, step)
+    start, end = start or 0, width if end is None else min(end, width)
+    return start + width if start < 0 else start, end + width if end < 0 else end, step
 
 
-def _width(node: fx.Node) -> int:
+def _width(node: Any) -> int:
     return value(node).shape[-1]
 
 

@@ -44,7 +44,7 @@ def find_branch(
     """
     read = behind_views(site.x)
     pre_norm = norms.by_output.get(read)
-    streams = {read: None}
+    streams: dict[fx.Node, NormSite | None] = {read: None}
     if pre_norm is not None:
         streams[behind_views(pre_norm.input)] = pre_norm
     node, adds, post_norm, scale = site.output, [], None, None

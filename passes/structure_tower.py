@@ -67,7 +67,8 @@ class LayerSite:
 
     @property
     def cross_attention(self) -> AttentionSite | None:
-        return next((b.site for b in self._sites(AttentionSite, cross=True)), None)  # type: ignore[misc]
+        branch = next(iter(self._sites(AttentionSite, cross=True)), None)
+        return branch.site if branch else None  # type: ignore[return-value]
 
     @property
     def mlp(self) -> MlpSite | None:

@@ -48,10 +48,11 @@ class Unviewable(Exception):
     """The views move features across tokens or rows; the text is half a sentence about the node."""
 
 
-def is_view(node: object) -> bool:
-    return isinstance(node, fx.Node) and (
-        node.target in VIEWS or (node.target is operator.getitem and node.args[0].target in PARTS)  # type: ignore[union-attr]
-    )
+def is_view(node: Any) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    target: Any = node.target
+    return target in VIEWS or (target is operator.getitem and node.args[0].target in PARTS)  # type: ignore[operator, union-attr]
 
 
 def viewed(node: fx.Node) -> fx.Node:
@@ -96,7 +97,8 @@ def head_rows(output: fx.Node, features: int, steps: Sequence[fx.Node]) -> torch
     _, by_head, by_token, by_dim = result.stride()
     if tokens > 1 and by_token % features:
         raise Unviewable("its dimension 2 runs over features, where tokens are expected")
-    rows = result.storage_offset() + torch.arange(heads)[:, None] * by_head + torch.arange(width) * by_dim
+    offset = int(result.storage_offset())
+    rows = offset + torch.arange(heads)[:, None] * by_head + torch.arange(width) * by_dim
     if int(rows.max()) >= features:
         raise Unviewable("its dimension 1 runs over tokens, where heads are expected")
     if batch * tokens != prod(sizes(output)[:-1]):
@@ -107,7 +109,7 @@ def head_rows(output: fx.Node, features: int, steps: Sequence[fx.Node]) -> torch
 def feature_rows(output: fx.Node, features: int, steps: Sequence[fx.Node]) -> torch.Tensor:
     """Features [width] of a linear's output that its views bring to a last dimension."""
     result = replay(_like(output), steps)
-    rows = result.storage_offset() + torch.arange(result.shape[-1]) * result.stride(-1)
+    rows = int(result.storage_offset()) + torch.arange(result.shape[-1]) * result.stride(-1)
     if int(rows.max()) >= features:
         raise Unviewable("its last dimension runs over tokens, where features are expected")
     if prod(result.shape[:-1]) != prod(sizes(output)[:-1]):
