@@ -60,7 +60,9 @@ def cpu_features() -> frozenset[str]:
 
 @functools.cache
 def _compiler_version(path: str) -> str:
-    return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return subprocess.run(
+        [path, "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[0]
 
 
 def _build(source: Path, target: Path, compiler_path: str) -> None:

@@ -46,7 +46,11 @@ def lift_weights(program: Program) -> tuple[fx.GraphModule, list[str]]:
     graph, names = copy.graph, []
     last = copy.placeholders[-1] if copy.placeholders else None
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
-        with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes))):
+        with (
+            graph.inserting_after(last)
+            if last is not None
+            else graph.inserting_before(next(iter(graph.nodes)))
+        ):
             place = graph.placeholder(str(node.target))
         place.meta = {k: v for k, v in node.meta.items() if k == "val"}
         # unguarded static inputs: CUDA graphs read weights in place instead of copying them each replay

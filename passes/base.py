@@ -109,7 +109,9 @@ PASSES: dict[str, Pass] = {}
 def register_pass(kind: type[Pass]) -> type[Pass]:
     """Make a pass known to recipes by its name. A class decorator."""
     if kind.name in PASSES and type(PASSES[kind.name]).__module__ != kind.__module__:
-        raise ArgumentError("name", repr(kind.name), "a pass name not yet taken", "Choose another name for the pass.")
+        raise ArgumentError(
+            "name", repr(kind.name), "a pass name not yet taken", "Choose another name for the pass."
+        )
     register(kind.config_type)
     PASSES[kind.name] = kind()
     return kind

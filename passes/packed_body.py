@@ -80,7 +80,12 @@ class Frontier:
         known = self.entering.get(node, labels)
         if known != labels:
             raise Stop(f"{node.name} is used with two different layouts")
-        if BATCH in labels and node.target is aten.embedding.default and labels[-1] is None and is_computed(node.args[1]):
+        if (
+            BATCH in labels
+            and node.target is aten.embedding.default
+            and labels[-1] is None
+            and is_computed(node.args[1])
+        ):
             # look the table up for real tokens only; a [B, S, hidden] tensor of pads is never made
             self.axes.labels[node] = labels
             self._enter(node.args[1], labels[:-1])  # type: ignore[arg-type]
@@ -152,7 +157,9 @@ def _held(program: Program, node: fx.Node) -> tuple[str, torch.Tensor]:
     return weight.fqn, weight.tensor
 
 
-def _replay(node: fx.Node, env: dict[fx.Node, Any], axes: TokenAxes, frontier: Frontier, given: Any, tokens: Any) -> Any:
+def _replay(
+    node: fx.Node, env: dict[fx.Node, Any], axes: TokenAxes, frontier: Frontier, given: Any, tokens: Any
+) -> Any:
     def of(argument: Any) -> Any:
         return fx.node.map_arg(argument, lambda n: env[n])
 
@@ -177,12 +184,22 @@ def _packed_shape(node: fx.Node, axes: TokenAxes, tokens: Any) -> list[Any]:
 
 def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: Any) -> Any:
     site = attention(node)
-    q, k, v = (env[n] for n in (site.q, _unrepeated(site.k, frontier.axes), _unrepeated(site.v, frontier.axes)))
+    q, k, v = (
+        env[n] for n in (site.q, _unrepeated(site.k, frontier.axes), _unrepeated(site.v, frontier.axes))
+    )
     scale = site.scale if site.scale is not None else value(site.q).shape[-1] ** -0.5
     seen = frontier.visibilities[node]
     if seen.kind == "generic":
         return torch.ops.thresher.varlen_attention_masked(
-            q, k, v, env[site.mask], given["rows"], given["columns"], given["cu_seqlens"], given["max_len"], scale
+            q,
+            k,
+            v,
+            env[site.mask],
+            given["rows"],
+            given["columns"],
+            given["cu_seqlens"],
+            given["max_len"],
+            scale,
         )
     return torch.ops.thresher.varlen_attention(
         q, k, v, given["cu_seqlens"], given["max_len"], scale, seen.kind == "causal", seen.window, 0.0
@@ -198,20 +215,26 @@ def _unrepeated(node: fx.Node, axes: TokenAxes) -> fx.Node:
         return node
     lifted: fx.Node = spread.args[0]  # type: ignore[assignment]
     source: fx.Node = lifted.args[0]  # type: ignore[assignment]
-    repeats_heads = lifted.args[1] == 2 and value(source).dim() == 4 and sizes(node)[1] == prod(sizes(spread)[1:3])
+    repeats_heads = (
+        lifted.args[1] == 2 and value(source).dim() == 4 and sizes(node)[1] == prod(sizes(spread)[1:3])
+    )
     return source if repeats_heads and source in axes else node
 
 
 def _symbol(mode: FakeTensorMode, example: int, name: str) -> Any:
     """A fresh symbolic size of at least 2."""
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    tensor = mode.from_tensor(torch.empty(max(2, example), device="meta"), symbolic_context=context, source=ConstantSource(name))
+    tensor = mode.from_tensor(
+        torch.empty(max(2, example), device="meta"), symbolic_context=context, source=ConstantSource(name)
+    )
     return tensor.shape[0]
 
 
 def _free_number(program: Program, start: int) -> int:
     """An example T that no fixed size of the graph equals, so that nothing is mistaken for it."""
-    taken = {hint(s) for n in program.graph.nodes if isinstance(value(n), torch.Tensor) for s in value(n).shape}
+    taken = {
+        hint(s) for n in program.graph.nodes if isinstance(value(n), torch.Tensor) for s in value(n).shape
+    }
     while start in taken:
         start += 1
     return start
@@ -230,7 +253,9 @@ def _fresh(mode: FakeTensorMode, node: fx.Node, number: int) -> torch.Tensor:
     dynamic = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DYNAMIC for s in known.shape]
     example = torch.empty([hint(s) for s in known.shape], dtype=known.dtype, device="meta")
     fake = mode.from_tensor(
-        example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic), source=ConstantSource(f"mask{number}")
+        example,
+        symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
+        source=ConstantSource(f"mask{number}"),
     )
     return torch.empty(fake.shape, dtype=known.dtype, device=known.device)
 
@@ -239,6 +264,3 @@ def _weight_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return mode.from_tensor(tensor.detach(), static_shapes=True)
-
-
-

@@ -64,7 +64,9 @@ class Pipeline:
                 structure.append(recover(after))
             return structure[0]
 
-        context = Context(self.recipe, config, self.stats, self.inputs, self.device, account.notes, view, account.predicted)
+        context = Context(
+            self.recipe, config, self.stats, self.inputs, self.device, account.notes, view, account.predicted
+        )
         account.budget = rewriter.budget(context)
         claims: dict[str, str] = {}
         for site in rewriter.match(after, context):
@@ -93,7 +95,10 @@ class Pipeline:
         for weight in match.claims:
             owner = self.claimed.get(weight)
             if owner is not None and owner not in rewriter.extends:
-                return Miss(match.site, f"{weight} is already rewritten by {owner}, and {rewriter.name} cannot build on it.")
+                return Miss(
+                    match.site,
+                    f"{weight} is already rewritten by {owner}, and {rewriter.name} cannot build on it.",
+                )
         return None
 
     def _prove(self, before: Program, after: Program, account: PassReport) -> None:
@@ -117,7 +122,9 @@ def ordered(recipe: Recipe) -> list[PassConfig]:
     names = [c.name for c in recipe.passes]
     for name in names:
         if name not in PASSES:
-            raise ArgumentError("recipe", repr(name), f"one of {', '.join(sorted(PASSES))}", "Import the module that has it.")
+            raise ArgumentError(
+                "recipe", repr(name), f"one of {', '.join(sorted(PASSES))}", "Import the module that has it."
+            )
         for other, reason in PASSES[name].conflicts.items():
             if other in names:
                 raise ArgumentError("recipe", f"{name} with {other}", "passes that can be combined", reason)
@@ -129,8 +136,10 @@ def _require(recipe: Recipe, report: Report) -> None:
         try:
             account = report[name]
         except KeyError:
-            raise CoverageError(f"require[{name!r}] is {share:.0%}, but the recipe does not run {name}.") from None
-        if account.coverage < share or not account.rewritten and share > 0:
+            raise CoverageError(
+                f"require[{name!r}] is {share:.0%}, but the recipe does not run {name}."
+            ) from None
+        if account.coverage < share or (not account.rewritten and share > 0):
             reason = account.missed[0].reason if account.missed else "There is no candidate site."
             raise CoverageError(
                 f"require[{name!r}] is {share:.0%}; {len(account.rewritten)} of "
@@ -148,11 +157,20 @@ def bisect(program: Program, recipe: Recipe, **pipeline: Any) -> str | None:
     def broken(fuel: int) -> tuple[bool, list[str]]:
         _, report = Pipeline(dataclasses.replace(recipe, fuel=fuel, require=()), **pipeline).run(program)
         bad = any(p.rolled_back for p in report.passes)
-        sites = [m.site for p in report.passes if p.rolled_back for m in p.missed if m.reason == "The pass was rolled back."]
+        sites = [
+            m.site
+            for p in report.passes
+            if p.rolled_back
+            for m in p.missed
+            if m.reason == "The pass was rolled back."
+        ]
         return bad, sites
 
     total, report = 0, Pipeline(dataclasses.replace(recipe, fuel=-1, require=()), **pipeline).run(program)[1]
-    total = sum(len(p.rewritten) + sum(m.reason == "The pass was rolled back." for m in p.missed) for p in report.passes)
+    total = sum(
+        len(p.rewritten) + sum(m.reason == "The pass was rolled back." for m in p.missed)
+        for p in report.passes
+    )
     if not any(p.rolled_back for p in report.passes):
         return None
     low, high = 0, total  # low is fine, high is broken

@@ -94,7 +94,9 @@ def find(program: Program, config: PrepackConfig) -> Found:
     batch, sequence = value(tokens).shape[:2]
     for size, axis in ((batch, "batch"), (sequence, "sequence")):
         if hint(size) == 1:
-            raise Decline(f"The {axis} dimension is 1 in this graph, so there is no padding between rows to leave out.")
+            raise Decline(
+                f"The {axis} dimension is 1 in this graph, so there is no padding between rows to leave out."
+            )
     # The flow starts at the embedded tokens, not at the ids: what else a model computes from the ids
     # (RoBERTa counts positions in them) is a handful of integers and stays padded.
     start = _embedded(tokens) or [tokens]
@@ -106,17 +108,23 @@ def find(program: Program, config: PrepackConfig) -> Found:
     for node in sites:
         where = module_fqn(node) or node.name
         if node not in axes:
-            raise Decline(f"The attention in {where} cannot be packed: {axes.stopped.get(node, 'it does not see the tokens')}.")
+            raise Decline(
+                f"The attention in {where} cannot be packed: {axes.stopped.get(node, 'it does not see the tokens')}."
+            )
         site = attention(node)
         if site.mask is None:
-            raise Decline(f"The attention in {where} does not use the padding mask, so pad tokens are part of its result.")
+            raise Decline(
+                f"The attention in {where} does not use the padding mask, so pad tokens are part of its result."
+            )
         if site.mask not in probes:
             probes[site.mask] = MaskProbe(program, site.mask, padding)
         visibilities[node] = _classify(probes[site.mask], where, hint(sequence))
     share = _packed_share(program, axes)
     if share < config.min_share:
         first = next(iter(axes.stopped.values()), "they do not see the tokens")
-        raise Decline(f"Only {share:.0%} of the linear weights could run packed, and min_share is {config.min_share:.0%}: {first}.")
+        raise Decline(
+            f"Only {share:.0%} of the linear weights could run packed, and min_share is {config.min_share:.0%}: {first}."
+        )
     return Found(tokens, padding, axes, visibilities, probes, hint(sequence))
 
 
@@ -124,9 +132,13 @@ def _padding_mask(program: Program, name: str) -> fx.Node:
     for place, given in zip(program.placeholders, program.input_names):
         if given == name and isinstance(value(place), torch.Tensor):
             if value(place).dim() != 2:
-                raise Decline(f"{name} has {value(place).dim()} dimensions; only a [batch, sequence] mask says which tokens are pads.")
+                raise Decline(
+                    f"{name} has {value(place).dim()} dimensions; only a [batch, sequence] mask says which tokens are pads."
+                )
             return place
-    raise Decline(f"The model was called without {name}, so every token counts as real and there is no padding to leave out.")
+    raise Decline(
+        f"The model was called without {name}, so every token counts as real and there is no padding to leave out."
+    )
 
 
 def _token_input(program: Program, padding: fx.Node) -> fx.Node:
@@ -139,10 +151,12 @@ def _token_input(program: Program, padding: fx.Node) -> fx.Node:
             continue
         if [hint(s) for s in known.shape[:2]] != rows:
             continue
-        if known.dim() == 3 and known.is_floating_point() or any(_largest_table(u) for u in place.users):
+        if (known.dim() == 3 and known.is_floating_point()) or any(_largest_table(u) for u in place.users):
             candidates.append((max([0, *(_largest_table(u) for u in place.users)]), known.dim(), place))
     if not candidates:
-        raise Decline("No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens.")
+        raise Decline(
+            "No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens."
+        )
     return max(candidates, key=lambda c: c[:2])[2]
 
 
@@ -204,7 +218,11 @@ def cut(program: Program, padded: Program, found: Found) -> tuple[PackedLayout, 
     results = program.outputs
     computed = [n for n in results if isinstance(n, fx.Node)]
     late = [n for n in program.graph.nodes if n in axes.stopped]
-    leaving = [n for n in axes.labels if n.op != "placeholder" and any(u in axes.stopped or u.op == "output" for u in n.users)]
+    leaving = [
+        n
+        for n in axes.labels
+        if n.op != "placeholder" and any(u in axes.stopped or u.op == "output" for u in n.users)
+    ]
     prologue_nodes = [n for n in frontier.prologue if n.op != "placeholder"]
     early = [
         a for node in late for a in node.all_input_nodes
@@ -238,13 +256,17 @@ def cut(program: Program, padded: Program, found: Found) -> tuple[PackedLayout, 
         arguments=body_inputs(frontier, places, prologue_nodes),
         epilogue=epilogue,
         epilogue_arguments=epilogue_arguments,
-        results=[Passed("epilogue", late_results.index(n)) if n in late_results else source(n) for n in computed],
+        results=[
+            Passed("epilogue", late_results.index(n)) if n in late_results else source(n) for n in computed
+        ],
         padded=padded,
         visibilities={module_fqn(n) or n.name: v for n, v in found.visibilities.items()},
         masks=tuple(prologue_nodes.index(m) for m in frontier.masks if m in prologue_nodes),
         proven=found.proven,
     )
-    resizable = {n: found.probes[attention(n).mask] for n, v in found.visibilities.items() if v.kind != "generic"}  # type: ignore[index]
+    resizable = {
+        n: found.probes[attention(n).mask] for n, v in found.visibilities.items() if v.kind != "generic"
+    }  # type: ignore[index]
     if any(p.resizable() for p in resizable.values()):
         names = {n: module_fqn(n) or n.name for n in resizable}
 
@@ -254,6 +276,3 @@ def cut(program: Program, padded: Program, found: Found) -> tuple[PackedLayout, 
 
         layout.reclassify = reclassify
     return layout, body
-
-
-

@@ -157,7 +157,11 @@ def _embedding(node: fx.Node, labels: TokenAxes) -> Any:
 @_rule(aten.linear.default, aten.mm.default, aten.matmul.default)
 def _linear(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = _only_first(node, labels)
-    if isinstance(node.args[1], fx.Node) and node.target is aten.matmul.default and value(node.args[1]).dim() != 2:
+    if (
+        isinstance(node.args[1], fx.Node)
+        and node.target is aten.matmul.default
+        and value(node.args[1]).dim() != 2
+    ):
         raise Stop("multiplies by a matrix per row")
     _free(of_x[-1], "sums over")
     return (*of_x[:-1], None)
@@ -240,7 +244,13 @@ def _drop(node: fx.Node, labels: TokenAxes) -> Any:
     return tuple(label for d, label in enumerate(of_x) if d not in gone)
 
 
-@_rule(aten.slice.Tensor, aten.narrow.default, aten.flip.default, aten.index_select.default, aten.constant_pad_nd.default)
+@_rule(
+    aten.slice.Tensor,
+    aten.narrow.default,
+    aten.flip.default,
+    aten.index_select.default,
+    aten.constant_pad_nd.default,
+)
 def _cut(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = _only_first(node, labels)
     if node.target is aten.constant_pad_nd.default:
@@ -262,7 +272,9 @@ def _several(node: fx.Node, labels: TokenAxes) -> Any:
         aten.topk.default, aten.sort.default) else (0, 1 if node.target is aten.unbind.int else 2)  # fmt: skip
     dim = _dim(node, node.args[at] if len(node.args) > at else node.kwargs.get("dim", default), len(of_x))  # type: ignore[arg-type]
     _free(of_x[dim], "divides")
-    each = tuple(label for d, label in enumerate(of_x) if d != dim) if node.target is aten.unbind.int else of_x
+    each = (
+        tuple(label for d, label in enumerate(of_x) if d != dim) if node.target is aten.unbind.int else of_x
+    )
     return [each] * len(value(node))
 
 
@@ -330,7 +342,9 @@ def _regroup_one(rows: list[tuple[str | None, int]], columns: list[int], axes: T
         given = [BATCH, SEQUENCE]
     elif named == [BATCH, SEQUENCE] and wide == 2 and len(kept) == 1:
         given = [TOKENS]
-    elif named == [BATCH, SEQUENCE] and wide == 2 and [columns[d] for d in kept] == [axes.batch, axes.sequence]:
+    elif (
+        named == [BATCH, SEQUENCE] and wide == 2 and [columns[d] for d in kept] == [axes.batch, axes.sequence]
+    ):
         given = named
     else:
         raise Stop(f"merges or splits the {' and '.join(named)} dimension with others")

@@ -101,7 +101,9 @@ class MaskProbe:
         batch = value(self.padding).shape[0]
         if isinstance(batch, int):
             return batch
-        same = str(batch) == str(value(self.padding).shape[1])  # one symbol for both: captured with B equal to S
+        same = str(batch) == str(
+            value(self.padding).shape[1]
+        )  # one symbol for both: captured with B equal to S
         return length if same else 5
 
     def classify(self, length: int) -> Visibility:
@@ -164,7 +166,7 @@ def _visibility(mask: torch.Tensor, real: torch.Tensor) -> Visibility:
     if seen[:, :, ~real].any():
         raise LeaksPads
     seen, inner = seen[:, :, real], mask[:, :, real]
-    if mask.dtype != torch.bool and (inner[seen] != 0).any() or not (seen == seen[:1]).all():
+    if (mask.dtype != torch.bool and (inner[seen] != 0).any()) or not (seen == seen[:1]).all():
         return Visibility("generic")
     seen = seen[0]
     positions = torch.arange(length)[real]

@@ -25,7 +25,7 @@ _PUBLIC = {
     "optimize": "api",
     "pack_dataset": "runtime.binpack",
 }
-__all__ = ["__version__", "reports", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", "reports", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

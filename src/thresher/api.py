@@ -76,9 +76,13 @@ def compile(
     """
     args, kwargs = _example(example_inputs)
     if not isinstance(model, torch.nn.Module):
-        raise ArgumentError("model", type(model).__name__, "a torch.nn.Module", "Use thresher.optimize for a function.")
+        raise ArgumentError(
+            "model", type(model).__name__, "a torch.nn.Module", "Use thresher.optimize for a function."
+        )
     if model.training:
-        raise ArgumentError("model", "a model in training mode", "a model in eval mode", "Call model.eval() first.")
+        raise ArgumentError(
+            "model", "a model in training mode", "a model in eval mode", "Call model.eval() first."
+        )
     chosen = Recipe.of(recipe, **options)
     call = torch.compile(
         model,
@@ -103,7 +107,9 @@ def optimize(recipe: Any = None, *, dynamic: bool | None = None, **options: Any)
     chosen = Recipe.of(recipe, **options)
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, backend=backend.thresher_backend, dynamic=dynamic, options={"recipe": chosen})
+        return torch.compile(
+            function, backend=backend.thresher_backend, dynamic=dynamic, options={"recipe": chosen}
+        )
 
     def decorate(target: T) -> T:
         if isinstance(target, type) and issubclass(target, torch.nn.Module):
@@ -135,7 +141,10 @@ class Explanation:
 
 
 def explain(
-    model: torch.nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], recipe: Any = None, **options: Any
+    model: torch.nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    recipe: Any = None,
+    **options: Any,
 ) -> Explanation:
     """A dry run: capture, match, rewrite and report, without building anything.
 
@@ -164,7 +173,9 @@ def explain(
     with torch.no_grad(), _unwrapped(), _specialized_floats():
         torch.compile(model, backend=look)(*place(args), **place(kwargs))
     if not found.reports and not found.refused:
-        raise ThresherError("Nothing was captured: the model's forward has no tensor operation, or it was compiled before.")
+        raise ThresherError(
+            "Nothing was captured: the model's forward has no tensor operation, or it was compiled before."
+        )
     return found
 
 

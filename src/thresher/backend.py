@@ -55,7 +55,9 @@ def thresher_backend(
     target, strict = given.pop("target", "inductor"), given.pop("strict", False)
     mode = given.pop("mode", None) or mode
     if target not in TARGETS:
-        raise ArgumentError("options['target']", repr(target), "one of " + ", ".join(TARGETS), "Use a target from that list.")
+        raise ArgumentError(
+            "options['target']", repr(target), "one of " + ", ".join(TARGETS), "Use a target from that list."
+        )
     recipe = given.pop("recipe") if isinstance(given.get("recipe"), Recipe) else None
     recipe = Recipe.of(recipe, **given) if recipe is not None else Recipe.of(given or None)
     try:
@@ -118,7 +120,12 @@ def _cannot_rewrite(gm: fx.GraphModule) -> str | None:
     """Why a graph is not ours to rewrite: training."""
     for node in gm.graph.nodes:
         known = node.meta.get("example_value")
-        if node.op == "placeholder" and isinstance(known, torch.Tensor) and known.requires_grad and torch.is_grad_enabled():
+        if (
+            node.op == "placeholder"
+            and isinstance(known, torch.Tensor)
+            and known.requires_grad
+            and torch.is_grad_enabled()
+        ):
             return "Gradients are being recorded. Call the model under torch.no_grad() or torch.inference_mode()."
         if node.target is torch.nn.functional.dropout:
             p, training = (list(node.args[1:3]) + [node.kwargs.get("p", 0.5), node.kwargs.get("training", True)])[:2] \
@@ -147,7 +154,9 @@ def _real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:
 
 def _entry(session: Session, roles: Sequence[str]) -> Callable[..., list[Any]]:
     inputs = [i for i, role in enumerate(roles) if role.startswith("input:")]
-    weights = [(i, role.removeprefix("weight:")) for i, role in enumerate(roles) if role.startswith("weight:")]
+    weights = [
+        (i, role.removeprefix("weight:")) for i, role in enumerate(roles) if role.startswith("weight:")
+    ]
 
     def call(*arguments: Any) -> list[Any]:
         return session([arguments[i] for i in inputs], {fqn: arguments[i] for i, fqn in weights})

@@ -65,7 +65,10 @@ def _trace(source: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
 
 
 def assemble(
-    traced: fx.GraphModule, names: Sequence[str], weights: dict[int, tuple[str, torch.Tensor]], notes: list[str]
+    traced: fx.GraphModule,
+    names: Sequence[str],
+    weights: dict[int, tuple[str, torch.Tensor]],
+    notes: list[str],
 ) -> Program:
     """Turn the placeholders numbered in `weights` into get_attr nodes, and tidy."""
     module = fx.GraphModule(traced, traced.graph)
@@ -154,7 +157,9 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-        raise CaptureError(f"The model writes to {written[0]!r} in its forward; export it without that state.")
+        raise CaptureError(
+            f"The model writes to {written[0]!r} in its forward; export it without that state."
+        )
     owners = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,

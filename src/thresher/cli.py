@@ -48,7 +48,9 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Argument(help="minilm, smollm2, or the path of a Hugging Face model directory.")],
+    model: Annotated[
+        str, typer.Argument(help="minilm, smollm2, or the path of a Hugging Face model directory.")
+    ],
     recipe: Annotated[str, typer.Option(help="A preset's name or a TOML file.")] = "exact",
     text: Annotated[bool, typer.Option("--text", help="Also print the rewritten program.")] = False,
     as_json: Json = False,

@@ -57,7 +57,9 @@ def run(rows: int = 16, rounds: int = 5, console: Console | None = None) -> Resu
     model, tokenizer = models.minilm()
     batch = models.mixed_length_batch(tokenizer, rows, max_len=256)
     real = batch["attention_mask"].bool()
-    console.print(f"MiniLM-L6 on {rows} passages of English: {int(real.sum())} tokens in {real.numel()} padded positions.")
+    console.print(
+        f"MiniLM-L6 on {rows} passages of English: {int(real.sum())} tokens in {real.numel()} padded positions."
+    )
 
     def timed(backend: str) -> tuple[Callable[..., Any], float]:
         compiled = torch.compile(model, backend=backend)
@@ -77,7 +79,12 @@ def run(rows: int = 16, rounds: int = 5, console: Console | None = None) -> Resu
         inductor(**batch)
         with console.status("measuring"):
             seconds = interleaved(
-                {"eager": lambda: model(**batch), "inductor": lambda: inductor(**batch), "thresher": lambda: ours(**batch)}, rounds
+                {
+                    "eager": lambda: model(**batch),
+                    "inductor": lambda: inductor(**batch),
+                    "thresher": lambda: ours(**batch),
+                },
+                rounds,
             )
     report: Report = made[0].report
     result = Result(
@@ -99,10 +106,16 @@ def table(result: Result) -> Table:
         ("Inductor, padded", result.inductor, result.compile_inductor),
         ('backend="thresher"', result.thresher, result.compile_thresher),
     ):
-        shown.add_row(name, f"{seconds * 1e3:.1f}", f"{result.inductor / seconds:.2f}x", f"{compiling:.1f}" if compiling else "")
+        shown.add_row(
+            name,
+            f"{seconds * 1e3:.1f}",
+            f"{result.inductor / seconds:.2f}x",
+            f"{compiling:.1f}" if compiling else "",
+        )
     bound = 1 / (1 - result.padding)
     shown.caption = (
-        f"Leaving out the padding alone allows {bound:.2f}x. Largest difference from eager at real tokens: {result.difference:.1e}."
+        f"Leaving out the padding alone allows {bound:.2f}x. "
+        f"Largest difference from eager at real tokens: {result.difference:.1e}."
     )
     return shown
 

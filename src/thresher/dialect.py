@@ -36,7 +36,14 @@ _ALIASES = {
 }
 # Layout only; kept where the caller receives the result, dropped inside the graph.
 _LAYOUT = {aten.contiguous.default, aten.clone.default}
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default}
+_CASTS = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+}
 _DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.reshape.default}
 _NO_MEANING = {
@@ -82,7 +89,11 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         return None
     source = value(first)
     if target in _CASTS:
-        same = isinstance(result, torch.Tensor) and result.dtype == source.dtype and result.device == source.device
+        same = (
+            isinstance(result, torch.Tensor)
+            and result.dtype == source.dtype
+            and result.device == source.device
+        )
         return first if same else None
     if target in _LAYOUT and any(user.op == "output" for user in node.users):
         return None
@@ -133,7 +144,12 @@ def _write_to_copies(graph: fx.Graph) -> None:
         packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
         pure = getattr(getattr(aten, packet[:-1], None), overload, None) if packet.endswith("_") else None
         written = node.args[0] if node.args else None
-        if pure is None or _mutates(pure) or not isinstance(written, fx.Node) or written.op != "call_function":
+        if (
+            pure is None
+            or _mutates(pure)
+            or not isinstance(written, fx.Node)
+            or written.op != "call_function"
+        ):
             continue
         before = [u for u in written.users if position[u] < position[node]]
         if _shares_memory(written) or any(_shares_memory(u) and u.users for u in before):

@@ -66,7 +66,13 @@ def checks() -> list[Check]:
 
 def _python() -> Check:
     number = platform.python_version()
-    return Check("system", "python", number, sys.version_info >= (3, 10), "" if sys.version_info >= (3, 10) else "Use Python 3.10 or newer.")
+    return Check(
+        "system",
+        "python",
+        number,
+        sys.version_info >= (3, 10),
+        "" if sys.version_info >= (3, 10) else "Use Python 3.10 or newer.",
+    )
 
 
 def _torch() -> Check:
@@ -76,10 +82,24 @@ def _torch() -> Check:
 
 
 def _devices() -> list[Check]:
-    cpu = Check("system", "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True)
+    cpu = Check(
+        "system",
+        "cpu",
+        f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        True,
+    )
     if not torch.cuda.is_available():
         why = "torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
-        return [cpu, Check("system", "gpu", f"none: {why}", False, "Optional. Install torch for your CUDA version, then thresher[gpu].")]
+        return [
+            cpu,
+            Check(
+                "system",
+                "gpu",
+                f"none: {why}",
+                False,
+                "Optional. Install torch for your CUDA version, then thresher[gpu].",
+            ),
+        ]
     names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [cpu] + [Check("system", f"gpu {i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 30} GiB", True)
                     for i, p in enumerate(names)]  # fmt: skip
@@ -91,7 +111,9 @@ def _kernels() -> list[Check]:
     for op in ops.all_ops():
         for provider in op.providers:
             reason = op.usable(provider)
-            found.append(Check("kernels", f"{op.name}: {provider.name}", provider.device, reason is None, reason or ""))
+            found.append(
+                Check("kernels", f"{op.name}: {provider.name}", provider.device, reason is None, reason or "")
+            )
     return found
 
 
@@ -108,6 +130,11 @@ def render() -> Group:
         for heading in ("what", "found", "usable", "how to get it"):
             table.add_column(heading, overflow="fold")
         for check in (c for c in everything if c.group == group):
-            table.add_row(check.name, escape(check.found), "[green]yes" if check.usable else "[yellow]no", escape(check.fix))
+            table.add_row(
+                check.name,
+                escape(check.found),
+                "[green]yes" if check.usable else "[yellow]no",
+                escape(check.fix),
+            )
         tables.append(table)
     return Group(*tables)

@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-
-
-
 from .program import Program
 
 
@@ -100,5 +97,3 @@ class PackedLayout:
     def windowed(self) -> bool:
         """Whether some attention counts distances, which holes in a row would falsify."""
         return any(v.window >= 0 for v in self.visibilities.values())
-
-

@@ -272,7 +272,9 @@ def load(name: str) -> tuple[Any, Any]:
     if name in known:
         return known[name]()
     if not Path(name).is_dir():
-        raise ArgumentError("model", repr(name), "minilm, smollm2, or the path of a model directory", "Check the path.")
+        raise ArgumentError(
+            "model", repr(name), "minilm, smollm2, or the path of a model directory", "Check the path."
+        )
     hf = _need("transformers", "Loading a model directory")
     config = hf.AutoConfig.from_pretrained(name)
     causal = any("CausalLM" in a for a in config.architectures or ())

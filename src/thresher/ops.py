@@ -92,7 +92,9 @@ class Op:
 
         def add(run: Callable[..., Any]) -> Callable[..., Any]:
             if any(p.name == name for p in self.providers):
-                raise ArgumentError("name", repr(name), "a provider name not yet used", "Choose another name.")
+                raise ArgumentError(
+                    "name", repr(name), "a provider name not yet used", "Choose another name."
+                )
             self.providers.append(Provider(name, device, run, supported, supports_args))
             return run
 

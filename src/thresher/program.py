@@ -157,14 +157,18 @@ class Program:
         ]
         for node in self.graph.nodes:
             if node.op == "get_attr":
-                lines.append(f'    {node.name} = weights["{self.weights[str(node.target)].fqn}"]{_comment(node)}')
+                lines.append(
+                    f'    {node.name} = weights["{self.weights[str(node.target)].fqn}"]{_comment(node)}'
+                )
             elif node.op == "call_function":
                 call = ", ".join(
                     [_literal(a) for a in node.args] + [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
                 )
                 lines.append(f"    {node.name} = {_callee(node.target)}({call}){_comment(node)}")
             elif node.op == "output":
-                lines.append(f"    return ({', '.join(_literal(a) for a in node.args[0])}{',' * bool(node.args[0])})")
+                lines.append(
+                    f"    return ({', '.join(_literal(a) for a in node.args[0])}{',' * bool(node.args[0])})"
+                )
         return "\n".join(lines) + "\n"
 
 

@@ -82,7 +82,9 @@ class Recipe:
             if name not in CONFIGS:
                 raise unknown_key("require", name, CONFIGS)
             if not 0 <= share <= 1:
-                raise ArgumentError(f"require[{name!r}]", share, "a share from 0 to 1", "Use 0.9 for nine sites in ten.")
+                raise ArgumentError(
+                    f"require[{name!r}]", share, "a share from 0 to 1", "Use 0.9 for nine sites in ten."
+                )
         for config in self.passes:
             config.validate()
 
@@ -91,7 +93,9 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """Hash of everything in the recipe; equal recipes have equal fingerprints in every process."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[
+            :16
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The dict that `Recipe.of` turns back into this recipe."""
@@ -105,7 +109,9 @@ class Recipe:
         return result
 
     @classmethod
-    def of(cls, spec: Recipe | str | Path | Mapping[str, Any] | PassConfig | None = None, **options: Any) -> Recipe:
+    def of(
+        cls, spec: Recipe | str | Path | Mapping[str, Any] | PassConfig | None = None, **options: Any
+    ) -> Recipe:
         """Build a recipe.
 
         spec: a recipe, a preset's name, the path of a `.toml` file, a dict, one pass's options, or None for
@@ -131,7 +137,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ArgumentError("recipe", repr(str(path)), "the path of an existing TOML file", "Check the path.") from None
+        raise ArgumentError(
+            "recipe", repr(str(path)), "the path of an existing TOML file", "Check the path."
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ArgumentError("recipe", repr(str(path)), "valid TOML", f"The parser says: {error}.") from None
 
@@ -172,7 +180,9 @@ def _config(name: str, given: Any) -> PassConfig | None:
     if isinstance(given, kind):
         return given
     if not isinstance(given, Mapping):
-        raise ArgumentError(name, repr(given), "True, False or a dict of options", f"Write {name}={{...}} or {name}=True.")
+        raise ArgumentError(
+            name, repr(given), "True, False or a dict of options", f"Write {name}={{...}} or {name}=True."
+        )
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in given:
         if key not in fields:

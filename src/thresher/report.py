@@ -98,7 +98,14 @@ class Report:
             overview.add_column(heading, justify=align)  # type: ignore[arg-type]
         for p in self.passes:
             error = "not measured" if p.error is None else f"{p.error:.1e}"
-            overview.add_row(p.name, str(len(p.rewritten)), str(len(p.missed)), error, f"{p.budget:.0e}", f"{p.seconds:.1f}")
+            overview.add_row(
+                p.name,
+                str(len(p.rewritten)),
+                str(len(p.missed)),
+                error,
+                f"{p.budget:.0e}",
+                f"{p.seconds:.1f}",
+            )
         parts: list[Any] = [overview]
         for p in self.passes:
             parts += _details(p)

@@ -27,14 +27,18 @@ def relative_error(actual, expected):
 
 
 def _tensors(result):
-    return [result] if isinstance(result, torch.Tensor) else [t for t in result if isinstance(t, torch.Tensor)]
+    return (
+        [result] if isinstance(result, torch.Tensor) else [t for t in result if isinstance(t, torch.Tensor)]
+    )
 
 
 @pytest.mark.parametrize("op, dtype", CASES, ids=_id)
 def test_opcheck(op, dtype):
     for sample in op.inputs(torch.device("cpu"), dtype):
         torch.library.opcheck(
-            op.overload, sample.args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+            op.overload,
+            sample.args,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
 
 
