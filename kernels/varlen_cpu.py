@@ -1,7 +1,9 @@
-"""CPU provider of packed attention: PyTorch's own attention, one segment at a time.
+"""CPU providers of packed attention: C++ over all segments at once, else PyTorch's own, one by one.
 
-Each call sees one segment only, so nothing outside it can reach its result, and no mask is ever
-larger than one segment's. Segments under a window or a soft cap are cut further into blocks of
+The C++ kernel takes fp32. It makes one call of a whole batch, where a call per segment costs more
+than the attention of a short one. For the other dtypes there is PyTorch's attention: each call sees
+one segment only, so nothing outside it can reach its result, and no mask is ever larger than one
+segment's. Segments under a window or a soft cap are cut further into blocks of
 queries against the keys those can see, so cost and memory follow the visible pairs.
 
 Equal segments are not batched into one call: for half types PyTorch chooses its blocking by the
@@ -10,15 +12,71 @@ batch size, so a segment's bits would depend on its neighbours.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from . import native
 from . import varlen_attention as defs
 
 _MIN_BLOCK = 128  # queries; smaller blocks spend their time in calls
 _MAX_SCORES = 1 << 22  # of one block, over all heads: 16 MiB in fp32
+
+
+def _takes_fp32(q, k, v, *rest) -> str | None:
+    return None if q.dtype == torch.float32 else f"The kernel computes in float32; the queries are {q.dtype}."
+
+
+def _native_supported() -> str | None:
+    return native.load_error("varlen_attention")
+
+
+@defs.varlen_attention.provider(
+    "cpu_cpp", device="cpu", supported=_native_supported, supports_args=_takes_fp32
+)
+def _varlen_cpp(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
+    defs.check_shapes(q, k, v, cu_seqlens)
+    return _run_cpp(q, k, v, cu_seqlens, scale, causal, window_left, softcap)
+
+
+@defs.varlen_attention_masked.provider(
+    "cpu_cpp", device="cpu", supported=_native_supported, supports_args=_takes_fp32
+)
+def _varlen_masked_cpp(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
+    defs.check_shapes(q, k, v, cu_seqlens)
+    defs.check_mask(q, mask, rows, cols)
+    mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
+    return _run_cpp(q, k, v, cu_seqlens, scale, False, -1, 0.0, mask, rows, cols)
+
+
+def _run_cpp(q, k, v, cu_seqlens, scale, causal, window, softcap, mask=None, rows=None, cols=None):
+    defs.bounds(cu_seqlens, q.shape[2])
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    cu_seqlens, out = cu_seqlens.contiguous(), defs.empty_result(q, v)
+    sizes = (cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    strides = [stride for t in (q, k, v, out) for stride in t.stride()[1:3]]
+    given = (None, None, None)
+    if mask is not None:
+        strides += [0 if mask.shape[d] == 1 and d < 2 else mask.stride(d) for d in range(4)]
+        rows, cols = rows.long().contiguous(), cols.long().contiguous()
+        given = tuple(native.pointer(t) for t in (mask, rows, cols))
+    failed = native.load("varlen_attention").thresher_varlen_attention(
+        *(native.pointer(t) for t in (q, k, v, out, cu_seqlens)),
+        (ctypes.c_int64 * 5)(*sizes),
+        (ctypes.c_int64 * 12)(*strides),
+        ctypes.c_float(scale),
+        int(causal),
+        ctypes.c_int64(window),
+        ctypes.c_float(softcap),
+        0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+        *given,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("varlen_attention: no memory for the packed keys and values of the longest segment")
+    return out
 
 
 def _blocks(length: int, block: int, causal: bool, window: int) -> Iterator[tuple[int, int, int, int]]:

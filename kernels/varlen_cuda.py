@@ -98,10 +98,12 @@ def tiling(width: int, dtype: torch.dtype, masked: bool) -> Tiling:
     if dtype in _HALF:
         if wide <= 64:
             return Tiling(128, 64, 8, 3)
-        return Tiling(128, 32, 8, 2) if wide == 128 and not masked else Tiling(64, 32, 8, 2)
-    return (
-        Tiling(32, 32, 4, 1) if wide <= 64 else Tiling(32, 16, 4, 1) if wide == 128 else Tiling(16, 16, 4, 1)
-    )
+        if wide == 128:
+            return Tiling(64 if masked else 128, 32, 8, 2)
+        return Tiling(64, 16 if masked else 32, 8, 2)
+    if wide <= 128:
+        return Tiling(32, 32, 4, 2) if wide <= 64 else Tiling(16, 32, 4, 2)
+    return Tiling(16, 16, 8, 1)  # the one exception: 16 bytes a thread are spilled
 
 
 def _triton_supported() -> str | None:
