@@ -1,8 +1,8 @@
 """What the sparse MLP operators did, by site: calls sparse and dense, and how many neurons were on.
 
-A site is the name that the rewrite gave to one MLP. Counts are kept as plain numbers on CPU; on a
-GPU the active neurons are added up in a device tensor by the kernels themselves, and read only
-when somebody asks, so that a call never waits for the device.
+A site is the name that the rewrite gave to one MLP. On CPU the counts are plain numbers. On a GPU
+the kernels add neurons up in a device tensor, which is read only when somebody asks, so that a call
+never waits for the device and replays of a CUDA graph are counted too.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ import torch
 class SiteCount:
     """Counts of one site since the last `reset`."""
 
-    sparse: int = 0
+    sparse: int = 0  # on a GPU: launches by Python, replays of a CUDA graph aside
     dense: int = 0
     active: int = 0  # neurons in the unions, over the calls in which they were counted
     seen: int = 0  # neurons there were, over the same calls
     on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def device_active(self, device: torch.device) -> torch.Tensor:
-        """int64 [1] on `device`, to which a kernel adds its union's size."""
+    def device_counter(self, device: torch.device) -> torch.Tensor:
+        """int64 [2] on `device`, to which a kernel adds its union's size and its number of neurons."""
         if device not in self.on_device:
-            self.on_device[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            self.on_device[device] = torch.zeros(2, dtype=torch.int64, device=device)
         return self.on_device[device]
 
     @property
     def union_density(self) -> float | None:
         """Mean share of neurons that a call's tokens kept, or None before the first counted call."""
-        active = self.active + sum(int(t.item()) for t in self.on_device.values())
-        return active / self.seen if self.seen else None
+        active, seen = self.active, self.seen
+        for counter in self.on_device.values():
+            more_active, more_seen = counter.tolist()
+            active, seen = active + more_active, seen + more_seen
+        return active / seen if seen else None
 
 
 _SITES: dict[str, SiteCount] = {}
@@ -54,6 +57,15 @@ def count(name: str, neurons: int, active: int | None) -> None:
         entry.sparse += 1
         entry.active += active
         entry.seen += neurons
+
+
+def count_on_device(name: str, device: torch.device) -> torch.Tensor | None:
+    """Count one sparse call whose union only the device knows; the counter for the kernel, if any."""
+    if not name:
+        return None
+    entry = site(name)
+    entry.sparse += 1
+    return entry.device_counter(device)
 
 
 def all_sites() -> dict[str, SiteCount]:
