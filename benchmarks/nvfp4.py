@@ -3,7 +3,7 @@
 Times are CPU milliseconds, the least of interleaved rounds, with bf16 activations, through
 `torch.ops.thresher.nvfp4_linear` as a graph calls it. Rows of torchao appear where it is installed.
 
-Each form is called several times in a row, so a 9 MB NVFP4 weight stays in a last-level cache of 32 MB
+Each form is called for 100 ms in a row, so a 9 MB NVFP4 weight stays in a last-level cache of 32 MB
 while the 34 MB of bf16 do not: that is part of the gain. From main memory no format of 4.5 bits can gain
 more than 16 / 4.5 = 3.56; the rows marked "cold" evict the caches before every call.
 """
@@ -77,7 +77,7 @@ def linear_speed(bench: Benchmark, n: int, k: int, rows: list[int], rounds: int)
         if torchao is not None and m == 1:
             forms["torchao compiled"] = lambda x=x: torchao(x)
         with torch.no_grad():
-            times = interleave(forms, rounds=rounds if m <= 16 else 3, warmup=1)
+            times = interleave(forms, rounds=rounds if m <= 16 else 3, warmup=2, least_ms=100)
         for name, timing in times.items():
             ratio = times["torch bf16"].cpu_min / timing.cpu_min
             bench.row(weight=shape, rows=m, form=name, **timing.fields(), against_bf16=round(ratio, 3))
