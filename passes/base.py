@@ -98,6 +98,10 @@ class Pass(abc.ABC):
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         """Rewrite one matched site in place; dead nodes are removed afterwards."""
 
+    def taps(self, program: Program, context: Context) -> Sequence[Any]:
+        """Where this pass needs to see data (`calibrate.Tap`); none for a pass that needs none."""
+        return ()
+
     def budget(self, context: Context) -> float:
         """Largest allowed relative difference; a pass whose budget is an option overrides this."""
         return self.effect.budget

@@ -20,6 +20,7 @@ _PUBLIC = {
     "Report": "report",
     "ThresherError": "errors",
     "ThresherWarning": "backend",
+    "calibrate": "api",
     "compile": "api",
     "explain": "api",
     "optimize": "api",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,9 +13,10 @@ import torch
 from . import backend, capture, sessions
 from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
+from .passes.calibrate import Calibration, Statistics
 from .program import Program
 from .recipe import Recipe
-from .report import Report
+from .report import Report, progress
 from .runtime.session import Counters, Session
 
 T = TypeVar("T")
@@ -177,6 +178,24 @@ def explain(
             "Nothing was captured: the model's forward has no tensor operation, or it was compiled before."
         )
     return found
+
+
+def calibrate(
+    model: torch.nn.Module, batches: Iterable[Any], recipe: Any = None, **options: Any
+) -> Statistics:
+    """Run a model over example batches and gather what the recipe's passes need to know.
+
+    batches: each a dict of keyword arguments, or a tuple of positional ones, as the model is called.
+    recipe, options: see `Recipe.of`; only passes that need data are asked.
+    Save the result and name the file where the model is compiled: `compile(..., stats="stats.safetensors")`.
+    """
+    calibration = Calibration(Recipe.of(recipe, **options))
+    watched = torch.compile(model, backend=backend.watching(calibration), dynamic=True)
+    with torch.no_grad(), _unwrapped(), _specialized_floats():
+        for batch in progress(batches, "calibrating"):
+            args, kwargs = _example(batch)
+            watched(*args, **kwargs)
+    return calibration.statistics()
 
 
 def _example(given: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

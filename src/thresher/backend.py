@@ -7,7 +7,7 @@ Session. A graph it cannot take runs as plain Inductor compiles it, and that is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .lowering.inductor import Inductor
 from .lowering.reference import Reference
 from .lowering.target import Target
 from .passes import catalog as passes
+from .passes.calibrate import Calibration, Statistics
 from .passes.pipeline import Pipeline
 from .program import Program, module_fqn, value
 from .recipe import Recipe
@@ -103,7 +104,7 @@ def run_pipeline(program: Program, recipe: Recipe, inputs: Sequence[Any] | None)
         inputs=inputs,
         compare=_compare if inputs is not None else None,
         device=device,
-        stats=_statistics(recipe),
+        stats=_statistics(recipe, program),
     )
     return pipeline.run(program)
 
@@ -112,8 +113,33 @@ def _compare(before: Program, after: Program, inputs: Sequence[Any]) -> float:
     return relative_difference(before, after, inputs, Reference())
 
 
-def _statistics(recipe: Recipe) -> dict[str, Any]:
-    return {}
+def _statistics(recipe: Recipe, program: Program) -> Mapping[str, Any]:
+    """The recipe's saved statistics, refused when they are another model's."""
+    if recipe.stats is None:
+        return {}
+    found = Statistics.load(recipe.stats)
+    found.check(program)
+    return found
+
+
+def watching(calibration: Calibration) -> Callable[..., Any]:
+    """A backend for torch.compile that runs graphs as they are and shows them to a calibration."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        program, roles = capture.from_dynamo(gm, example_inputs)
+        with without_fake_mode():
+            watched = calibration.watch(program)
+        masks = [i for i, n in enumerate(program.input_names) if n == "attention_mask"]
+
+        def run(*args: Any) -> Any:
+            inputs = [a for a, role in zip(args, roles) if role.startswith("input:")]
+            mask = inputs[masks[0]] if masks else None
+            real = mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+            return calibration.run(watched, inputs, real)
+
+        return run
+
+    return backend
 
 
 def _cannot_rewrite(gm: fx.GraphModule) -> str | None:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, Group
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from .compat import trace_structured_json
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Go through items with a progress bar on stderr; without one where stderr is no terminal."""
+    hidden = not sys.stderr.isatty()
+    yield from track(items, label, total=total, console=Console(stderr=True), transient=True, disable=hidden)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""Calibration: one sweep of example batches through a Program, read by every pass that needs data.
+
+A pass that needs data declares taps: a node of the program, and a collector for what flows there.
+A Calibration runs programs batch by batch, hands every tapped value to its collector, and gives
+Statistics: tensors by pass, site and name, which can be saved and are refused for a model with
+other weights.
+
+A rewrite stays a pure function of program, options and statistics, so that compiling twice from one
+file of statistics gives the same program.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import fx
+
+from thresher.errors import ArgumentError, ThresherError
+from thresher.program import Program
+from thresher.recipe import Recipe
+
+from .base import PASSES, Context
+from .structure import recover
+
+FORMAT = "thresher-statistics-1"
+
+
+class Collector(Protocol):
+    """Gathers what a pass needs from a tapped value, batch by batch."""
+
+    def add(self, value: torch.Tensor, real: torch.Tensor | None) -> None:
+        """One batch's value. real: bool [batch, sequence], False at pads; None when all tokens are real."""
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """What was gathered, by name."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place to look at.
+
+    site: the name the pass will look its statistics up by. node: in the program. make: a new collector;
+    graphs of other shapes share the one made first for a site.
+    """
+
+    site: str
+    node: fx.Node
+    make: Callable[[], Collector]
+
+
+@dataclass
+class Statistics(Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]]):
+    """Tensors by pass, then site, then name. fingerprint: of the weights they were measured on."""
+
+    fingerprint: str
+    tensors: dict[str, dict[str, dict[str, torch.Tensor]]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def check(self, program: Program) -> None:
+        """Raise when these were measured on other weights than the program's."""
+        found = weights_fingerprint(program)
+        if found != self.fingerprint:
+            raise ThresherError(
+                f"The calibration statistics were measured on weights {self.fingerprint}, and this model's are "
+                f"{found}. Calibrate this model, or compile the one that was calibrated."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; the old one stays whole until the new one is complete."""
+        path = Path(path)
+        names = [[p, s, n] for p, sites in self.tensors.items() for s, named in sites.items() for n in named]
+        flat = {str(i): self.tensors[p][s][n].contiguous() for i, (p, s, n) in enumerate(names)}
+        metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "names": json.dumps(names)}
+        partial = path.with_name(path.name + ".partial")
+        save_file(flat, str(partial), metadata)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote. Raises ArgumentError for any other file."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}")
+                found = cls(metadata["fingerprint"])
+                for index, (p, s, n) in enumerate(json.loads(metadata["names"])):
+                    found.tensors.setdefault(p, {}).setdefault(s, {})[n] = file.get_tensor(str(index))
+                return found
+        except Exception as reason:
+            raise ArgumentError(
+                "stats",
+                f"{path} ({reason})",
+                "a file written by thresher.calibrate(...).save(path)",
+                "Calibrate the model and save its statistics first.",
+            ) from None
+
+
+def weights_fingerprint(program: Program) -> str:
+    """Hash of the names, shapes and a sample of the values of the model's own weights."""
+    digest = hashlib.sha256()
+    for weight in sorted(program.weights.values(), key=lambda w: w.fqn):
+        if weight.source or weight.fqn.startswith("constant."):
+            continue
+        tensor = weight.tensor.detach()
+        digest.update(f"{weight.fqn}:{tuple(tensor.shape)}:".encode())
+        if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
+            continue
+        flat = tensor.flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Calibration:
+    """Gathers what a recipe's passes ask for, over any number of programs of one model.
+
+    calibration = Calibration(recipe)
+    watched = calibration.watch(program)
+    calibration.run(watched, inputs, real)      # for each batch; gives the program's results
+    statistics = calibration.statistics()
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.batches = 0
+        self._collectors: dict[tuple[str, str], Collector] = {}
+        self._fingerprint = ""
+
+    def watch(self, program: Program) -> Watched:
+        """Find the taps of every pass. Raises ThresherError when no pass of the recipe needs data."""
+        structure = functools.lru_cache(lambda: recover(program))
+        readers: dict[fx.Node, list[Collector]] = {}
+        for config in self.recipe.passes:
+            context = Context(self.recipe, config, structure=structure)
+            for tap in PASSES[config.name].taps(program, context):
+                key = (config.name, tap.site)
+                if key not in self._collectors:
+                    self._collectors[key] = tap.make()
+                readers.setdefault(tap.node, []).append(self._collectors[key])
+        if not readers:
+            names = ", ".join(c.name for c in self.recipe.passes) or "none"
+            raise ThresherError(
+                f"No pass of this recipe needs data from this model. The recipe runs: {names}."
+            )
+        self._fingerprint = weights_fingerprint(program)
+        return Watched(program, readers)
+
+    def run(self, watched: Watched, inputs: Sequence[Any], real: torch.Tensor | None) -> list[Any]:
+        """One batch through a watched program. inputs: its placeholders' values. real: see Collector."""
+        self.batches += 1
+        with torch.no_grad():
+            return list(_Sweep(watched, real).run(*inputs))
+
+    def statistics(self) -> Statistics:
+        """What was gathered so far. Raises ThresherError when there was not a single batch."""
+        if not self.batches:
+            raise ThresherError("There was not a single batch to calibrate on.")
+        found = Statistics(self._fingerprint)
+        for (name, site), collector in self._collectors.items():
+            found.tensors.setdefault(name, {})[site] = collector.result()
+        return found
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A program, and the collectors that look at its nodes."""
+
+    program: Program
+    readers: Mapping[fx.Node, list[Collector]]
+
+
+class _Sweep(fx.Interpreter):
+    """Runs a program and shows tapped values to their collectors."""
+
+    def __init__(self, watched: Watched, real: torch.Tensor | None):
+        super().__init__(watched.program.graph_module)
+        self.readers, self.real = watched.readers, real
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        for collector in self.readers.get(n, ()):
+            collector.add(result, self.real)
+        return result
