@@ -164,3 +164,41 @@ def _cpu(x, codes, block_scales, global_scale, input_scale=None, bias=None, acti
 
 
 nvfp4_cuda.register(nvfp4_linear, _in_place)
+
+
+def _quantize_inputs(device: torch.device, dtype: torch.dtype) -> Sequence[Sample]:
+    generator = torch.Generator().manual_seed(0)
+
+    def call(label, n, k, mode="thresher", search="none"):
+        weight = torch.randn(n, k, generator=generator).to(device, dtype)
+        return Sample(label, (weight, mode, search))
+
+    return [
+        call("plain", 5, 64),
+        call("K not a multiple of 16", 3, 40, "modelopt"),
+        call("four over six", 4, 32, search="four_over_six"),
+        call("scale search", 4, 32, search="mse"),
+        call("empty", 0, 32),
+    ]
+
+
+def _quantize_fake(weight, mode="thresher", search="none"):
+    n, blocks = weight.shape[0], -(-weight.shape[1] // BLOCK)
+    codes = weight.new_empty((n, blocks * 8), dtype=torch.uint8)
+    return codes, weight.new_empty((n, blocks), dtype=torch.uint8), weight.new_empty((), dtype=torch.float32)
+
+
+@define(
+    'nvfp4_quantize(Tensor weight, str mode="thresher", str search="none") -> (Tensor, Tensor, Tensor)',
+    fake=_quantize_fake,
+    inputs=_quantize_inputs,
+    tolerance={torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 0.0},  # bytes are equal or wrong
+)
+def nvfp4_quantize(weight, mode="thresher", search="none"):
+    """weight [N, K] to what `nvfp4_linear` takes: codes uint8 [N, 8B], block scales as E4M3 bytes uint8
+    [N, B], and the tensor scale fp32 []. mode, search: as in `nvfp4_quantize.quantize`.
+
+    Raises ArgumentError for NaN or infinite weights.
+    """
+    q = quantize(weight.detach(), mode=mode, search=search, name="weight")
+    return q.codes, q.block_scales.view(torch.uint8), q.global_scale
