@@ -83,7 +83,7 @@ class MaskProbe:
 
     def evaluate(self, real: torch.Tensor) -> torch.Tensor:
         """The mask for a bool [rows, length] padding mask; the sizes must be those captured unless symbolic."""
-        bound = _bind(value(self.padding).shape, real.shape)
+        bound = self._bind(real.shape)
         inputs = []
         for index, place in enumerate(self.program.placeholders):
             known = value(place)
@@ -95,6 +95,18 @@ class MaskProbe:
                 inputs.append(_at(known, bound))
         with without_fake_mode(), torch.no_grad():
             return self.program.run(*inputs)[0]
+
+    def _bind(self, actual: Sequence[int]) -> dict[Any, int]:
+        """The symbols of every [batch, sequence, ...] input: Dynamo may give each input symbols of its own."""
+        shapes = [value(p).shape for p in self.program.placeholders if isinstance(value(p), torch.Tensor)]
+        captured = [hint(s) for s in value(self.padding).shape]
+        bound: dict[Any, int] = {}
+        for shape in shapes:
+            if [hint(s) for s in shape[:2]] == captured:
+                bound.update({s.node.expr: a for s, a in zip(shape, actual) if not isinstance(s, int)})
+        return bound | {
+            s.node.expr: a for s, a in zip(value(self.padding).shape, actual) if not isinstance(s, int)
+        }
 
     def rows(self, length: int) -> int:
         """How many rows an evaluation must have."""
@@ -145,10 +157,6 @@ def _on_cpu(program: Program) -> Program:
 
 def _consistent(found: set[Visibility], kind: str, widest: int) -> bool:
     return all(v.window in (-1, widest) for v in found if v.kind == kind)
-
-
-def _bind(symbolic: Sequence[Any], actual: Sequence[int]) -> dict[Any, int]:
-    return {s.node.expr: a for s, a in zip(symbolic, actual) if not isinstance(s, int)}
 
 
 def _at(size: Any, bound: dict[Any, int]) -> int:
