@@ -6,6 +6,7 @@ check the dialect, compare with the program before, and keep the result or roll 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from thresher.dialect import verify
-from thresher.errors import ArgumentError, CoverageError, ThresherError
+from thresher.errors import ArgumentError, CoverageError
 from thresher.program import Program
 from thresher.recipe import PassConfig, Recipe
 from thresher.report import Miss, PassReport, Report
@@ -25,6 +26,8 @@ from .structure import recover
 Compare = Callable[[Program, Program, Sequence[Any]], float]
 """Largest relative difference between two programs on the same caller's inputs (injected: running
 a packed program is the runtime's job)."""
+ROLLED_BACK = "The pass was rolled back."
+BISECT_SECONDS = 300.0
 
 
 @dataclass
@@ -46,17 +49,42 @@ class Pipeline:
 
     def run(self, program: Program) -> tuple[Program, Report]:
         report = Report(recipe=self.recipe.fingerprint(), notes=list(program.notes))
-        self.fuel = self.recipe.fuel
+        self.fuel, captured = self.recipe.fuel, program
         for config in ordered(self.recipe):
             program, account = self._apply(PASSES[config.name], config, program)
             report.passes.append(account)
+        self._prove_whole(captured, program, report)
         _require(self.recipe, report)
         return program, report
 
     def _apply(self, rewriter: Pass, config: PassConfig, before: Program) -> tuple[Program, PassReport]:
         started = time.perf_counter()
-        account = PassReport(rewriter.name)
-        after = before.copy()
+        fuel = self.fuel
+        after, account, claims = self._rewrite(rewriter, config, before)
+        if account.rewritten:
+            after.clean()
+            verify(after, after=rewriter.name)
+            self._prove(before, after, account)
+        if account.rolled_back:
+            account.guilty = self._guilty(rewriter, config, before, fuel, time.perf_counter() - started)
+            if account.guilty is not None:
+                account.rolled_back += f" The site that broke it is {account.guilty}."
+            account.missed += [Miss(s, ROLLED_BACK) for s in account.rewritten]
+            account.rewritten, account.predicted = [], {}
+            self.fuel = fuel
+        left = {m.site for m in account.missed}
+        account.predicted = {s: g for s, g in account.predicted.items() if s not in left}
+        account.seconds = time.perf_counter() - started
+        if not account.rewritten:
+            return before, account
+        self.claimed.update(claims)
+        return after, account
+
+    def _rewrite(
+        self, rewriter: Pass, config: PassConfig, before: Program, most: int = -1
+    ) -> tuple[Program, PassReport, dict[str, str]]:
+        """Match and rewrite a copy, at most so many sites; gives it with its account and what it claims."""
+        account, after = PassReport(rewriter.name), before.copy()
         structure: list[Any] = []
 
         def view() -> Any:
@@ -65,12 +93,21 @@ class Pipeline:
             return structure[0]
 
         context = Context(
-            self.recipe, config, self.stats, self.inputs, self.device, account.notes, view, account.predicted
+            self.recipe,
+            config,
+            self.stats,
+            self.inputs,
+            self.device,
+            account.notes,
+            view,
+            account.predicted,
         )
         account.budget = rewriter.budget(context)
         claims: dict[str, str] = {}
         for site in rewriter.match(after, context):
             refused = site if isinstance(site, Miss) else self._refuse(rewriter, site)
+            if refused is None and len(account.rewritten) == most:
+                break
             if refused is not None:
                 account.missed.append(refused)
                 continue
@@ -79,15 +116,7 @@ class Pipeline:
             account.rewritten.append(site.site)
             claims.update(dict.fromkeys(site.claims, rewriter.name))
             self.fuel -= 1
-        if account.rewritten:
-            after.clean()
-            verify(after, after=rewriter.name)
-            self._prove(before, after, account)
-        account.seconds = time.perf_counter() - started
-        if account.rolled_back or not account.rewritten:
-            return before, account
-        self.claimed.update(claims)
-        return after, account
+        return after, account, claims
 
     def _refuse(self, rewriter: Pass, match: Match) -> Miss | None:
         if self.recipe.fuel >= 0 and self.fuel <= 0:
@@ -111,10 +140,46 @@ class Pipeline:
             if not account.error <= account.budget:  # NaN fails too
                 account.rolled_back = (
                     f"it changed an output by {account.error:.2e} of that output's largest value, and its budget is "
-                    f"{account.budget:.0e}. Bisect with the recipe's fuel to find the site."
+                    f"{account.budget:.0e}."
                 )
-                account.missed += [Miss(s, "The pass was rolled back.") for s in account.rewritten]
-                account.rewritten = []
+
+    def _guilty(
+        self, rewriter: Pass, config: PassConfig, before: Program, fuel: int, seconds: float
+    ) -> str | None:
+        """The site whose rewrite breaks the budget when sites are rewritten in order, found by halving.
+
+        seconds: what one rewrite of the pass and its check takes; None is given where halving would take
+        longer than BISECT_SECONDS.
+        """
+        assert self.compare is not None and self.inputs is not None
+        self.fuel = fuel
+        sites = self._rewrite(rewriter, config, before)[1].rewritten
+        if seconds * len(sites).bit_length() > BISECT_SECONDS:
+            return None
+        low, high = 0, len(sites)  # the first `low` sites are fine, the first `high` are not
+        while high - low > 1:
+            self.fuel, middle = fuel, (low + high) // 2
+            after, account, _ = self._rewrite(rewriter, config, before, middle)
+            after.clean()
+            fine = self.compare(before, after, self.inputs) <= account.budget
+            low, high = (middle, high) if fine else (low, middle)
+        return sites[high - 1]
+
+    def _prove_whole(self, captured: Program, program: Program, report: Report) -> None:
+        """The error of all passes together; that of a single one is known already."""
+        did = [p for p in report.passes if p.rewritten]
+        report.budget = sum(p.budget for p in did)
+        unproven = next((p.unverified for p in did if p.unverified), None)
+        if len(did) < 2 or unproven is not None:
+            report.unverified = unproven
+            report.error = None if unproven is not None else did[0].error if did else 0.0
+        elif self.compare is not None and self.inputs is not None:
+            report.error = self.compare(captured, program, self.inputs)
+            if not report.error <= report.budget:
+                report.notes.append(
+                    f"Together the passes changed an output by {report.error:.2e} of its largest value, more than the "
+                    f"{report.budget:.0e} that their budgets sum up to, though each of them kept its own."
+                )
 
 
 def ordered(recipe: Recipe) -> list[PassConfig]:
@@ -148,36 +213,7 @@ def _require(recipe: Recipe, report: Report) -> None:
 
 
 def bisect(program: Program, recipe: Recipe, **pipeline: Any) -> str | None:
-    """The FQN of the first site whose rewrite breaks its pass's budget, or None when none does.
-
-    Runs the pipeline with growing fuel by halving; raises when the recipe cannot run at all.
-    """
-    import dataclasses
-
-    def broken(fuel: int) -> tuple[bool, list[str]]:
-        _, report = Pipeline(dataclasses.replace(recipe, fuel=fuel, require=()), **pipeline).run(program)
-        bad = any(p.rolled_back for p in report.passes)
-        sites = [
-            m.site
-            for p in report.passes
-            if p.rolled_back
-            for m in p.missed
-            if m.reason == "The pass was rolled back."
-        ]
-        return bad, sites
-
-    total, report = 0, Pipeline(dataclasses.replace(recipe, fuel=-1, require=()), **pipeline).run(program)[1]
-    total = sum(
-        len(p.rewritten) + sum(m.reason == "The pass was rolled back." for m in p.missed)
-        for p in report.passes
-    )
-    if not any(p.rolled_back for p in report.passes):
-        return None
-    low, high = 0, total  # low is fine, high is broken
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if broken(middle)[0] else (middle, high)
-    sites = broken(high)[1]
-    if not sites:
-        raise ThresherError("The failing site changes with the number of rewrites; it cannot be bisected.")
-    return sites[-1]
+    """The FQN of the first site whose rewrite breaks its pass's budget, or None when none does."""
+    _, report = Pipeline(dataclasses.replace(recipe, require=()), **pipeline).run(program)
+    failed = next((p for p in report.passes if p.rolled_back), None)
+    return failed.guilty if failed is not None else None

@@ -44,13 +44,15 @@ class Session:
     """Runs one Program for its caller. Safe to call from several threads.
 
     program: rewritten. target: lowers it. plain: the target for the few nodes around a packed body, which
-    are not worth a compilation. freshness: see `Recipe.freshness`.
+    are not worth a compilation. freshness: see `Recipe.freshness`. certificate: set by whoever compiled it;
+    `to_dict()` gives plain data.
     """
 
     def __init__(
         self, program: Program, target: Target, plain: Target, report: Report, freshness: str = "check"
     ):
         self.program, self.target, self.plain, self.report = program, target, plain, report
+        self.certificate: Any = None
         self.counters = Counters()
         self._lock = threading.RLock()
         self._fresh = Freshness(program, freshness)

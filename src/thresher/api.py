@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from . import backend, capture, sessions
-from .compat import without_fake_mode
+from .certificate import Certificate
+from .compat import isolated, without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .passes.calibrate import Calibration, Statistics
 from .program import Program
@@ -48,6 +49,16 @@ class Compiled:
     def report(self) -> Report:
         """The report of the graph in which most sites were rewritten."""
         return max(self.reports, key=lambda r: r.rewritten)
+
+    @property
+    def certificates(self) -> list[Certificate]:
+        """One for each report."""
+        return [s.certificate for s in self.sessions]
+
+    @property
+    def certificate(self) -> Certificate:
+        """The certificate of the graph in which most sites were rewritten."""
+        return max(self.sessions, key=lambda s: s.report.rewritten).certificate
 
     @property
     def counters(self) -> list[Counters]:
@@ -90,7 +101,8 @@ def compile(
         backend=backend.thresher_backend,
         dynamic=dynamic,
         mode=None,
-        options={"recipe": chosen, "target": target, "mode": mode, "strict": True},
+        options={"recipe": chosen, "target": target, "mode": mode, "strict": True},  # type: ignore[dict-item]
+        **isolated(),
     )
     compiled = Compiled(model, call, chosen)
     compiled(*args, **kwargs)
@@ -109,7 +121,10 @@ def optimize(recipe: Any = None, *, dynamic: bool | None = None, **options: Any)
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(
-            function, backend=backend.thresher_backend, dynamic=dynamic, options={"recipe": chosen}
+            function,
+            backend=backend.thresher_backend,
+            dynamic=dynamic,
+            options={"recipe": chosen},  # type: ignore[dict-item]
         )
 
     def decorate(target: T) -> T:
@@ -172,7 +187,7 @@ def explain(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     place = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, lambda t: t.to(device))
     with torch.no_grad(), _unwrapped(), _specialized_floats():
-        torch.compile(model, backend=look)(*place(args), **place(kwargs))
+        torch.compile(model, backend=look, **isolated())(*place(args), **place(kwargs))
     if not found.reports and not found.refused:
         raise ThresherError(
             "Nothing was captured: the model's forward has no tensor operation, or it was compiled before."
@@ -190,7 +205,7 @@ def calibrate(
     Save the result and name the file where the model is compiled: `compile(..., stats="stats.safetensors")`.
     """
     calibration = Calibration(Recipe.of(recipe, **options))
-    watched = torch.compile(model, backend=backend.watching(calibration), dynamic=True)
+    watched = torch.compile(model, backend=backend.watching(calibration), dynamic=True, **isolated())
     with torch.no_grad(), _unwrapped(), _specialized_floats():
         for batch in progress(batches, "calibrating"):
             args, kwargs = _example(batch)

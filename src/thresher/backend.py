@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from . import capture, sessions
+from .certificate import certify
 from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .kernels import catalog as operators
@@ -72,7 +73,7 @@ def thresher_backend(
         warnings.warn(f"thresher left this graph to plain Inductor: {reason}", ThresherWarning, stacklevel=2)
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(gm, list(example_inputs))
+        return compile_fx(gm, list(example_inputs))  # type: ignore[return-value]
     return _entry(session, roles)
 
 
@@ -86,6 +87,7 @@ def build(
         rewritten, report = run_pipeline(program, recipe, inputs)
         report.target = target.name
         session = Session(rewritten, target, Reference(), report, recipe.freshness)
+        session.certificate = certify(program, rewritten, recipe, report)
     report.emit_trace()
     sessions.remember(session)
     if recipe.passes and not report.rewritten:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -46,3 +47,13 @@ def trace_structured_json(name: str, payload: str) -> None:
         payload_fn=lambda: payload,
         expect_trace_id=False,
     )
+
+
+def isolated() -> dict[str, Any]:
+    """Arguments of torch.compile that keep its compiled graphs apart from other calls' on the same class.
+
+    Without them a second model of one class would run on the first one's graph, its report and its limit of
+    recompilations. Empty for a torch that cannot keep them apart.
+    """
+    known = inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}

@@ -44,6 +44,9 @@ class PassReport:
     error: largest difference from the program before the pass, relative to that output's largest value;
         None when it was not measured, and then `unverified` says why.
     budget: what the pass declared it may cause.
+    predicted, measured: time before over time after for each rewritten site, by the cost model and by the
+        clock; empty without.
+    guilty: the site whose rewrite broke the budget of a pass that was rolled back.
     """
 
     name: str
@@ -56,6 +59,8 @@ class PassReport:
     notes: list[str] = field(default_factory=list)
     rolled_back: str | None = None
     predicted: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    guilty: str | None = None
 
     @property
     def coverage(self) -> float:
@@ -66,12 +71,21 @@ class PassReport:
 
 @dataclass
 class Report:
-    """Everything said about one compiled program."""
+    """Everything said about one compiled program.
+
+    error, budget, unverified: as in PassReport, for all passes together; the budget is the sum of theirs.
+    predicted, measured: time before over time after, by the cost model and by the clock; None without.
+    """
 
     recipe: str
     passes: list[PassReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     target: str = "none"
+    error: float | None = None
+    budget: float = 0.0
+    unverified: str | None = None
+    predicted: float | None = None
+    measured: float | None = None
 
     def __getitem__(self, name: str) -> PassReport:
         for report in self.passes:
