@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.compat import without_fake_mode
+from thresher.compat import is_fake, without_fake_mode
 from thresher.layout import Visibility
 from thresher.program import Program, value
 
@@ -69,13 +69,17 @@ class MaskProbe:
         self.position = program.placeholders.index(padding)
 
     def depends_on_values(self) -> list[str]:
-        """Inputs other than the padding mask whose values, not only sizes, decide the mask."""
-        return [
+        """Inputs other than the padding mask whose values, not only sizes, decide the mask.
+
+        In a dry run that includes weights, whose values are not there.
+        """
+        inputs = [
             p.name
             for i, p in enumerate(self.program.placeholders)
             if i != self.position and isinstance(value(p), torch.Tensor)
             and any(u.target is not aten.sym_size.int for u in p.users)
         ]  # fmt: skip
+        return inputs + [w.fqn for w in self.program.weights.values() if is_fake(w.tensor)]
 
     def resizable(self) -> bool:
         """Whether the graph was captured with a symbolic sequence length."""

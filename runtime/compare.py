@@ -7,29 +7,37 @@ from typing import Any
 
 import torch
 
+from thresher import site_counts
+from thresher.call_plan import Shortened
 from thresher.layout import PackedLayout, Scatter
 from thresher.lowering.target import Target
 from thresher.program import Program
 from thresher.report import Report
 
-from .session import Session
+from .kv_session import run_built
 
 
 def run_plainly(program: Program, inputs: Sequence[Any], plain: Target) -> list[Any]:
     """A program's results on the caller's inputs, packed or not."""
-    session = Session(program, plain, plain, Report("reference"))
-    return session(inputs, {})
+    return _run(program, inputs, plain)[0]
+
+
+def _run(program: Program, inputs: Sequence[Any], plain: Target) -> tuple[list[Any], dict[str, Any]]:
+    with site_counts.paused():
+        return run_built(program, inputs, plain, Report("reference"))
 
 
 def relative_difference(before: Program, after: Program, inputs: Sequence[Any], plain: Target) -> float:
     """Largest difference of any result, relative to that result's largest value; pads left out.
 
+    Of results that a pruned program shortens, tokens that both kept are compared.
     A result that mixes positions (a pooler, a sliding cache) may read pads. Such elements are undefined in
     the padded model too: they are those that change with what stands at the pads, and are left out.
     NaN wherever exactly one of the two is not finite, so that the comparison fails.
     """
-    expected, actual = run_plainly(before, inputs, plain), run_plainly(after, inputs, plain)
+    (expected, kept), (actual, kept_after) = _run(before, inputs, plain), _run(after, inputs, plain)
     layout: PackedLayout | None = after.packing
+    mask = _mask(before, inputs) if layout is None else None
     disturbed = None
     if layout is not None and layout.epilogue is not None:
         disturbed = run_plainly(before, _other_pads(inputs, layout), plain)
@@ -37,19 +45,60 @@ def relative_difference(before: Program, after: Program, inputs: Sequence[Any], 
     for index, (e, a) in enumerate(zip(expected, actual, strict=True)):
         if not isinstance(e, torch.Tensor) or not e.numel():
             continue
-        if layout is not None and isinstance(where := layout.results[index], Scatter):
+        short = [p.calls.shortened.get(index) if p.calls is not None else None for p in (before, after)]
+        if any(short):
+            e, a = _both_kept((e, a), short, (kept, kept_after))
+        elif layout is not None and isinstance(where := layout.results[index], Scatter):
             e, a = (_real_tokens(t, where, inputs[layout.mask] != 0) for t in (e, a))
+        elif mask is not None and e.shape[:2] == mask.shape:
+            e, a = e[mask], a[mask]
         elif disturbed is not None and isinstance(disturbed[index], torch.Tensor):
             defined = torch.isclose(e, disturbed[index], rtol=1e-4, atol=1e-6, equal_nan=True)
             e, a = e[defined], a[defined]
-        worst = max(worst, _difference(e, a))
+        difference = _difference(e, a)
+        if not difference <= worst:  # a NaN too, which max() would lose
+            worst = difference
+        if worst != worst:
+            break
     return worst
+
+
+def _both_kept(
+    pair: Sequence[torch.Tensor], short: Sequence[Shortened | None], kept: Sequence[dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[tokens, ...] of both results, for the tokens that both kept."""
+    dim = next(s.dim for s in short if s is not None)
+    moved = [t.movedim((0, dim), (0, 1)) for t in pair]
+    whole = max(
+        [t.shape[1] for t, s in zip(moved, short) if s is None or s.restored]
+        + [int(k[s.kept].max()) + 1 for s, k in zip(short, kept) if s is not None]
+    )
+    shared = torch.ones(moved[0].shape[0], whole, dtype=torch.bool, device=moved[0].device)
+    full = []
+    for t, s, k in zip(moved, short, kept):
+        if s is not None:
+            index = k[s.kept]
+            shared &= torch.zeros_like(shared).scatter_(1, index, True)
+            if not s.restored:
+                wide = t.new_zeros(t.shape[0], whole, *t.shape[2:])
+                wide[torch.arange(t.shape[0])[:, None], index] = t
+                t = wide
+        full.append(t)
+    return full[0][shared], full[1][shared]
 
 
 def _real_tokens(tensor: torch.Tensor, where: Scatter, real: torch.Tensor) -> torch.Tensor:
     if where.batch == where.sequence:
         return tensor.movedim(where.sequence, 0)[real.flatten()]
     return tensor.movedim((where.batch, where.sequence), (0, 1))[real]
+
+
+def _mask(program: Program, inputs: Sequence[Any]) -> torch.Tensor | None:
+    """bool [batch, sequence], False at pads; None for a program without an attention mask of that form."""
+    for name, given in zip(program.input_names, inputs):
+        if name == "attention_mask" and isinstance(given, torch.Tensor) and given.dim() == 2:
+            return given != 0
+    return None
 
 
 def _other_pads(inputs: Sequence[Any], layout: PackedLayout) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,10 +171,16 @@ def explain(
     args, kwargs = _example(example_inputs)
     chosen = Recipe.of(recipe, **options)
     found = Explanation()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    without_values: set[str] = set()
+    if device.type == "meta":
+        without_values = {n for n, t in _tensors(model) if t.device.type == "meta"}
+        model, device = _stand_in(model), torch.device("cpu")
 
     def look(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         try:
             program, _roles = capture.from_dynamo(gm, inputs)
+            program.forget_weights(without_values)
             with without_fake_mode(), torch.no_grad():
                 after, report = backend.run_pipeline(program, chosen, None)
         except ThresherError as reason:
@@ -184,7 +191,6 @@ def explain(
             found.reports.append(report)
         return gm.forward
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     place = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, lambda t: t.to(device))
     with torch.no_grad(), _unwrapped(), _specialized_floats():
         torch.compile(model, backend=look, **isolated())(*place(args), **place(kwargs))
@@ -193,6 +199,24 @@ def explain(
             "Nothing was captured: the model's forward has no tensor operation, or it was compiled before."
         )
     return found
+
+
+def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _stand_in(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy on CPU of a model without weights: each tensor is one zero that its strides repeat, so that it
+    takes no memory. Dynamo cannot follow every model that makes tensors on the meta device itself."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for named in (module._parameters, module._buffers):
+            for name, tensor in named.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    named[name] = torch.nn.Parameter(zero, requires_grad=False) if is_parameter else zero
+    return model
 
 
 def calibrate(

@@ -7,10 +7,11 @@ as placeholders, holds each weight as one `get_attr` node, and returns a flat tu
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class Program:
     input_names: the caller's name for each placeholder, in order (`input_ids`, `attention_mask`, ...).
     packing: set by the prepacking pass: how the caller's padded tensors become this graph's inputs.
     notes: sentences for the report, about the capture rather than about one pass.
+    calls: set by passes whose rewrite depends on what a call brings: a `CallPlan`.
     """
 
     graph_module: fx.GraphModule
@@ -52,6 +54,7 @@ class Program:
     input_names: list[str]
     packing: Any = None
     notes: list[str] = field(default_factory=list)
+    calls: Any = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -98,6 +101,15 @@ class Program:
         node.meta["val"] = fake_like(weight.tensor, before)
         return node
 
+    def forget_weights(self, fqns: Collection[str]) -> None:
+        """Put a fake tensor in the place of each of these weights, for a dry run without values."""
+        for node in self.graph.nodes:
+            weight = self.weight(node)
+            if weight is not None and weight.fqn in fqns:
+                fake = node.meta["val"]
+                self.weights[str(node.target)] = dataclasses.replace(weight, tensor=fake)
+                self.graph_module._buffers[str(node.target)] = fake
+
     def fake_mode(self) -> Any:
         """The fake mode whose symbols the graph's sizes use, or None for a graph without tensors."""
         for node in self.graph.nodes:
@@ -127,7 +139,9 @@ class Program:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = copy.copy(node.meta)
         module.graph = graph
-        return Program(module, dict(self.weights), list(self.input_names), self.packing, list(self.notes))
+        return Program(
+            module, dict(self.weights), list(self.input_names), self.packing, list(self.notes), self.calls
+        )
 
     def run(self, *inputs: Any) -> list[Any]:
         """Run the graph as it stands, in plain PyTorch; flat outputs."""
