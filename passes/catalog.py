@@ -7,7 +7,11 @@ from importlib.metadata import entry_points
 
 PASS_MODULES: tuple[str, ...] = (
     # one name a line, sorted
+    "causal_mask",
+    "deft",
+    "nvfp4",
     "prepack",
+    "transprune",
 )
 ENTRY_POINTS = "thresher.passes"
 

@@ -1,0 +1,317 @@
+"""NVFP4: every large linear multiplies by weights of 4.5 bits.
+
+    matched:  a linear (`linear`, `addmm`, `mm`, `matmul`; weights stored [out, in] or [in, out]) by a stored,
+              finite weight that is large enough to be worth it and is not named by `keep`
+    becomes:  one `thresher::nvfp4_linear` node, bias included, on three weights derived from the model's:
+              codes uint8 [out, 8B], block scales (E4M3 bytes, uint8) [out, B] and a tensor scale fp32 [],
+              with B = ceil(in / 16). They are computed anew when the model's weight changes.
+
+Approximate: rounding moves each weight by about 9.5 % (root mean square) of the weights' own size, so
+`budget` is an option and the pipeline measures the result against it. Which layers stay as they are is
+`keep`, and `sensitive` on top of it: the share of weights whose rounding changes their own output most,
+measured on calibration data (see nvfp4_calibration.py).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from thresher.errors import ArgumentError, unknown_key
+from thresher.program import Program, Weight, fake_like, value
+from thresher.recipe import PassConfig
+
+from .base import Context, Effect, Match, Miss, Pass, register_pass
+from .calibrate import Tap
+from .nvfp4_calibration import InputStatistics, most_sensitive
+from .nvfp4_cost import predicted_gain
+from .structure import LinearSite, Structure
+from .structure_linears import find_linears
+from .token_axes import hint
+
+ops = torch.ops.thresher
+MODES = ("thresher", "te", "torchao", "modelopt", "compressed_tensors")
+SEARCHES = ("none", "mse", "four_over_six")
+ACTIVATIONS = ("exact", "int16", "int8", "nvfp4")
+KEPT_WORDS = ("head", "embedding", "first", "last")
+PARTS = ("codes", "block_scales", "global_scale")
+NEEDS_DATA = "It needs calibration: run thresher.calibrate with this recipe and name its file in `stats`."
+
+
+@dataclass(frozen=True)
+class NVFP4Config(PassConfig):
+    """Options of the NVFP4 pass.
+
+    mode: whose arithmetic the weights are rounded in: thresher, te, torchao, modelopt, compressed_tensors.
+    search: choose each block's scale by squared error: "none" (from the block's maximum), "mse" (about 20 %
+        less error, for some 0.2 s a million weights while compiling), "four_over_six".
+    activations: "exact" (weight-only), "int16" or "int8" (integers a block of 16, faster on CPUs), or "nvfp4"
+        (W4A4, for FP4 tensor cores).
+    input_scale: the tensor scale of "nvfp4" activations: "dynamic", each call's own, or "calibrated".
+    keep: linears to leave as they are: "head", "embedding" (between embeddings and the first layer), "first"
+        or "first:2" and "last" or "last:8" for so many layers at either end, or a glob on the module's name.
+    sensitive: keep also the linears whose own output changes most, up to this share of all weights, 0 to 1.
+    min_weights: leave smaller linears; below about 64 thousand weights the call costs more than it saves.
+    min_gain: leave linears whose predicted speed, against the linear as it was, is below this; 0 takes all,
+        since memory shrinks in any case.
+    budget: largest accepted difference of any output on the example, relative to its largest value.
+    """
+
+    name = "nvfp4"
+    mode: str = "thresher"
+    search: str = "none"
+    activations: str = "exact"
+    input_scale: str = "dynamic"
+    keep: tuple[str, ...] = ("head",)
+    sensitive: float = 0.0
+    min_weights: int = 1 << 16
+    min_gain: float = 0.0
+    budget: float = 0.5
+
+    def validate(self) -> None:
+        for field, known in (("mode", MODES), ("search", SEARCHES), ("activations", ACTIVATIONS),
+                             ("input_scale", ("dynamic", "calibrated"))):  # fmt: skip
+            if getattr(self, field) not in known:
+                raise unknown_key(f"nvfp4 option {field}", str(getattr(self, field)), known)
+        if isinstance(self.keep, str):
+            raise ArgumentError("nvfp4 option keep", repr(self.keep), "a list of words or globs",
+                                f"Write keep=[{self.keep!r}].")  # fmt: skip
+        for word in self.keep:
+            count = word.partition(":")[2]
+            if word.split(":")[0] in ("first", "last") and count and not count.isdigit():
+                raise ArgumentError("nvfp4 option keep", repr(word), "'first:N' or 'last:N'", "Give a count.")
+        if self.input_scale == "calibrated" and self.activations != "nvfp4":
+            raise ArgumentError("nvfp4 option input_scale", f"'calibrated' with activations={self.activations!r}",
+                                "'dynamic', or activations='nvfp4'", "Only NVFP4 activations have a tensor scale.")  # fmt: skip
+        for field, low, high in (("sensitive", 0, 1), ("budget", 0, float("inf"))):
+            if not low <= getattr(self, field) <= high:
+                raise ArgumentError(
+                    f"nvfp4 option {field}", getattr(self, field), f"{low} to {high}", "Change it."
+                )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A linear to rewrite, and the fixed tensor scale of its activations (fp32 []), if there is one."""
+
+    site: LinearSite
+    input_scale: torch.Tensor | None = None
+
+
+@register_pass
+class NVFP4(Pass):
+    name, order, config_type = "nvfp4", 60, NVFP4Config
+    effect = Effect(exact=False, budget=0.5)
+    extends = frozenset({"rsq"})
+
+    def budget(self, context: Context) -> float:
+        return context.config.budget
+
+    def taps(self, program: Program, context: Context) -> Sequence[Tap]:
+        config: NVFP4Config = context.config
+        if config.input_scale == "dynamic" and not config.sensitive:
+            return ()
+        structure = _structure(context)
+        kept = kept_layers(structure, config.keep)
+        return [
+            Tap(s.fqn, s.x, InputStatistics)
+            for s in structure.linears
+            if s not in kept and unfit(program, s, config) is None
+        ]
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        config: NVFP4Config = context.config
+        structure = _structure(context)
+        kept = kept_layers(structure, config.keep, context.notes)
+        stats = context.stats.get(self.name, {})
+        fit, found = [], {}
+        for site in structure.linears:
+            reason = kept.get(site) or unfit(program, site, config)
+            gain = predicted_gain(site, config.activations, context.device)
+            if reason is None and gain < config.min_gain:
+                reason = (
+                    f"The cost model expects {gain:.2f} times the speed of the linear as it is, below "
+                    f"min_gain={config.min_gain:g}, at {rows_of(site)} rows."
+                )
+            needs_data = config.input_scale == "calibrated" or config.sensitive > 0
+            if reason is None and needs_data and site.fqn not in stats:
+                reason = NEEDS_DATA
+            if reason is None:
+                fit.append(site)
+                context.predicted[site.fqn] = gain
+            else:
+                found[site] = Miss(site.fqn, reason)
+        if config.sensitive:
+            found.update(most_sensitive(program, fit, stats, config.sensitive, quantized_weight(config)))
+        for site in fit:
+            if site not in found:
+                scale = stats[site.fqn]["amax"] / 2688 if config.input_scale == "calibrated" else None
+                found[site] = Match(site.fqn, Found(site, scale), claims=_claims(program, site))
+            else:
+                context.predicted.pop(site.fqn, None)
+        context.notes.extend(
+            _size_notes(program, [m.data.site for m in found.values() if isinstance(m, Match)])
+        )
+        return [*(found[s] for s in structure.linears), *find_linears(program)[1]]
+
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        site, config = match.data.site, context.config
+        parts = packed_weights(program.weights[site.weight], site.transposed, config)
+        at = site.output
+        codes, scales, tensor_scale = (program.get_weight(w, before=at) for w in parts)
+        fixed = None
+        if match.data.input_scale is not None:
+            held = Weight(f"{site.fqn}.input_scale", match.data.input_scale.to(parts[0].tensor.device))
+            fixed = program.get_weight(held, before=at)
+        bias = None if site.bias is None else _read(program, site.bias, at)
+        with program.graph.inserting_before(at):
+            node = program.graph.call_function(
+                ops.nvfp4_linear.default,
+                (site.x, codes, scales, tensor_scale, fixed, bias, config.activations),
+            )
+        x = value(site.x)
+        node.meta = {k: v for k, v in at.meta.items() if k != "val"}
+        node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
+        at.replace_all_uses_with(node)
+        for other in _structure(context).linears:  # one that reads this linear's result directly
+            if other.x is at:
+                other.x = node
+
+
+def _structure(context: Context) -> Structure:
+    assert context.structure is not None
+    return context.structure()
+
+
+def kept_layers(
+    structure: Structure, keep: Sequence[str], notes: list[str] | None = None
+) -> dict[LinearSite, str]:
+    """The linears that `keep` names, each with the sentence that says so. A word that names none is noted."""
+    towers = [t.layers for t in structure.towers]
+    kept: dict[LinearSite, str] = {}
+    for word in keep:
+        kind, _, count = word.partition(":")
+        number = int(count or 1)
+        if kind == "head":
+            chosen = [] if structure.head is None else [structure.head]
+        elif kind == "embedding":
+            chosen = [s for s in structure.linears if s.role == "embedding"]
+        elif kind in ("first", "last"):
+            ends = [layers[:number] if kind == "first" else layers[-number:] for layers in towers]
+            chosen = [s for layers in ends for l in layers for b in l.branches for s in b.site.linears]
+        else:
+            chosen = [s for s in structure.linears if fnmatch.fnmatchcase(s.fqn, word)]
+        if not chosen and notes is not None and word != "head":
+            notes.append(f"keep={word!r} names no linear of this model.")
+        for site in chosen:
+            kept.setdefault(site, f"It is kept in high precision by keep={word!r}.")
+    return kept
+
+
+def rows_of(site: LinearSite) -> int:
+    """How many rows the linear multiplies at the sizes it was captured with."""
+    rows = 1
+    for size in value(site.x).shape[:-1]:
+        rows *= hint(size)
+    return rows
+
+
+def unfit(program: Program, site: LinearSite, config: NVFP4Config) -> str | None:
+    """Why a linear cannot or should not be rewritten, or None."""
+    weight = program.weights[site.weight].tensor
+    count = weight.numel()
+    if count < config.min_weights:
+        return (
+            f"Its {site.out_features} x {site.in_features} = {count} weights are fewer than "
+            f"min_weights={config.min_weights}: the call would cost more than it saves."
+        )
+    x, y = value(site.x), value(site.output)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or y.dtype != x.dtype:
+        return (
+            f"It turns {x.dtype} into {y.dtype}; the operator takes fp32, bf16 or fp16 and returns the same."
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"Its weight is stored as {weight.dtype}; fp32, bf16 and fp16 can be rounded to NVFP4."
+    if not _is_fake(weight):
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            return f"{site.weight_fqn} has {bad} NaN or infinite values, which NVFP4 cannot hold; repair the weight."
+    return None
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)
+
+
+def _claims(program: Program, site: LinearSite) -> tuple[str, ...]:
+    held = program.weights[site.weight]
+    return held.source or (held.fqn,)
+
+
+def quantized_weight(config: NVFP4Config) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """[N, K] -> codes, block scales and tensor scale, in the mode and with the search of the options."""
+    return lambda weight: ops.nvfp4_quantize(weight, config.mode, config.search)
+
+
+def packed_weights(held: Weight, transposed: bool, config: NVFP4Config) -> list[Weight]:
+    """Codes, block scales and tensor scale of a weight, to be recomputed from what it came from.
+
+    A weight that another pass computed is followed back to the model's; where that one cannot be recomputed,
+    neither can these.
+    """
+    source, made_from, before = held.source or (held.fqn,), held.made_from or (held.tensor,), held.derive
+    quantize = quantized_weight(config)
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return quantize(tensor.t() if transposed else tensor)
+
+    shared = _Shared(lambda *sources: pack(sources[0] if before is None else before(*sources)))
+    can = before is not None or not held.source
+    return [
+        Weight(f"{held.fqn}.nvfp4_{part}", tensor, source, shared.part(i) if can else None, made_from)
+        for i, (part, tensor) in enumerate(zip(PARTS, pack(held.tensor)))
+    ]
+
+
+class _Shared:
+    """Three tensors that are computed together and asked for one by one, once each."""
+
+    def __init__(self, make: Callable[..., tuple[torch.Tensor, ...]]):
+        self._make = make
+        self._lock = threading.Lock()
+        self._left: dict[int, torch.Tensor] = {}
+        self._sources: tuple[tuple[int, int], ...] = ()
+
+    def part(self, index: int) -> Callable[..., torch.Tensor]:
+        return lambda *sources: self._take(index, sources)
+
+    def _take(self, index: int, sources: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        stamp = tuple((id(t), -1 if t.is_inference() else t._version) for t in sources)
+        with self._lock:
+            if stamp != self._sources or index not in self._left:
+                self._left, self._sources = dict(enumerate(self._make(*sources))), stamp
+            return self._left.pop(index)
+
+
+def _read(program: Program, name: str, before: fx.Node) -> fx.Node:
+    """A read of a weight that the program holds, just before a node."""
+    with program.graph.inserting_before(before):
+        node = program.graph.create_node("get_attr", name)
+    node.meta["val"] = fake_like(program.weights[name].tensor, before)
+    return node
+
+
+def _size_notes(program: Program, sites: Sequence[LinearSite]) -> list[str]:
+    tensors = [program.weights[s.weight].tensor for s in sites]
+    before = sum(t.numel() * t.element_size() for t in tensors)
+    after = sum(s.out_features * -(-s.in_features // 16) * 9 + 4 for s in sites)
+    if not before:
+        return []
+    return [
+        f"the weights of {len(sites)} linears take {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB."
+    ]
