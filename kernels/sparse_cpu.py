@@ -11,7 +11,9 @@ import math
 
 import torch
 
-from . import native, sparse_counters, sparse_native, sparse_tune
+from thresher import site_counts
+
+from . import native, sparse_native, sparse_tune
 from . import sparse_down as down_defs
 from . import sparse_mlp as mlp_defs
 
@@ -47,7 +49,7 @@ def _down(act, weight, scale, bias, threshold, tau, bmax, site):
     out, active = sparse_native.down(act, weight, scale, bias, threshold, limit) if limit >= 0 else (None, -1)
     if out is None:
         out = sparse_native.matmul(down_defs.kept(act, threshold), weight, scale, bias)
-    sparse_counters.count(site, weight.shape[0], active if active >= 0 else None)
+    site_counts.count(site, weight.shape[0], active if active >= 0 else None)
     return out
 
 
@@ -62,5 +64,5 @@ def _mlp(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, thr
     if out is None:
         hidden = mlp_defs.hidden(gate, x, *up, threshold)
         out = sparse_native.matmul(hidden, weight, scale, bias)
-    sparse_counters.count(site, weight.shape[0], active if active >= 0 else None)
+    site_counts.count(site, weight.shape[0], active if active >= 0 else None)
     return out

@@ -11,7 +11,8 @@ import math
 
 import torch
 
-from . import sparse_counters
+from thresher import site_counts
+
 from . import sparse_down as down_defs
 from . import sparse_mlp as mlp_defs
 from . import sparse_triton as kernels
@@ -122,7 +123,7 @@ class _Call:
 
     def reduce(self, bias) -> torch.Tensor:
         out = self.act.new_empty((*self.act.shape[:-1], self.features))
-        counter = sparse_counters.count_on_device(self.site, self.device)
+        counter = site_counts.count_on_device(self.site, self.device)
         kernels.reduce[(-(-out.numel() // REDUCE["BN"]),)](
             self.partials, bias, out, self.counts, counter, out.numel(), self.features, self.neurons,
             self.chunks, HAS_BIAS=bias is not None, COUNTED=counter is not None,
@@ -160,7 +161,7 @@ def _down(act, weight, scale, bias, threshold, tau, bmax, site):
     down_defs.check(act, weight, scale, bias, threshold)
     if _sparse(tau, bmax, act):
         return run_down(act, weight, scale, bias, threshold, site)
-    sparse_counters.count(site, weight.shape[0], None)
+    site_counts.count(site, weight.shape[0], None)
     return _dense(down_defs.kept(act, threshold), weight, scale, bias)
 
 
@@ -170,5 +171,5 @@ def _mlp(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, thr
     up = (up_weight, up_scale, up_bias, up_act)
     if _sparse(tau, bmax, gate):
         return run_mlp(gate, x, *up, weight, scale, bias, threshold, site)
-    sparse_counters.count(site, weight.shape[0], None)
+    site_counts.count(site, weight.shape[0], None)
     return _dense(mlp_defs.hidden(gate, x, *up, threshold), weight, scale, bias)

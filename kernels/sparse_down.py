@@ -13,7 +13,7 @@ threshold   None (zero), or fp32 [] or [F]; never negative
 tau         largest union density, 0 to 1, at which the sparse kernel runs; negative: measured on the
             machine that runs the call (`sparse_tune`), so a saved program carries no machine's number
 bmax        largest number of tokens for which the union is looked for
-site        a name under which `sparse_counters` counts this call; "" counts nothing
+site        a name under which `thresher.site_counts` counts this call; "" counts nothing
 
 Dispatch never changes the meaning: entries that are not kept count as zero in the dense kernel too.
 It can change rounding, since a dense matrix product adds in another order.

@@ -64,6 +64,7 @@ class Context:
     inputs: example inputs for the program's placeholders as real tensors, or None in a dry run.
     device: where the program will run. notes: sentences to show with the pass's report.
     structure: the recovered transformer, shared by all passes of one pipeline stage (see structure.py).
+    predicted: what the pass expects, by name. counted: site -> name that its operator counts calls under.
     """
 
     recipe: Recipe
@@ -74,6 +75,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     structure: Callable[[], Any] | None = None
     predicted: dict[str, float] = field(default_factory=dict)
+    counted: dict[str, str] = field(default_factory=dict)
 
 
 class Pass(abc.ABC):

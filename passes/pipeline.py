@@ -101,6 +101,7 @@ class Pipeline:
             account.notes,
             view,
             account.predicted,
+            account.counted,
         )
         account.budget = rewriter.budget(context)
         claims: dict[str, str] = {}

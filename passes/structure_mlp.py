@@ -1,6 +1,7 @@
 """Finds MLPs: two linears with an activation between them, or three with a gate.
 
 down(act(up(x)))            down(act(gate(x)) * up(x))          gate and up may be one fused linear
+                            down(act(gate(x)) * act(up(x)))     dReLU: the up projection is activated too
 """
 
 from __future__ import annotations
@@ -18,9 +19,18 @@ from .structure_views import Unviewable, behind_views, feature_rows, is_view, vi
 aten = torch.ops.aten
 
 _x = Var("x", through_casts=True)
+
+
+def relu(x: Any) -> Any:
+    """Every spelling of max(x, 0)."""
+    return either(
+        call(aten.relu.default)(x), call(aten.clamp_min.default)(x, 0), call(aten.clamp.default)(x, 0)
+    )
+
+
 mul, add = call(aten.mul.Tensor), call(aten.add.Tensor)
 tanh, sigmoid = call(aten.tanh.default), call(aten.sigmoid.default)
-pow_, relu = call(aten.pow.Tensor_Scalar), call(aten.relu.default)
+pow_ = call(aten.pow.Tensor_Scalar)
 
 _ROOT = 0.7978845608028654  # sqrt(2 / pi)
 _cubic = add(_x, mul(pow_(_x, 3.0), 0.044715))
@@ -28,6 +38,7 @@ _factored = mul(mul(_x, _ROOT), add(mul(mul(_x, 0.044715), _x), 1.0))
 
 ACTIVATIONS: Sequence[tuple[str, Any]] = (
     ("relu", relu(_x)),
+    ("relu6", either(call(aten.relu6.default)(_x), call(aten.hardtanh.default)(_x, 0.0, 6.0))),
     ("relu2", either(call(aten.square.default)(relu(_x)), pow_(relu(_x), 2), mul(relu(_x), relu(_x)))),
     ("gelu", either(call(aten.gelu.default)(_x), call(aten.gelu.default)(_x, approximate="none"))),
     ("gelu_tanh", call(aten.gelu.default)(_x, approximate="tanh")),
@@ -61,8 +72,11 @@ def find_mlp(down: LinearSite, by_output: dict[fx.Node, LinearSite]) -> MlpSite 
             continue
         name, before = acted
         gate, up = _operand(before, by_output), _operand(uncast(other), by_output)
+        up_name = ""
+        if up is None and (acted_up := _activated(uncast(other), ACTIVATIONS)) is not None:
+            up_name, up = acted_up[0], _operand(acted_up[1], by_output)
         if gate is not None and up is not None:
-            return _site(down, up, gate, name, uncast(gated))
+            return _site(down, up, gate, name, uncast(gated), up_name)
     return None
 
 
@@ -94,7 +108,9 @@ def _operand(node: Any, by_output: dict[fx.Node, LinearSite]) -> Projection | No
     return Projection(linear, rows, whole, result)
 
 
-def _site(down: LinearSite, up: Projection, gate: Projection | None, name: str, acted: fx.Node) -> MlpSite:
+def _site(
+    down: LinearSite, up: Projection, gate: Projection | None, name: str, acted: fx.Node, up_name: str = ""
+) -> MlpSite:
     operands = [up] if gate is None else [gate, up]
     for operand in operands:
         if len(operand.rows) != down.in_features:
@@ -111,4 +127,4 @@ def _site(down: LinearSite, up: Projection, gate: Projection | None, name: str, 
         if gate.linear is up.linear and torch.isin(gate.rows, up.rows).any():
             raise Unknown(f"Gate and up projection take overlapping parts of {up.linear.fqn}.")
     fqn = common_prefix([o.linear.fqn for o in operands] + [down.fqn])
-    return MlpSite(fqn, up, gate, down, name, acted, uncast(behind_views(down.x)))
+    return MlpSite(fqn, up, gate, down, name, acted, uncast(behind_views(down.x)), up_name)

@@ -174,6 +174,7 @@ class MlpSite:
 
     activation: relu, relu2, gelu, gelu_tanh, quick_gelu, silu, hardswish, hardsigmoid, sigmoid, ...
     activation_node: its result. hidden: the input of down, [..., width].
+    up_activation: what a gated MLP's up projection goes through before the product; "" for nothing.
     """
 
     fqn: str
@@ -183,6 +184,7 @@ class MlpSite:
     activation: str
     activation_node: fx.Node
     hidden: fx.Node
+    up_activation: str = ""
 
     @property
     def fused(self) -> bool:

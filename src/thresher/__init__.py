@@ -21,11 +21,14 @@ _PUBLIC = {
     "Report": "report",
     "ThresherError": "errors",
     "ThresherWarning": "backend",
+    "activation_density": "density",
     "calibrate": "api",
     "compile": "api",
+    "density_loss": "density",
     "explain": "api",
     "optimize": "api",
     "pack_dataset": "runtime.binpack",
+    "relufy": "density",
 }
 __all__ = ["__version__", "reports", *_PUBLIC]
 

@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from . import site_counts
 from .compat import trace_structured_json
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class PassReport:
     predicted, measured: time before over time after for each rewritten site, by the cost model and by the
         clock; empty without.
     guilty: the site whose rewrite broke the budget of a pass that was rolled back.
+    counted: site -> the name its operator counts under, for passes whose sites choose at each call.
     """
 
     name: str
@@ -61,6 +63,19 @@ class PassReport:
     predicted: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     guilty: str | None = None
+    counted: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def activity(self) -> dict[str, dict[str, Any]]:
+        """What the sites chose so far: calls sparse and dense, and the mean share of neurons on, by site.
+
+        union_density counts a neuron that was on for any token of a call; None before the first such call.
+        """
+        found = {}
+        for name, key in self.counted.items():
+            count = site_counts.site(key)
+            found[name] = {"sparse": count.sparse, "dense": count.dense, "union_density": count.union_density}
+        return found
 
     @property
     def coverage(self) -> float:
@@ -98,7 +113,10 @@ class Report:
         return sum(len(p.rewritten) for p in self.passes)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        for account, p in zip(found["passes"], self.passes):
+            account["activity"] = p.activity
+        return found
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -152,11 +170,22 @@ def _details(p: PassReport) -> list[Any]:
         sites = [m.site for m in p.missed if m.reason == reason]
         lines.append(Text(f"{p.name} left alone {_fold(sites)} ({count}): {reason}", style="yellow"))
     lines += [Text(f"{p.name}: {note}") for note in p.notes]
+    lines += [
+        Text(f"{p.name} ran {site}: {_ran(found)}")
+        for site, found in p.activity.items()
+        if any(found.values())
+    ]
     if p.rolled_back:
         lines.append(Text(f"{p.name} was rolled back: {p.rolled_back}", style="red"))
     if p.unverified:
         lines.append(Text(f"{p.name} was not verified: {p.unverified}"))
     return lines
+
+
+def _ran(found: dict[str, Any]) -> str:
+    density = found["union_density"]
+    share = "" if density is None else f", {density:.1%} of the neurons on for a call's tokens"
+    return f"{found['sparse']} calls sparse, {found['dense']} dense{share}"
 
 
 def _fold(sites: list[str], most: int = 4) -> str:

@@ -6,7 +6,8 @@ the interpreter computes bf16 wrongly.
 
 import torch
 
-from thresher.kernels import sparse_counters, sparse_cuda, sparse_down, sparse_mlp
+from thresher import site_counts
+from thresher.kernels import sparse_cuda, sparse_down, sparse_mlp
 
 DOWN, MLP = sparse_down.sparse_down, sparse_mlp.sparse_mlp
 
@@ -39,12 +40,12 @@ def groups_nan_counts_and_repeats():
         args = (act, weight, scale, None, None)
         assert error(sparse_cuda.run_down(*args), DOWN.reference(*args, 1.0, 16, "")) < 1e-5
         act[0, 5], act[0, 6] = float("nan"), -0.0
-        sparse_counters.reset()
+        site_counts.reset()
         out = sparse_cuda.run_down(*args, "counted")
         assert out[0].isnan().all() and out[1:].isfinite().all()
         assert torch.equal(out[1:], sparse_cuda.run_down(*args)[1:])
         union = int((act != 0).any(0).sum())  # NaN != 0
-        assert sparse_counters.all_sites()["counted"].union_density == union / 300
+        assert site_counts.all_sites()["counted"].union_density == union / 300
 
 
 agrees_on_samples(DOWN, sparse_cuda.run_down, sparse_cuda._accepts_down)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from thresher import site_counts
 from thresher.errors import ArgumentError
 from thresher.kernels import (
     catalog,
     native,
-    sparse_counters,
     sparse_down,
     sparse_mlp,
     sparse_native,
@@ -129,10 +129,10 @@ def test_the_threshold_itself_is_dropped_and_denormals_are_kept():
     act[0, 0], act[0, 1], act[0, 2] = 0.5, -0.5, 0.5000001
     act[0, 3], act[0, 4] = 1e-42, -0.0
     weight = torch.full((8, 4), 1e20)
-    sparse_counters.reset()
+    site_counts.reset()
     _down(act, weight, threshold=torch.tensor(0.5), site="at threshold")
     _down(act, weight, site="exact")
-    sites = sparse_counters.all_sites()
+    sites = site_counts.all_sites()
     assert (sites["at threshold"].active, sites["exact"].active) == (1, 4)
     assert float(_down(act[:, 3:5].contiguous(), weight[3:5])[0, 0]) == pytest.approx(1e-42 * 1e20, rel=1e-2)
 
@@ -141,14 +141,14 @@ def test_the_threshold_itself_is_dropped_and_denormals_are_kept():
 def test_dispatch_counts_by_site():
     act, weight = _case(2, 256, 64, 0.1)
     union = int((act != 0).any(0).sum())
-    sparse_counters.reset()
+    site_counts.reset()
     _down(act, weight, tau=0.5, site="a")
     _down(act, weight, tau=0.01, site="a")
     _down(act.repeat(20, 1), weight, tau=1.0, bmax=16, site="a")
-    count = sparse_counters.all_sites()["a"]
+    count = site_counts.all_sites()["a"]
     assert (count.sparse, count.dense, count.active, count.seen) == (1, 2, union, 256)
     assert count.union_density == union / 256
-    sparse_counters.reset()
+    site_counts.reset()
     assert count.union_density is None
 
 
@@ -174,9 +174,9 @@ def test_break_even_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert sparse_tune.prepare([site], batches=[1, 3]) == first
     assert sparse_tune.break_even(site, 65) == 0.0
     act, weight = _case(3, 256, 64, 0.0)
-    sparse_counters.reset()
+    site_counts.reset()
     _down(act, weight, tau=-1.0, site="auto")
-    assert sparse_counters.all_sites()["auto"].sparse == 1
+    assert site_counts.all_sites()["auto"].sparse == 1
     sparse_tune._break_even.cache_clear()
 
 

@@ -1,12 +1,14 @@
-"""What the sparse MLP operators did, by site: calls sparse and dense, and how many neurons were on.
+"""What operators that choose at run time did, by site: calls sparse and dense, and how many neurons were on.
 
-A site is the name that the rewrite gave to one MLP. On CPU the counts are plain numbers. On a GPU
+A site is the name that a rewrite gave to one MLP. On CPU the counts are plain numbers. On a GPU
 the kernels add neurons up in a device tensor, which is read only when somebody asks, so that a call
-never waits for the device and replays of a CUDA graph are counted too.
+never waits for the device and replays of a CUDA graph are counted too. The operators count, reports read.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +41,7 @@ class SiteCount:
 
 
 _SITES: dict[str, SiteCount] = {}
+_paused = 0
 
 
 def site(name: str) -> SiteCount:
@@ -48,7 +51,7 @@ def site(name: str) -> SiteCount:
 
 def count(name: str, neurons: int, active: int | None) -> None:
     """Count one call: `active` neurons in the union, or None when the call went to the dense kernel."""
-    if not name:
+    if not name or _paused:
         return
     entry = site(name)
     if active is None:
@@ -61,11 +64,22 @@ def count(name: str, neurons: int, active: int | None) -> None:
 
 def count_on_device(name: str, device: torch.device) -> torch.Tensor | None:
     """Count one sparse call whose union only the device knows; the counter for the kernel, if any."""
-    if not name:
+    if not name or _paused:
         return None
     entry = site(name)
     entry.sparse += 1
     return entry.device_counter(device)
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Calls within are not counted: those that only compare one program with another."""
+    global _paused
+    _paused += 1
+    try:
+        yield
+    finally:
+        _paused -= 1
 
 
 def all_sites() -> dict[str, SiteCount]:
