@@ -184,7 +184,7 @@ class Benchmark:
         """The JSON record."""
         return {
             "benchmark": self.name,
-            "command": " ".join(["python", *sys.argv]),
+            "command": _command(),
             "quick": self.args.quick,
             "threads": torch.get_num_threads(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._start)),
@@ -208,6 +208,17 @@ class Benchmark:
             self.args.json.parent.mkdir(parents=True, exist_ok=True)
             self.args.json.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
             console.print(f"Wrote {self.args.json}")
+
+
+def _command() -> str:
+    """What was typed, with paths as seen from the checkout: a record tells nobody where it was kept."""
+    root = Path(__file__).resolve().parents[1]
+
+    def seen_from_root(word: str) -> str:
+        path = Path(word).resolve()
+        return str(path.relative_to(root)) if os.sep in word and path.is_relative_to(root) else word
+
+    return " ".join(["python", *map(seen_from_root, sys.argv)])
 
 
 def _show(value: Any) -> str:
