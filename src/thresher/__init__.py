@@ -26,9 +26,12 @@ _PUBLIC = {
     "compile": "api",
     "density_loss": "density",
     "explain": "api",
+    "export_onnx": "export",
+    "load": "export",
     "optimize": "api",
     "pack_dataset": "runtime.binpack",
     "relufy": "density",
+    "save": "export",
 }
 __all__ = ["__version__", "reports", *_PUBLIC]
 

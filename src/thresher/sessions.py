@@ -8,6 +8,7 @@ from typing import Any
 
 _RECENT: deque[weakref.ref[Any]] = deque(maxlen=64)
 _LISTENERS: list[list[Any]] = []
+_WATCHERS: list[list[tuple[Any, list[Any]]]] = []
 
 
 def remember(session: Any) -> None:
@@ -19,6 +20,24 @@ def remember(session: Any) -> None:
 def recent() -> list[Any]:
     """Sessions that are still alive, oldest first: one for each graph that was compiled."""
     return [s for s in (ref() for ref in _RECENT) if s is not None]
+
+
+def tell(session: Any, results: list[Any]) -> None:
+    """Called with what each call of a session returned."""
+    for watcher in _WATCHERS:
+        watcher.append((session, results))
+
+
+class watch:
+    """`with watch() as calls:` gathers (session, results) of every call made meanwhile."""
+
+    def __enter__(self) -> list[tuple[Any, list[Any]]]:
+        self.calls: list[tuple[Any, list[Any]]] = []
+        _WATCHERS.append(self.calls)
+        return self.calls
+
+    def __exit__(self, *_: object) -> None:
+        _WATCHERS[:] = [w for w in _WATCHERS if w is not self.calls]
 
 
 class collect:

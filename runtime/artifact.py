@@ -1,0 +1,303 @@
+"""One file that runs a compiled model in a process that never saw its code: write it, read it, call it.
+
+The file is a zip archive, stored uncompressed:
+
+    weights.safetensors   every tensor, once
+    programs.json         the graph; for a packed program also what runs before and after it
+    compiled.pt2          machine code, only where asked for
+    manifest.json         format, versions, machine, inputs and outputs, recipe, report, and the SHA-256 of the rest
+
+The manifest's own SHA-256 is the archive's comment. Reading checks all of them before anything is used.
+No member is ever unpickled, and none is executed: `compiled.pt2` alone holds code, and is touched only by a
+caller who passes `allow_compiled=True`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import thresher
+from thresher import compat
+from thresher.errors import ArgumentError
+from thresher.kernels import catalog
+from thresher.layout import PackedLayout
+from thresher.lowering import aoti
+from thresher.program import Program
+from thresher.report import Report
+
+from .layout_json import decode_layout, encode_layout, programs_of, prove
+from .loaded import Loaded
+from .program_json import ArtifactError, decode, encode, find_target, relations
+from .signature import describe_inputs
+from .tensor_file import Pool, parse
+
+FORMAT = 1
+WEIGHTS, PROGRAMS, COMPILED, MANIFEST = (
+    "weights.safetensors",
+    "programs.json",
+    "compiled.pt2",
+    "manifest.json",
+)
+
+
+def write(
+    program: Program,
+    path: str | os.PathLike[str],
+    *,
+    report: Report | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    output_names: list[str] | None = None,
+    compiled: bool = False,
+    longest: int = 2048,
+) -> Path:
+    """Save a program, packed or not. The file at `path` is replaced at once or, when anything fails, not at all.
+
+    output_names: a name for each result; `output_0`, ... by default.
+    compiled: also put machine code for this CPU into the file (AOTInductor; takes as long as a compilation).
+    longest: the sequence length up to which a packed program's attention masks are proven now; longer
+        batches run padded after loading.
+    """
+    target = Path(path)
+    catalog.load()
+    layout: PackedLayout | None = program.packing
+    pool = Pool()
+    outside = layout.padded if layout is not None else program
+    programs: dict[str, Any] = {"body": encode(program, pool.hold)}
+    if layout is not None:
+        prove(layout, longest)
+        programs["layout"] = encode_layout(layout, pool.hold)
+    names = output_names or [f"output_{i}" for i in range(len(outside.outputs))]
+    manifest = {
+        "format": FORMAT,
+        "versions": {"thresher": thresher.__version__, "torch": torch.__version__},
+        "machine": {"devices": _devices(programs), "byte_order": sys.byteorder},
+        "operators": _schemas(programs),
+        "inputs": describe_inputs(outside),
+        "relations": relations(outside),
+        "outputs": names,
+        "recipe": dict(recipe or {}),
+        "report": report.to_dict() if report is not None else None,
+        "strides": pool.strides(),
+    }
+    with contextlib.ExitStack() as stack:
+        members = {WEIGHTS: pool.chunks(), PROGRAMS: iter([memoryview(json.dumps(programs).encode())])}
+        if compiled:
+            manifest["compiled"] = aoti.machine()
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            members[COMPILED] = _file_chunks(aoti.package(program, folder / COMPILED))
+        with _replacing(target) as file:
+            _write_archive(file, members, manifest)
+    return target
+
+
+def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compiled: bool = False) -> Loaded:
+    """Load a saved program. Nothing of the model's own code is needed, and none of the file's is run.
+
+    target: "inductor" or "reference"; "compiled" runs the machine code in the file and must be allowed.
+    allow_compiled: the caller trusts the file enough to execute the machine code in it.
+
+    Raises ArtifactError for a file that is truncated, altered, of another version, or for another machine.
+    """
+    if target not in ("inductor", "reference", "compiled"):
+        raise ArgumentError("target", repr(target), "inductor, reference or compiled", "Choose one of them.")
+    if target == "compiled" and not allow_compiled:
+        raise ArgumentError(
+            "target",
+            "'compiled' without allow_compiled",
+            "'compiled' together with allow_compiled=True",
+            "The file's machine code would be executed: allow it only for files you trust.",
+        )
+    catalog.load()
+    with _open(Path(path)) as (file, archive):
+        manifest = _manifest(archive, path)
+        _check_versions(manifest, path)
+        members = {name: _member(file, archive, manifest, name, path) for name in manifest["sha256"]}
+    code = members.get(COMPILED)
+    if target == "compiled":
+        _check_compiled(manifest, code, path)
+    try:
+        tensors = parse(members[WEIGHTS], manifest["strides"])
+        programs = json.loads(members[PROGRAMS].numpy().tobytes())
+        program = decode(programs["body"], tensors)
+        if "layout" in programs:
+            program.packing = decode_layout(programs["layout"], tensors)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} does not hold what its manifest promises: {error!r}.") from error
+    machine_code = code.numpy().tobytes() if target == "compiled" and code is not None else None
+    return Loaded(program, manifest, target, machine_code)
+
+
+def _write_archive(file: Any, members: Mapping[str, Iterable[memoryview]], manifest: dict[str, Any]) -> None:
+    hashes = manifest["sha256"] = {}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, chunks in members.items():
+            digest = hashlib.sha256()
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    member.write(chunk)
+            hashes[name] = digest.hexdigest()
+        text = json.dumps(manifest, indent=1, default=str).encode()
+        archive.writestr(zipfile.ZipInfo(MANIFEST), text)
+        archive.comment = hashlib.sha256(text).hexdigest().encode()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A new file beside `path` that takes its place only when it is complete and on the disk."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise ArtifactError(f"Cannot write into {path.parent}: {error.strerror}.") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        if isinstance(error, OSError):
+            raise ArtifactError(
+                f"{path} was not written: {error.strerror}. A file that was there before is unchanged."
+            ) from error
+        raise
+
+
+def _file_chunks(path: Path) -> Iterator[memoryview]:
+    with open(path, "rb") as file:
+        while data := file.read(1 << 24):
+            yield memoryview(data)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be opened: {error.strerror}.") from error
+    with file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise ArtifactError(
+                f"{path} is truncated or not a Thresher artifact: its table of contents is missing. Copy it again."
+            ) from error
+        with archive:
+            yield file, archive
+
+
+def _manifest(archive: zipfile.ZipFile, path: Any) -> dict[str, Any]:
+    try:
+        text = archive.read(MANIFEST)
+    except (KeyError, zipfile.BadZipFile, OSError) as error:
+        raise ArtifactError(
+            f"{path} is not a Thresher artifact, or is damaged: it has no readable manifest."
+        ) from error
+    if hashlib.sha256(text).hexdigest().encode() != archive.comment:
+        raise ArtifactError(f"{path} was altered: its manifest does not match its checksum.")
+    manifest = json.loads(text)
+    extra = set(archive.namelist()) - {MANIFEST, *manifest["sha256"]}
+    if extra or len(archive.namelist()) != len(set(archive.namelist())):
+        raise ArtifactError(f"{path} was altered: it holds members its manifest does not list.")
+    return manifest
+
+
+def _member(file: Any, archive: zipfile.ZipFile, manifest: Any, name: str, path: Any) -> torch.Tensor:
+    """A member's bytes, uint8 [n], checked against the manifest."""
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        raise ArtifactError(f"{path} is damaged: it has no {name}.") from None
+    file.seek(info.header_offset)
+    header = file.read(30)
+    start = (
+        info.header_offset
+        + 30
+        + int.from_bytes(header[26:28], "little")
+        + int.from_bytes(header[28:30], "little")
+    )
+    data = torch.empty(info.file_size, dtype=torch.uint8)
+    view = memoryview(data.numpy())
+    file.seek(start)
+    whole = info.compress_type == zipfile.ZIP_STORED and file.readinto(view) == len(view)
+    if not whole or hashlib.sha256(view).hexdigest() != manifest["sha256"][name]:
+        raise ArtifactError(
+            f"{path} was altered or truncated: {name} does not match its checksum. Copy it again."
+        )
+    return data
+
+
+def _check_versions(manifest: Mapping[str, Any], path: Any) -> None:
+    if manifest["format"] != FORMAT:
+        raise ArtifactError(
+            f"{path} has format {manifest['format']}, written by thresher {manifest['versions']['thresher']}; this "
+            f"thresher {thresher.__version__} reads format {FORMAT}. Save the model again with this version."
+        )
+    reason = compat.unsupported_torch()
+    if reason is not None:
+        raise ArtifactError(f"{path} was saved with torch {manifest['versions']['torch']}. {reason}")
+    if manifest["machine"]["byte_order"] != sys.byteorder:
+        raise ArtifactError(
+            f"{path} was saved on a {manifest['machine']['byte_order']}-endian machine; this one is not."
+        )
+    if "cuda" in manifest["machine"]["devices"] and not torch.cuda.is_available():
+        raise ArtifactError(
+            f"{path} was saved from a model on a GPU, and torch sees none here. Save it from a model on the CPU."
+        )
+    for name, schema in manifest["operators"].items():
+        current = str(find_target(name)._schema)  # type: ignore[attr-defined]
+        if name.startswith("thresher.") and current != schema:
+            raise ArtifactError(
+                f"{path} calls {schema}, written by thresher {manifest['versions']['thresher']}; in this thresher "
+                f"{thresher.__version__} the operator is {current}. Save the model again with this version."
+            )
+
+
+def _check_compiled(manifest: Mapping[str, Any], code: torch.Tensor | None, path: Any) -> None:
+    if code is None:
+        raise ArtifactError(
+            f"{path} holds no machine code. Save it with compiled=True, or load it for 'inductor'."
+        )
+    here, there = aoti.machine(), manifest["compiled"]
+    for key, expected in there.items():
+        if here.get(key) != expected:
+            raise ArtifactError(
+                f"The machine code in {path} is for {key} {expected}, and this is {here.get(key)} ({platform.node()}). "
+                "Load it with target='inductor', which compiles the same graph here."
+            )
+
+
+def _calls(programs: Mapping[str, Any]) -> Iterator[list[Any]]:
+    for program in programs_of(programs):
+        yield from (n for n in program["nodes"] if n[0] == "call")
+
+
+def _schemas(programs: Mapping[str, Any]) -> dict[str, str]:
+    names = sorted({n[2] for n in _calls(programs) if not n[2].startswith(("operator.", "torch."))})
+    return {name: str(find_target(name)._schema) for name in names}  # type: ignore[attr-defined]
+
+
+def _devices(programs: Mapping[str, Any]) -> list[str]:
+    found = {"cpu"}
+    for program in programs_of(programs):
+        text = json.dumps(program["nodes"])
+        found |= {"cuda"} if '"device": "cuda' in text else set()
+    return sorted(found)

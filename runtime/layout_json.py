@@ -1,0 +1,90 @@
+"""A packed program's layout as JSON and back: what runs around the body, and where its inputs come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+
+from thresher.layout import Gather, PackedLayout, Passed, PlanField, Scatter, Visibility
+
+from .program_json import ArtifactError, decode, encode
+
+_KINDS = {kind.__name__.lower(): kind for kind in (Gather, PlanField, Scatter, Passed)}
+_PARTS = ("prologue", "epilogue", "padded")
+_KNOWN = {*_PARTS, "mask", "tokens", "arguments", "epilogue_arguments", "results", "visibilities", "masks",
+          "reclassify", "proven"}  # fmt: skip
+
+
+def prove(layout: PackedLayout, longest: int) -> None:
+    """Evaluate the attention masks at doubled lengths up to `longest`, while the model's own are at hand."""
+    if layout.reclassify is None:
+        return
+    length = layout.proven
+    while length < longest:
+        length = min(2 * length, longest)
+        if {**layout.visibilities, **layout.reclassify(length)} != layout.visibilities:
+            break
+        layout.proven = length
+
+
+def encode_layout(layout: PackedLayout, hold: Callable[[torch.Tensor], int]) -> dict[str, Any]:
+    """The layout as a JSON value; `hold` as in `encode`."""
+    parts = {name: getattr(layout, name) for name in _PARTS}
+    for field in fields(layout):
+        if field.name not in _KNOWN and getattr(layout, field.name) != field.default:
+            raise ArtifactError(f"The packed layout's {field.name!r} has no place in the file format yet.")
+    return {
+        "mask": layout.mask,
+        "tokens": layout.tokens,
+        "arguments": [_write(a) for a in layout.arguments],
+        "epilogue_arguments": [_write(a) for a in layout.epilogue_arguments],
+        "results": [_write(r) for r in layout.results],
+        "visibilities": {site: asdict(v) for site, v in layout.visibilities.items()},
+        "masks": list(layout.masks),
+        "proven": layout.proven,
+        "bounded": layout.reclassify is not None,
+        **{name: encode(part, hold) if part is not None else None for name, part in parts.items()},
+    }
+
+
+def decode_layout(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> PackedLayout:
+    """The layout again. Beyond the proven length every call runs padded: the mask cannot be evaluated here."""
+    programs = {name: decode(data[name], tensors) if data[name] is not None else None for name in _PARTS}
+    padded = programs["padded"]
+    assert padded is not None
+    return PackedLayout(
+        mask=data["mask"],
+        tokens=data["tokens"],
+        prologue=programs["prologue"],
+        arguments=[_read(a) for a in data["arguments"]],
+        epilogue=programs["epilogue"],
+        epilogue_arguments=[_read(a) for a in data["epilogue_arguments"]],
+        results=[_read(r) for r in data["results"]],
+        padded=padded,
+        visibilities={site: Visibility(**v) for site, v in data["visibilities"].items()},
+        masks=tuple(data["masks"]),
+        reclassify=_unknown if data["bounded"] else None,
+        proven=data["proven"],
+    )
+
+
+def programs_of(programs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The encoded programs of one artifact: the body and the layout's."""
+    yield programs["body"]
+    layout = programs.get("layout", {})
+    yield from (layout[name] for name in _PARTS if layout.get(name) is not None)
+
+
+def _unknown(length: int) -> dict[str, Visibility]:
+    return {"": Visibility("unknown")}
+
+
+def _write(where: Any) -> dict[str, Any]:
+    return {"kind": type(where).__name__.lower(), **asdict(where)}
+
+
+def _read(data: Mapping[str, Any]) -> Any:
+    return _KINDS[data["kind"]](**{k: v for k, v in data.items() if k != "kind"})

@@ -1,0 +1,129 @@
+"""A loaded artifact: called like the model, with results by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from thresher.lowering import aoti
+from thresher.lowering.inductor import Inductor
+from thresher.lowering.reference import Reference
+from thresher.lowering.target import Lowered, Target
+from thresher.program import Program
+from thresher.report import Miss, PassReport, Report
+
+from .program_json import materialise
+from .session import Counters, Session
+from .signature import bind
+
+
+class Result(dict[str, Any]):
+    """A call's results by name; a name that is an identifier is an attribute too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"There is no result {name!r}; there are {', '.join(self)}.")
+
+
+class Loaded:
+    """Runs a saved program. The first call lowers it.
+
+    program: the graph and its weights. manifest: what the file says about itself.
+    """
+
+    def __init__(
+        self, program: Program, manifest: Mapping[str, Any], target: str, machine_code: bytes | None = None
+    ):
+        self.program, self.manifest, self.target = program, manifest, target
+        self.report = _report(manifest["report"])
+        self._code = machine_code
+        self._session: Session | None = None
+        self._lock = threading.Lock()
+        outside = program.packing.padded if program.packing is not None else program
+        self._symbols = outside.graph_module.meta["symbols"]
+
+    @property
+    def input_names(self) -> list[str]:
+        return [e["name"] for e in self.manifest["inputs"] if e["kind"] == "tensor"]
+
+    @property
+    def output_names(self) -> list[str]:
+        return list(self.manifest["outputs"])
+
+    @property
+    def counters(self) -> Counters:
+        return self.session.counters
+
+    @property
+    def session(self) -> Session:
+        """What runs the program; made when first asked for."""
+        with self._lock:
+            if self._session is None:
+                self._session = Session(self.program, self._lowering(), Reference(), self.report, "trust")
+            return self._session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        """Run on the model's inputs, by name or in order."""
+        inputs = bind(self.manifest["inputs"], self.manifest["relations"], self._symbols, args, kwargs)
+        with torch.no_grad():
+            results = self.session(inputs, {})
+        return Result(zip(self.output_names, results, strict=True))
+
+    def _lowering(self) -> Target:
+        if self.target == "reference":
+            return Reference()
+        if self._code is not None:
+            return _Compiled(self.program, self._code)
+        return _OnFakes(Inductor())
+
+
+class _OnFakes(Target):
+    """Another target, for programs whose fake tensors were left out of the file."""
+
+    name = "inductor"
+
+    def __init__(self, target: Target):
+        self._target = target
+
+    def supports(self, program: Program) -> str | None:
+        return self._target.supports(program)
+
+    def lower(self, program: Program) -> Lowered:
+        return self._target.lower(materialise(program))
+
+
+class _Compiled(Target):
+    """The machine code of the body; the parts around it, for which there is none, run plainly."""
+
+    name = "compiled"
+
+    def __init__(self, body: Program, code: bytes):
+        self._body, self._code = body, code
+
+    def supports(self, program: Program) -> str | None:
+        return None
+
+    def lower(self, program: Program) -> Lowered:
+        if program is self._body:
+            return aoti.load(self._code, program)
+        return Reference().lower(program)
+
+
+def _report(data: Mapping[str, Any] | None) -> Report:
+    if data is None:
+        return Report("none")
+    passes = []
+    for entry in data["passes"]:
+        missed = [Miss(**m) for m in entry["missed"]]
+        passes.append(PassReport(**{**_known(PassReport, entry), "missed": missed}))
+    return Report(**{**_known(Report, data), "passes": passes})
+
+
+def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dataclass of this version takes; the manifest keeps the rest, which later versions may add."""
+    return {f.name: data[f.name] for f in dataclasses.fields(kind) if f.init and f.name in data}

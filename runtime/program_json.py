@@ -1,0 +1,285 @@
+"""A Program as JSON and back. Nothing in it is code: a loaded graph can only call operators by name.
+
+Only what cannot be computed is written: nodes, arguments, the placeholders' shapes and the symbols in
+them. What every other node gives is found again by running the graph on fake tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from thresher.errors import ThresherError
+from thresher.program import Program, Weight, module_fqn, value
+
+from . import expressions
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"operator.{f.__name__}": f
+    for f in (
+        operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.truediv,
+        operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem,
+        operator.pow, operator.and_, operator.or_,
+    )
+} | {
+    f"torch.{n}": getattr(torch, n)
+    for n in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "sym_sum")
+}  # fmt: skip
+_FUNCTION_NAMES = {f: name for name, f in _FUNCTIONS.items()}
+NAMESPACES = ("aten", "thresher", "prims")
+
+
+class ArtifactError(ThresherError):
+    """A program cannot be saved, or a file cannot be loaded; the message says which part and why."""
+
+
+def encode(program: Program, hold: Callable[[torch.Tensor], int]) -> dict[str, Any]:
+    """The program as a JSON value.
+
+    hold: keeps one weight's tensor for the file and returns its number. Raises ArtifactError for what
+    the format cannot say.
+    """
+    nodes: list[Any] = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            nodes.append(["placeholder", node.name, _value(value(node))])
+        elif node.op == "get_attr":
+            nodes.append(["weight", node.name, str(node.target)])
+        elif node.op == "call_function":
+            line = ["call", node.name, target_name(node.target), [_argument(a) for a in node.args]]
+            kwargs = {k: _argument(v) for k, v in node.kwargs.items()}
+            nodes.append([*line, kwargs, module_fqn(node)])
+        else:
+            nodes.append(["output", [_argument(a) for a in node.args[0]]])
+    used = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    return {
+        "inputs": list(program.input_names),
+        "symbols": _symbols(program),
+        "nodes": nodes,
+        "weights": {
+            name: {"fqn": w.fqn, "tensor": hold(w.tensor)}
+            for name, w in program.weights.items()
+            if name in used
+        },
+        "notes": list(program.notes),
+    }
+
+
+def decode(data: dict[str, Any], tensors: list[torch.Tensor]) -> Program:
+    """The program, without fake tensors on its nodes: enough to run it; see `materialise`."""
+    module, graph = fx.GraphModule(torch.nn.Module(), fx.Graph()), fx.Graph()
+    weights: dict[str, Weight] = {}
+    for name, entry in data["weights"].items():
+        tensor = tensors[entry["tensor"]]
+        weights[name] = Weight(entry["fqn"], tensor)
+        module.register_buffer(name, tensor, persistent=False)
+    made: dict[str, fx.Node] = {}
+    for kind, *rest in data["nodes"]:
+        if kind == "output":
+            graph.output(tuple(_read(a, made) for a in rest[0]))
+            break
+        name = rest[0]
+        if kind == "placeholder":
+            node = graph.placeholder(name)
+            node.meta["saved"] = rest[1]
+        elif kind == "weight":
+            node = graph.create_node("get_attr", rest[1], name=name)
+        else:
+            _, target, args, kwargs, place = rest
+            node = graph.create_node(
+                "call_function",
+                find_target(target),
+                tuple(_read(a, made) for a in args),
+                {k: _read(v, made) for k, v in kwargs.items()},
+                name,
+            )
+            if place:
+                node.meta["nn_module_stack"] = {place: (place, "")}
+        made[name] = node
+    module.graph = graph
+    program = Program(module, weights, list(data["inputs"]), notes=list(data["notes"]))
+    program.graph_module.meta["symbols"] = data["symbols"]
+    return program
+
+
+def materialise(program: Program) -> Program:
+    """Give every node of a decoded program its fake tensor or size again, in place; returns it."""
+    module = program.graph_module
+    if "symbols" not in module.meta:
+        return program
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    symbols = {name: _symbol(mode, name, facts) for name, facts in module.meta.pop("symbols").items()}
+    with mode:
+        fakes = [_fake(p.meta.pop("saved"), symbols) for p in program.placeholders]
+    with mode, torch.no_grad():
+        _Fakes(module, mode).run(*fakes)
+    return program
+
+
+class _Fakes(fx.Interpreter):
+    """Runs a graph on fakes and keeps what each node gave."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode):
+        super().__init__(module)
+        self.mode = mode
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            result = self.mode.from_tensor(getattr(self.module, str(n.target)), static_shapes=True)
+        else:
+            result = super().run_node(n)
+        if n.op != "output":
+            n.meta["val"] = result
+        return result
+
+
+def _symbol(mode: FakeTensorMode, name: str, facts: dict[str, Any]) -> Any:
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    example = torch.empty(max(2, facts["hint"]), device="meta")
+    size = mode.from_tensor(example, symbolic_context=context, source=ConstantSource(name)).shape[0]
+    env = mode.shape_env
+    assert env is not None
+    if facts["max"] is not None or facts["min"] > 2:
+        known = env.var_to_range[size.node.expr]
+        env.var_to_range[size.node.expr] = ValueRanges(
+            max(known.lower, facts["min"]), known.upper if facts["max"] is None else facts["max"]
+        )
+    return size
+
+
+def _symbols(program: Program) -> dict[str, Any]:
+    """Example value and range of each symbol in the placeholders' sizes."""
+    found: dict[str, Any] = {}
+    for place in program.placeholders:
+        known = value(place)
+        for size in known.shape if isinstance(known, torch.Tensor) else [known]:
+            if not isinstance(size, torch.SymInt):
+                continue
+            env = size.node.shape_env
+            hints = getattr(env, "backed_var_to_val", None) or env.var_to_val
+            for symbol in size.node.expr.free_symbols:
+                limits = env.var_to_range[symbol]
+                upper = int(limits.upper) if limits.upper <= 2**62 else None
+                found[str(symbol)] = {"hint": int(hints[symbol]), "min": int(limits.lower), "max": upper}
+    return found
+
+
+def relations(program: Program) -> list[str]:
+    """What was assumed of the sizes while tracing, as expressions over the placeholders' symbols."""
+    mode, symbols = program.fake_mode(), set(_symbols(program))
+    found: list[str] = []
+    for guard in getattr(mode.shape_env, "guards", ()) if mode is not None else ():
+        names = {str(s) for s in guard.expr.free_symbols}
+        text = str(guard.expr)
+        if names and names <= symbols and text not in found and expressions.readable(text):
+            found.append(text)
+    return found
+
+
+def target_name(target: Any) -> str:
+    """A node's target as text. Raises ArtifactError for one that cannot be found again by name."""
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in NAMESPACES:
+        return str(target)
+    if target in _FUNCTION_NAMES:
+        return _FUNCTION_NAMES[target]
+    raise ArtifactError(
+        f"The program calls {target}, which has no name in the file format; it knows operators of "
+        f"{', '.join(NAMESPACES)} and arithmetic on sizes."
+    )
+
+
+def find_target(name: str) -> Callable[..., Any]:
+    """The operator of that name. Raises ArtifactError when this installation has none."""
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    found = None
+    if namespace in NAMESPACES:
+        found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload or "default", None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise ArtifactError(
+            f"The file calls the operator {name!r}, which this torch {torch.__version__} and this Thresher do "
+            "not have. Load it with the versions named in its manifest."
+        )
+    return found
+
+
+def _argument(argument: Any) -> Any:
+    if isinstance(argument, fx.Node):
+        return {"node": argument.name}
+    if isinstance(argument, float) and argument - argument != 0:
+        return {"float": str(argument)}
+    if argument is None or isinstance(argument, (bool, int, float, str)):
+        return argument
+    if isinstance(argument, tuple) and not isinstance(argument, torch.Size):
+        return {"tuple": [_argument(a) for a in argument]}
+    if isinstance(argument, (list, torch.Size)):
+        return [_argument(a) for a in argument]
+    if isinstance(argument, slice):
+        return {"slice": [_argument(a) for a in (argument.start, argument.stop, argument.step)]}
+    for kind in ("dtype", "device", "layout", "memory_format"):
+        if isinstance(argument, getattr(torch, kind)):
+            return {kind: str(argument).removeprefix("torch.")}
+    raise ArtifactError(f"The program holds {argument!r} as an argument, which the file format cannot say.")
+
+
+def _read(data: Any, made: dict[str, fx.Node]) -> Any:
+    if isinstance(data, list):
+        return [_read(a, made) for a in data]
+    if not isinstance(data, dict):
+        return data
+    ((kind, given),) = data.items()
+    if kind == "node":
+        return made[given]
+    if kind == "float":
+        return float(given)
+    if kind == "tuple":
+        return tuple(_read(a, made) for a in given)
+    if kind == "slice":
+        return slice(*(_read(a, made) for a in given))
+    if kind == "device":
+        return torch.device(given)
+    found = getattr(torch, given, None)
+    if kind in ("dtype", "layout", "memory_format") and isinstance(found, getattr(torch, kind)):
+        return found
+    raise ArtifactError(f"The file holds an argument of an unknown kind, {kind!r}: {given!r}.")
+
+
+def _value(known: Any) -> Any:
+    if isinstance(known, torch.Tensor):
+        sizes, strides = ([expressions.write(s) for s in part] for part in (known.shape, known.stride()))
+        return {
+            "dtype": str(known.dtype).removeprefix("torch."),
+            "shape": sizes,
+            "stride": strides,
+            "device": str(known.device),
+        }
+    if isinstance(known, torch.SymInt):
+        return {"size": expressions.write(known)}
+    if known is None or isinstance(known, (bool, int, float)):
+        return known
+    raise ArtifactError(
+        f"An input of the program is a {type(known).__name__}; only tensors and numbers can be."
+    )
+
+
+def _fake(saved: Any, symbols: dict[str, Any]) -> Any:
+    if not isinstance(saved, dict):
+        return saved
+    if "size" in saved:
+        return expressions.evaluate(saved["size"], symbols)
+    shape, stride = (
+        [expressions.evaluate(s, symbols) for s in part] for part in (saved["shape"], saved["stride"])
+    )
+    return torch.empty_strided(
+        shape, stride, dtype=getattr(torch, saved["dtype"]), device=torch.device(saved["device"])
+    )

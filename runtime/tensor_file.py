@@ -1,0 +1,131 @@
+"""Reads and writes safetensors data inside a larger file.
+
+The format is safetensors' own (an 8-byte length, a JSON header, the bytes), so that its library reads
+the member too. Two things are added: the header is padded so that the data starts at a multiple of 64
+bytes, and larger tensors come first, which keeps them aligned as torch's own memory is. A kernel may
+round differently on unaligned memory, and a loaded model must give the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+ALIGNMENT = 64
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_CHUNK = 1 << 24
+
+
+class Pool:
+    """The tensors of one file, each once however often it is used.
+
+    A tensor is stored in the order of its memory and keeps its strides where it fills that memory.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def hold(self, tensor: torch.Tensor) -> int:
+        """Keep a tensor; returns its number."""
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"A weight has the dtype {tensor.dtype}, which safetensors cannot store.")
+        tensor = tensor.detach()
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+        key += (id(tensor),) if tensor.numel() == 0 else ()
+        if key not in self._known:
+            self._known[key] = len(self.tensors)
+            self.tensors.append(tensor)
+        return self._known[key]
+
+    def strides(self) -> list[list[int] | None]:
+        """Strides of each tensor that is not contiguous but fills its memory; None for the rest."""
+        return [list(t.stride()) if _dense(t) and not t.is_contiguous() else None for t in self.tensors]
+
+    def layout(self) -> tuple[bytes, list[int]]:
+        """The header, padded, and the tensors' numbers in the order of their bytes."""
+        order = sorted(range(len(self.tensors)), key=lambda i: (-_alignment(self.tensors[i]), i))
+        entries: dict[str, Any] = {}
+        at = 0
+        for number in order:
+            tensor = self.tensors[number]
+            size = tensor.numel() * tensor.element_size()
+            entries[str(number)] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [at, at + size],
+            }
+            at += size
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text, order
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The member's bytes, piece by piece."""
+        header, order = self.layout()
+        yield memoryview(header)
+        for number in order:
+            tensor = self.tensors[number]
+            flat = _memory_order(tensor).cpu().reshape(-1)
+            if flat.numel():
+                data = memoryview(flat.view(torch.uint8).numpy())
+                for start in range(0, len(data), _CHUNK):
+                    yield data[start : start + _CHUNK]
+
+    def bytes(self) -> int:
+        return len(self.layout()[0]) + sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+def parse(data: torch.Tensor, strides: Sequence[Sequence[int] | None]) -> list[torch.Tensor]:
+    """Tensors that share the memory of `data`, uint8 [n], the member's bytes; in the order of their numbers.
+
+    Raises ValueError for a header that does not fit the data.
+    """
+    if data.numel() < 8:
+        raise ValueError("it has no header")
+    length = int.from_bytes(data[:8].numpy().tobytes(), "little")
+    if not 0 < length <= data.numel() - 8:
+        raise ValueError(f"its header says {length} bytes, and the file has {data.numel() - 8}")
+    entries = json.loads(data[8 : 8 + length].numpy().tobytes())
+    body = data[8 + length :]
+    tensors: list[torch.Tensor] = []
+    for number, stride in enumerate(strides):
+        entry = entries[str(number)]
+        begin, end = entry["data_offsets"]
+        if not 0 <= begin <= end <= body.numel():
+            raise ValueError(f"tensor {number} lies outside the data")
+        piece = body[begin:end]
+        if piece.data_ptr() % ALIGNMENT:
+            piece = piece.clone()
+        flat = piece.view(_DTYPES[entry["dtype"]])
+        shape = entry["shape"]
+        tensors.append(flat.as_strided(shape, stride) if stride else flat.reshape(shape))
+    return tensors
+
+
+def _alignment(tensor: torch.Tensor) -> int:
+    """The largest power of two, up to 64, that divides a tensor's size in bytes; empty ones come last."""
+    size = tensor.numel() * tensor.element_size()
+    return min(size & -size, ALIGNMENT)
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor fills one stretch of memory without gaps or overlap."""
+    at = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride()), key=lambda p: (p[1], p[0])):
+        if size != 1 and stride != at:
+            return False
+        at *= size
+    return True
+
+
+def _memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.as_strided((tensor.numel(),), (1,)) if _dense(tensor) else tensor.contiguous()
