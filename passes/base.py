@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -23,6 +23,9 @@ from thresher.errors import ArgumentError
 from thresher.program import Program
 from thresher.recipe import PassConfig, Recipe, register
 from thresher.report import Miss
+
+if TYPE_CHECKING:
+    from .cost import CostModel
 
 __all__ = ["PASSES", "Context", "Effect", "Match", "Miss", "Pass", "register_pass"]
 
@@ -64,7 +67,9 @@ class Context:
     inputs: example inputs for the program's placeholders as real tensors, or None in a dry run.
     device: where the program will run. notes: sentences to show with the pass's report.
     structure: the recovered transformer, shared by all passes of one pipeline stage (see structure.py).
-    predicted: what the pass expects, by name. counted: site -> name that its operator counts calls under.
+    predicted: time before over time after that the pass expects, by site; the cost model's own replaces it.
+    cost: prices nodes and multiplications on the device (see cost.py); None without a cost model.
+    counted: site -> name that its operator counts calls under.
     """
 
     recipe: Recipe
@@ -76,6 +81,7 @@ class Context:
     structure: Callable[[], Any] | None = None
     predicted: dict[str, float] = field(default_factory=dict)
     counted: dict[str, str] = field(default_factory=dict)
+    cost: CostModel | None = None
 
 
 class Pass(abc.ABC):

@@ -21,6 +21,7 @@ from thresher.recipe import PassConfig, Recipe
 from thresher.report import Miss, PassReport, Report
 
 from .base import PASSES, Context, Match, Pass
+from .cost import CostModel, Gain, Ledger
 from .structure import recover
 
 Compare = Callable[[Program, Program, Sequence[Any]], float]
@@ -36,6 +37,7 @@ class Pipeline:
 
     inputs: real example inputs in the caller's layout, or None for a dry run.
     compare: measures before against after; None leaves every pass unverified, and the report says so.
+    cost: prices what passes do; None leaves the predictions to the passes.
     """
 
     recipe: Recipe
@@ -46,6 +48,8 @@ class Pipeline:
     unverified: str = "There are no example inputs in a dry run."
     fuel: int = -1
     claimed: dict[str, str] = field(default_factory=dict)
+    cost: CostModel | None = None
+    _ledger: Ledger | None = None
 
     def run(self, program: Program) -> tuple[Program, Report]:
         report = Report(recipe=self.recipe.fingerprint(), notes=list(program.notes))
@@ -54,6 +58,9 @@ class Pipeline:
             program, account = self._apply(PASSES[config.name], config, program)
             report.passes.append(account)
         self._prove_whole(captured, program, report)
+        if self.cost is not None:
+            report.predicted = self.cost.seconds(captured) / max(self.cost.seconds(program), 1e-12)
+            report.notes += list(dict.fromkeys(self.cost.notes))
         _require(self.recipe, report)
         return program, report
 
@@ -61,6 +68,11 @@ class Pipeline:
         started = time.perf_counter()
         fuel = self.fuel
         after, account, claims = self._rewrite(rewriter, config, before)
+        avoid: dict[str, str] = {}
+        while losing := self._losing(after):
+            avoid.update(losing)
+            self.fuel = fuel
+            after, account, claims = self._rewrite(rewriter, config, before, avoid=avoid)
         if account.rewritten:
             after.clean()
             verify(after, after=rewriter.name)
@@ -72,6 +84,7 @@ class Pipeline:
             account.missed += [Miss(s, ROLLED_BACK) for s in account.rewritten]
             account.rewritten, account.predicted = [], {}
             self.fuel = fuel
+        account.predicted.update({s: g.ratio for s, g in self._gains(after).items()})
         left = {m.site for m in account.missed}
         account.predicted = {s: g for s, g in account.predicted.items() if s not in left}
         account.seconds = time.perf_counter() - started
@@ -81,9 +94,17 @@ class Pipeline:
         return after, account
 
     def _rewrite(
-        self, rewriter: Pass, config: PassConfig, before: Program, most: int = -1
+        self,
+        rewriter: Pass,
+        config: PassConfig,
+        before: Program,
+        most: int = -1,
+        avoid: Mapping[str, str] | None = None,
     ) -> tuple[Program, PassReport, dict[str, str]]:
-        """Match and rewrite a copy, at most so many sites; gives it with its account and what it claims."""
+        """Match and rewrite a copy; gives it with its account and what it claims.
+
+        most: rewrite at most so many sites. avoid: sites to leave alone, each with the reason.
+        """
         account, after = PassReport(rewriter.name), before.copy()
         structure: list[Any] = []
 
@@ -102,11 +123,16 @@ class Pipeline:
             view,
             account.predicted,
             account.counted,
+            self.cost,
         )
         account.budget = rewriter.budget(context)
         claims: dict[str, str] = {}
+        avoid = avoid or {}
+        self._ledger = Ledger(self.cost, after) if self.cost is not None else None
         for site in rewriter.match(after, context):
             refused = site if isinstance(site, Miss) else self._refuse(rewriter, site)
+            if refused is None and site.site in avoid:
+                refused = Miss(site.site, avoid[site.site])
             if refused is None and len(account.rewritten) == most:
                 break
             if refused is not None:
@@ -114,10 +140,23 @@ class Pipeline:
                 continue
             assert isinstance(site, Match)
             rewriter.rewrite(after, site, context)
+            if self._ledger is not None:
+                self._ledger.note(after, site.site)
             account.rewritten.append(site.site)
             claims.update(dict.fromkeys(site.claims, rewriter.name))
             self.fuel -= 1
         return after, account, claims
+
+    def _losing(self, after: Program) -> dict[str, str]:
+        """Sites of the last rewrite that are not worth it, each with the reason."""
+        if self.cost is None or not self.recipe.min_gain:
+            return {}
+        device, least = self.cost.device, self.recipe.min_gain
+        return {s: g.loss(device, least) for s, g in self._gains(after).items() if g.ratio < least}
+
+    def _gains(self, after: Program) -> dict[str, Gain]:
+        """What the cost model expects of the last rewrite, by site."""
+        return self._ledger.gains(after) if self._ledger is not None else {}
 
     def _refuse(self, rewriter: Pass, match: Match) -> Miss | None:
         if self.recipe.fuel >= 0 and self.fuel <= 0:

@@ -179,10 +179,11 @@ def explain(
 
     def look(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         try:
-            program, _roles = capture.from_dynamo(gm, inputs)
+            program, roles = capture.from_dynamo(gm, inputs)
             program.forget_weights(without_values)
             with without_fake_mode(), torch.no_grad():
-                after, report = backend.run_pipeline(program, chosen, None)
+                lengths = backend.real_lengths(program, backend.real_inputs(gm, roles))
+                after, report = backend.run_pipeline(program, chosen, None, lengths)
         except ThresherError as reason:
             found.refused.append(str(reason))
         else:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import capture, sessions
+from . import capture, devices, sessions
 from .certificate import certify
 from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
@@ -23,6 +23,7 @@ from .lowering.reference import Reference
 from .lowering.target import Target
 from .passes import catalog as passes
 from .passes.calibrate import Calibration, Statistics
+from .passes.cost import CostModel
 from .passes.pipeline import Pipeline
 from .program import Program, module_fqn, value
 from .recipe import Recipe
@@ -82,7 +83,7 @@ def build(
 ) -> tuple[Session, list[str]]:
     """Capture, rewrite and lower one Dynamo graph."""
     program, roles = capture.from_dynamo(gm, example_inputs)
-    inputs = _real_inputs(gm, roles)
+    inputs = real_inputs(gm, roles)
     with without_fake_mode(), torch.no_grad():
         rewritten, report = run_pipeline(program, recipe, inputs)
         report.target = target.name
@@ -97,8 +98,13 @@ def build(
     return session, roles
 
 
-def run_pipeline(program: Program, recipe: Recipe, inputs: Sequence[Any] | None) -> tuple[Program, Report]:
-    """Run a recipe over a Program; with real example inputs each pass is verified."""
+def run_pipeline(
+    program: Program, recipe: Recipe, inputs: Sequence[Any] | None, lengths: Sequence[int] | None = None
+) -> tuple[Program, Report]:
+    """Run a recipe over a Program; with real example inputs each pass is verified.
+
+    lengths: real tokens of each row, for the cost model; from the inputs' mask when there are inputs.
+    """
     known = [value(p) for p in program.placeholders]
     device = next((v.device for v in known if isinstance(v, torch.Tensor)), torch.device("cpu"))
     pipeline = Pipeline(
@@ -107,8 +113,17 @@ def run_pipeline(program: Program, recipe: Recipe, inputs: Sequence[Any] | None)
         compare=_compare if inputs is not None else None,
         device=device,
         stats=_statistics(recipe, program),
+        cost=CostModel(devices.of(device), lengths or real_lengths(program, inputs)),
     )
     return pipeline.run(program)
+
+
+def real_lengths(program: Program, inputs: Sequence[Any] | None) -> list[int] | None:
+    """Real tokens of each row, where the inputs have a mask that says so."""
+    for name, given in zip(program.input_names, inputs or ()):
+        if name == "attention_mask" and isinstance(given, torch.Tensor) and given.dim() == 2:
+            return [int(n) for n in (given != 0).sum(1)]
+    return None
 
 
 def _compare(before: Program, after: Program, inputs: Sequence[Any]) -> float:
@@ -164,7 +179,7 @@ def _cannot_rewrite(gm: fx.GraphModule) -> str | None:
     return None
 
 
-def _real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:
+def real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:
     """The caller's real tensors and sizes for this call, or None when they are not at hand."""
     found = []
     for node, role in zip([n for n in gm.graph.nodes if n.op == "placeholder"], roles):

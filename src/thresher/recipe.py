@@ -64,6 +64,8 @@ class Recipe:
     verify: compare each pass's program before and after on the example inputs and roll back a failing one.
     fuel: rewrite at most this many sites in all; -1 is no limit. For bisection.
     inductor: options for Inductor itself, as `torch.compile(options=...)` takes them.
+    min_gain: leave sites whose speed, rewritten, the cost model expects to be below this, 1.0 being the speed they
+        have; 0 leaves none, since some rewrites are for memory.
     stats: path of saved calibration statistics, for the passes that need them.
     """
 
@@ -72,6 +74,7 @@ class Recipe:
     require: tuple[tuple[str, float], ...] = ()
     verify: bool = True
     fuel: int = -1
+    min_gain: float = 0.0
     inductor: tuple[tuple[str, Any], ...] = ()
     stats: str | None = None
 
@@ -85,6 +88,10 @@ class Recipe:
                 raise ArgumentError(
                     f"require[{name!r}]", share, "a share from 0 to 1", "Use 0.9 for nine sites in ten."
                 )
+        if self.min_gain < 0:
+            raise ArgumentError(
+                "min_gain", self.min_gain, "0 or more", "1.0 leaves what is expected to lose."
+            )
         for config in self.passes:
             config.validate()
 

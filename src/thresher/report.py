@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -137,7 +138,8 @@ class Report:
     def __rich__(self) -> Group:
         overview = Table(title="Thresher report", title_justify="left", expand=False)
         for heading, align in [("pass", "left"), ("rewritten", "right"), ("missed", "right"), ("max rel. error", "right"),
-                               ("budget", "right"), ("seconds", "right")]:  # fmt: skip
+                               ("budget", "right"), ("expected", "right"), ("measured", "right"),
+                               ("seconds", "right")]:  # fmt: skip
             overview.add_column(heading, justify=align)  # type: ignore[arg-type]
         for p in self.passes:
             error = "not measured" if p.error is None else f"{p.error:.1e}"
@@ -147,7 +149,14 @@ class Report:
                 str(len(p.missed)),
                 error,
                 f"{p.budget:.0e}",
+                _speed(p.predicted),
+                _speed(p.measured),
                 f"{p.seconds:.1f}",
+            )
+        if self.predicted is not None:
+            measured = "" if self.measured is None else f", and {self.measured:.2f}x was measured"
+            overview.caption = (
+                f"The cost model expects {self.predicted:.2f}x for the whole program{measured}."
             )
         parts: list[Any] = [overview]
         for p in self.passes:
@@ -186,6 +195,12 @@ def _ran(found: dict[str, Any]) -> str:
     density = found["union_density"]
     share = "" if density is None else f", {density:.1%} of the neurons on for a call's tokens"
     return f"{found['sparse']} calls sparse, {found['dense']} dense{share}"
+
+
+def _speed(gains: dict[str, float]) -> str:
+    """The sites' speed over what it was, as one number: their geometric mean."""
+    known = [g for g in gains.values() if g > 0]
+    return f"{statistics.geometric_mean(known):.2f}x" if known else ""
 
 
 def _fold(sites: list[str], most: int = 4) -> str:
