@@ -84,6 +84,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> 
     return out
 
 
+@torch.no_grad()
 def linear(
     x: torch.Tensor,
     codes: torch.Tensor,
