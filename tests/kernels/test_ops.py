@@ -7,7 +7,7 @@ from thresher import ops
 from thresher.kernels import catalog
 
 catalog.load()
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASES = [(op, dtype) for op in ops.all_ops() for dtype in op.tolerance]
 
 
