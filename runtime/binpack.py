@@ -85,6 +85,18 @@ def pack_dataset(lengths: Sequence[int] | npt.ArrayLike | torch.Tensor, capacity
     return Bins(by_length[order], offsets, used, capacity)
 
 
+def best_capacity(lengths: Sequence[int], token_cost: float, pair_cost: float) -> int:
+    """The capacity at which rows with a block mask cost least: rows * (w * token_cost + w^2 * pair_cost).
+
+    Longer rows waste less on filler and more on masked pairs. Tried are the longest length (the published
+    choice) and steps up to all tokens in one row.
+    """
+    longest, tokens = max(lengths, default=0), sum(lengths)
+    tried = {longest, tokens} | {round(longest * step / 4) for step in range(5, 17)}
+    sizes = [w for w in sorted(tried) if longest <= w <= max(tokens, longest)]
+    return min(sizes, key=lambda w: len(pack_dataset(lengths, w)) * w * (token_cost + pair_cost * w))
+
+
 def _checked(lengths: Sequence[int] | npt.ArrayLike | torch.Tensor) -> Ints:
     sizes = lengths.numpy(force=True) if isinstance(lengths, torch.Tensor) else np.asarray(lengths)
     if sizes.size == 0:

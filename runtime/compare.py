@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,8 +36,10 @@ def relative_difference(before: Program, after: Program, inputs: Sequence[Any], 
     the padded model too: they are those that change with what stands at the pads, and are left out.
     NaN wherever exactly one of the two is not finite, so that the comparison fails.
     """
-    (expected, kept), (actual, kept_after) = _run(before, inputs, plain), _run(after, inputs, plain)
     layout: PackedLayout | None = after.packing
+    if layout is not None and before.packing is None:
+        after, inputs = _packing_always(after, layout), _with_padding(inputs, layout)
+    (expected, kept), (actual, kept_after) = _run(before, inputs, plain), _run(after, inputs, plain)
     mask = _mask(before, inputs) if layout is None else None
     disturbed = None
     if layout is not None and layout.epilogue is not None:
@@ -61,6 +64,23 @@ def relative_difference(before: Program, after: Program, inputs: Sequence[Any], 
         if worst != worst:
             break
     return worst
+
+
+def _packing_always(program: Program, layout: PackedLayout) -> Program:
+    """The program with a layout that packs every batch with padding, whatever it gains, and hands back padded."""
+    copy = program.copy()
+    copy.packing = replace(layout, packing=replace(layout.packing, min_gain=0.0, outputs="padded"))
+    return copy
+
+
+def _with_padding(inputs: Sequence[Any], layout: PackedLayout) -> list[Any]:
+    """The inputs, with a quarter of the last row masked out where nothing was: else nothing would be packed."""
+    mask = inputs[layout.mask]
+    if not (mask != 0).all():
+        return list(inputs)
+    padded = mask.clone()
+    padded[-1, : max(1, mask.shape[1] // 4)] = 0
+    return [padded if i == layout.mask else x for i, x in enumerate(inputs)]
 
 
 def _both_kept(

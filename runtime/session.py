@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.layout import Gather, PackedLayout, Passed, PlanField, Scatter
+from thresher.layout import PackedLayout, Passed, Scatter
 from thresher.lowering.target import Lowered, Target
 from thresher.program import Program
 from thresher.report import Report
 
+from .boundary import argument, has_holes, make_plan, restore
 from .freshness import Freshness
-from .packing import PackPlan, pack, plan, unpack
+from .packing import PackPlan, row_lengths
 
 
 @dataclass
@@ -44,8 +45,8 @@ class Session:
     """Runs one Program for its caller. Safe to call from several threads.
 
     program: rewritten. target: lowers it. plain: the target for the few nodes around a packed body, which
-    are not worth a compilation. freshness: see `Recipe.freshness`. certificate: set by whoever compiled it;
-    `to_dict()` gives plain data.
+    are not worth a compilation. freshness: see `Recipe.freshness`. certificate, captured: set by whoever
+    compiled it; the program as it was captured, for reports.
     """
 
     def __init__(
@@ -53,15 +54,17 @@ class Session:
     ):
         self.program, self.target, self.plain, self.report = program, target, plain, report
         self.certificate: Any = None
+        self.captured: Program | None = None
         self.counters = Counters()
         self._lock = threading.RLock()
+        self._mode = freshness
         self._fresh = Freshness(program, freshness)
-        self._body = self._lower(program)
         layout = program.packing
+        # a packed body waits for the first batch with padding: there may be none
+        self._body: Lowered | None = self._lower(program) if layout is None else None
         self._prologue = plain.lower(layout.prologue) if layout and layout.prologue else None
         self._epilogue = self._lower_epilogue(layout)
         self._padded: tuple[Lowered, Freshness] | None = None
-        self._mode = freshness
 
     def __call__(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         """Run on the caller's inputs, in the order of the captured program's placeholders.
@@ -72,13 +75,15 @@ class Session:
             self.counters.calls += 1
         layout: PackedLayout | None = self.program.packing
         if layout is None:
-            return self._body.run(inputs, self._live(self._body, self._fresh, weights))
-        packing = plan(inputs[layout.mask])
+            body = self._lowered_body()
+            return body.run(inputs, self._live(body, self._fresh, weights))
         self._check_mask(inputs, layout)
-        reason = self._why_padded(packing, layout)
+        lengths = row_lengths(inputs[layout.mask])
+        reason = self._why_padded(lengths, inputs[layout.mask].shape[1], layout)
         if reason is None:
+            packing = make_plan(inputs[layout.mask], lengths, layout.packing)
             early = self._run_prologue(inputs, layout, weights)
-            reason = self._leak(early, packing, layout)
+            reason = self._misread(early, packing, layout)
         if reason is not None:
             return self._run_padded(inputs, weights, reason)
         with self._lock:
@@ -96,22 +101,37 @@ class Session:
         weights: Mapping[str, Any],
     ) -> list[Any]:
         sources: dict[str, Sequence[Any]] = {"input": inputs, "prologue": early}
-        arguments = [_argument(a, sources, packing) for a in layout.arguments]
-        sources["body"] = self._body.run(arguments, self._live(self._body, self._fresh, weights))
+        arguments = [argument(a, sources, packing) for a in layout.arguments]
+        body = self._lowered_body()
+        sources["body"] = body.run(arguments, self._live(body, self._fresh, weights))
         padded: dict[Scatter, Any] = {}
 
         def fetch(where: Scatter | Passed) -> Any:
             if isinstance(where, Passed):
                 return sources[where.origin][where.index]
             if where not in padded:
-                padded[where] = _unpack(sources["body"][where.index], where, packing)
+                padded[where] = restore(sources["body"][where.index], where, packing)
             return padded[where]
+
+        def hand_over(where: Scatter | Passed) -> Any:
+            if layout.packing.outputs == "packed" and isinstance(where, Scatter):
+                result = sources["body"][where.index]
+                if result.is_floating_point() and result.dim() == 3:
+                    return result
+            return fetch(where)
 
         if self._epilogue is not None:
             lowered, fresh = self._epilogue
             late = [fetch(a) for a in layout.epilogue_arguments]
             sources["epilogue"] = lowered.run(late, self._live(lowered, fresh, weights))
-        return [fetch(r) for r in layout.results]
+        return [hand_over(r) for r in layout.results]
+
+    def _lowered_body(self) -> Lowered:
+        if self._body is None:
+            with self._lock:
+                if self._body is None:
+                    self._body = self._lower(self.program)
+        return self._body
 
     def _run_prologue(
         self, inputs: Sequence[Any], layout: PackedLayout, weights: Mapping[str, Any]
@@ -131,27 +151,34 @@ class Session:
                 "Pass the mask the tokenizer returned with these tokens.",
             )
 
-    def _why_padded(self, packing: PackPlan, layout: PackedLayout) -> str | None:
-        """Why this call cannot be packed, as a sentence, or None."""
-        if packing.tokens < 2:
+    def _why_padded(self, lengths: Sequence[int], width: int, layout: PackedLayout) -> str | None:
+        """Why a batch of these lengths is not worth packing, or cannot be, as a sentence; or None."""
+        tokens = sum(lengths)
+        if tokens < 2:
             return "The batch has fewer than two real tokens."
-        if layout.windowed() and _has_holes(packing):
-            return "A row has holes in its mask, and a sliding window counts distances across them."
-        if packing.width > layout.proven and layout.reclassify is not None:
+        if tokens == len(lengths) * width:
+            return "The batch has no padding."
+        least = layout.packing.min_gain
+        if least > 1 and layout.packing.gain(lengths, width) < least:
+            return f"The predicted gain is below min_gain={least:g}."
+        if width > layout.proven and layout.reclassify is not None:
             with self._lock:
-                if packing.width > layout.proven:
-                    if {**layout.visibilities, **layout.reclassify(packing.width)} != layout.visibilities:
-                        return "At this length the model's attention mask shows a window that shorter ones did not."
-                    layout.proven = packing.width
+                if width > layout.proven:
+                    if {**layout.visibilities, **layout.reclassify(width)} != layout.visibilities:
+                        return "At this length the model's attention mask may show a window that shorter ones did not."
+                    layout.proven = width
         return None
 
-    def _leak(self, early: list[Any], packing: PackPlan, layout: PackedLayout) -> str | None:
+    def _misread(self, early: list[Any], packing: PackPlan, layout: PackedLayout) -> str | None:
+        """Why this batch's mask does not mean what packing takes it to mean, as a sentence, or None."""
+        if layout.windowed() and layout.packing.form == "flat" and has_holes(packing):
+            return "A row has holes in its mask, and a sliding window counts distances across them."
         for index in layout.masks:
             mask = early[index]
             seen = mask if mask.dtype == torch.bool else mask > -1e4
             seen = seen.expand(packing.batch, seen.shape[1], packing.width, packing.width)
             real = torch.zeros(packing.batch, packing.width, dtype=torch.bool, device=mask.device)
-            real.view(-1)[packing.idx[: packing.tokens]] = True
+            real.view(-1)[packing.where] = True
             if (seen & real[:, None, :, None] & ~real[:, None, None, :]).any():
                 return "The attention mask lets a real token see a pad token."
         return None
@@ -186,36 +213,3 @@ class Session:
             with self._lock:
                 self.counters.repacked += repacked
         return tensors
-
-
-def _argument(
-    where: Gather | PlanField | Passed, sources: Mapping[str, Sequence[Any]], packing: PackPlan
-) -> Any:
-    if isinstance(where, PlanField):
-        return {"cu_seqlens": packing.cu_seqlens, "max_len": packing.max_len, "rows": packing.rows,
-                "columns": packing.cols}[where.name]  # fmt: skip
-    tensor = sources[where.origin][where.index]
-    if isinstance(where, Passed):
-        return tensor
-    if where.batch == where.sequence:
-        return tensor.index_select(where.sequence, packing.idx)
-    if where.batch is None:
-        return tensor.index_select(where.sequence, packing.cols)
-    if tensor.shape[where.sequence] == 1:
-        shape = list(tensor.shape)
-        shape[where.sequence] = packing.width
-        tensor = tensor.expand(shape)
-    return pack(tensor, packing, (where.batch, where.sequence))
-
-
-def _unpack(tensor: torch.Tensor, where: Scatter, packing: PackPlan) -> torch.Tensor:
-    if where.batch == where.sequence:
-        shape = list(tensor.shape)
-        shape[where.sequence] = packing.batch * packing.width
-        return tensor.new_zeros(shape).index_copy(where.sequence, packing.idx, tensor)
-    return unpack(tensor, packing, (where.batch, where.sequence))
-
-
-def _has_holes(packing: PackPlan) -> bool:
-    rows, columns = packing.rows[: packing.tokens], packing.cols[: packing.tokens]
-    return bool(((columns.diff() != 1) & (rows.diff() == 0)).any())

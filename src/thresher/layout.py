@@ -5,7 +5,7 @@ The prepacking pass writes this description; the runtime carries it out around t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .program import Program
@@ -28,7 +28,8 @@ class Gather:
 
 @dataclass(frozen=True)
 class PlanField:
-    """A packed input that comes from the packing plan: `cu_seqlens`, `max_len`, `rows` or `columns`."""
+    """A packed input that comes from the packing plan: `cu_seqlens`, `max_len`, `rows`, `columns`, or
+    `segments` when sequences share rows."""
 
     name: str
 
@@ -62,6 +63,36 @@ class Visibility:
     window: int = -1
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How a packed program wants its calls packed, and when.
+
+    form: "flat", one row of T tokens cut into segments; or "rows", sequences sharing rows of a fixed capacity.
+    buckets: at most this many values of T, filled up with tokens that are dropped; 0 for T as it is.
+    limit: the largest T the buckets reach in even steps.
+    outputs: "padded", or "packed": results with a value per token come back as [1, T, ...].
+    min_gain: calls whose predicted gain is lower run padded.
+    token_cost: FLOPs of the linears a token. pair_cost: FLOPs of attention per query and key, all layers.
+    causal: a query sees half of the keys.
+    """
+
+    form: str = "flat"
+    buckets: int = 0
+    limit: int = 0
+    outputs: str = "padded"
+    min_gain: float = 0.0
+    token_cost: float = 1.0
+    pair_cost: float = 0.0
+    causal: bool = False
+
+    def gain(self, lengths: Sequence[int], width: int) -> float:
+        """FLOPs of the padded batch over those of its real tokens; padded attention computes every pair."""
+        tokens, pairs = sum(lengths), sum(n * n for n in lengths)
+        padded = len(lengths) * width * (self.token_cost + self.pair_cost * width)
+        packed = tokens * self.token_cost + self.pair_cost * pairs / (2 if self.causal else 1)
+        return padded / packed if packed else 1.0
+
+
 @dataclass
 class PackedLayout:
     """Everything the runtime needs beside the body, which is the Program that holds this.
@@ -79,6 +110,7 @@ class PackedLayout:
     reclassify: `(rows, columns) -> visibilities`, by evaluating the mask at that size. A window wider than the
         sizes seen so far shows only there.
     proven: longest sequence for which `visibilities` was checked.
+    packing: how calls are packed, and when.
     """
 
     mask: int
@@ -93,6 +125,7 @@ class PackedLayout:
     masks: tuple[int, ...] = ()
     reclassify: Callable[[int], dict[str, Visibility]] | None = None
     proven: int = 0
+    packing: Packing = Packing()
 
     def windowed(self) -> bool:
         """Whether some attention counts distances, which holes in a row would falsify."""
