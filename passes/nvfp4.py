@@ -86,8 +86,12 @@ class NVFP4Config(PassConfig):
             if word.split(":")[0] in ("first", "last") and count and not count.isdigit():
                 raise ArgumentError("nvfp4 option keep", repr(word), "'first:N' or 'last:N'", "Give a count.")
         if self.input_scale == "calibrated" and self.activations != "nvfp4":
-            raise ArgumentError("nvfp4 option input_scale", f"'calibrated' with activations={self.activations!r}",
-                                "'dynamic', or activations='nvfp4'", "Only NVFP4 activations have a tensor scale.")  # fmt: skip
+            raise ArgumentError(
+                "nvfp4 option input_scale",
+                f"'calibrated' with activations={self.activations!r}",
+                "'dynamic', or activations='nvfp4'",
+                "Only NVFP4 activations have a tensor scale.",
+            )
         for field, low, high in (("sensitive", 0, 1), ("budget", 0, float("inf"))):
             if not low <= getattr(self, field) <= high:
                 raise ArgumentError(

@@ -28,6 +28,7 @@ _PUBLIC = {
     "explain": "api",
     "export_onnx": "export",
     "load": "export",
+    "nvfp4_training": "training",
     "optimize": "api",
     "pack_dataset": "runtime.binpack",
     "relufy": "density",
