@@ -58,12 +58,14 @@ def write(
     *,
     report: Report | None = None,
     recipe: Mapping[str, Any] | None = None,
+    certificate: Mapping[str, Any] | None = None,
     output_names: list[str] | None = None,
     compiled: bool = False,
     longest: int = 2048,
 ) -> Path:
     """Save a program, packed or not. The file at `path` is replaced at once or, when anything fails, not at all.
 
+    report, recipe, certificate: kept as they are, for whoever reads the file.
     output_names: a name for each result; `output_0`, ... by default.
     compiled: also put machine code for this CPU into the file (AOTInductor; takes as long as a compilation).
     longest: the sequence length up to which a packed program's attention masks are proven now; longer
@@ -89,6 +91,7 @@ def write(
         "outputs": names,
         "recipe": dict(recipe or {}),
         "report": report.to_dict() if report is not None else None,
+        "certificate": dict(certificate) if certificate is not None else None,
         "strides": pool.strides(),
     }
     with contextlib.ExitStack() as stack:
@@ -137,6 +140,12 @@ def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compil
         raise ArtifactError(f"{path} does not hold what its manifest promises: {error!r}.") from error
     machine_code = code.numpy().tobytes() if target == "compiled" and code is not None else None
     return Loaded(program, manifest, target, machine_code)
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file says about itself, checked, without reading its weights. Raises ArtifactError."""
+    with _open(Path(path)) as (_, archive):
+        return _manifest(archive, path)
 
 
 def _write_archive(file: Any, members: Mapping[str, Iterable[memoryview]], manifest: dict[str, Any]) -> None:

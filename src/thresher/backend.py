@@ -89,6 +89,7 @@ def build(
         report.target = target.name
         session = Session(rewritten, target, Reference(), report, recipe.freshness)
         session.certificate = certify(program, rewritten, recipe, report)
+        session.captured = program
     report.emit_trace()
     sessions.remember(session)
     if recipe.passes and not report.rewritten:

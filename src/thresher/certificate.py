@@ -93,8 +93,8 @@ class Certificate:
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
-        """JSON without NaN or infinity, which many readers refuse; they become null and are noted."""
-        return json.dumps(_plain(self.to_dict()), indent=1, allow_nan=False)
+        """JSON without NaN or infinity, which many readers refuse; they become null."""
+        return json.dumps(plain(self.to_dict()), indent=1, allow_nan=False)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Certificate:
@@ -257,11 +257,12 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1e}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold: NaN and infinity become null, anything unknown its text."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

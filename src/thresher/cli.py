@@ -1,23 +1,53 @@
-"""The `thresher` command."""
+"""The `thresher` command.
+
+Exit codes: 0 when what was asked for was done and holds; 1 when it was done and a check failed (nothing
+rewritten, slower than Inductor, outside the budget); 2 for wrong input, with a message that names the fix.
+"""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from .errors import ThresherError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Graph rewrites that take the waste out of transformer inference.")  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Model = Annotated[str, typer.Argument(help="minilm, smollm2, or the path of a Hugging Face model directory.")]
+RecipeOption = Annotated[str, typer.Option(help="A preset's name or a TOML file.")]
+Stats = Annotated[Path | None, typer.Option(help="Statistics that `thresher calibrate` wrote.")]
+Rows = Annotated[int, typer.Option(min=1, help="Rows of real text in the batch.")]
+Longest = Annotated[int, typer.Option(min=4, help="Longest row in tokens.")]
+Target = Annotated[str, typer.Option(help="inductor or reference.")]
+Html = Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")]
 
 
 def _out(as_json: bool, payload: Any) -> None:
     if as_json:
-        print(json.dumps(payload, indent=2))
+        from .certificate import plain
+
+        print(json.dumps(plain(payload), indent=2, allow_nan=False))
+
+
+def _recipe(name: str, stats: Path | None) -> Any:
+    from . import backend  # registers the passes
+    from .recipe import Recipe
+
+    assert backend
+    return Recipe.of(name, **({"stats": str(stats)} if stats is not None else {}))
+
+
+def _load(model: str, rows: int, longest: int, seed: int = 0) -> tuple[Any, dict[str, Any]]:
+    from . import models
+
+    loaded, tokenizer = models.load(model)
+    return loaded, models.mixed_length_batch(tokenizer, rows, seed, max_len=longest)
 
 
 @app.command()
@@ -36,31 +66,41 @@ def demo(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this CPU for the cost model and keep the result.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Print versions, what is usable on this machine, and how to get what is missing."""
     from . import doctor as module
 
+    measured = module.calibrate() if calibrate else None
     if as_json:
-        _out(True, module.to_dict())
+        _out(True, {**module.to_dict(), **({"calibrated": str(measured)} if measured else {})})
     else:
         Console().print(module.render())
+        if measured:
+            Console().print(f"This CPU's rates are kept in {measured}.")
 
 
 @app.command()
 def explain(
-    model: Annotated[
-        str, typer.Argument(help="minilm, smollm2, or the path of a Hugging Face model directory.")
-    ],
-    recipe: Annotated[str, typer.Option(help="A preset's name or a TOML file.")] = "exact",
+    model: Model,
+    recipe: RecipeOption = "exact",
+    stats: Stats = None,
+    rows: Rows = 4,
+    longest: Longest = 32,
+    html: Html = None,
     text: Annotated[bool, typer.Option("--text", help="Also print the rewritten program.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a recipe would do to a model, without building anything."""
-    from . import api, models
+    """Show what a recipe would do to a model, without building anything. Exit code 1 when that is nothing."""
+    from . import api, html_report
 
-    loaded, tokenizer = models.load(model)
-    batch = models.mixed_length_batch(tokenizer, 4, max_len=32)
-    found = api.explain(loaded, batch, recipe)
+    chosen = _recipe(recipe, stats)
+    loaded, batch = _load(model, rows, longest)
+    found = api.explain(loaded, batch, chosen)
     _out(as_json, {"reports": [r.to_dict() for r in found.reports], "refused": found.refused})
     if not as_json:
         console = Console()
@@ -71,6 +111,162 @@ def explain(
         if text:
             for program in found.after:
                 print(program.text())
+    if html is not None:
+        html_report.write(html, found, title=model)
+        Console(stderr=True).print(f"Wrote {html}")
+    if chosen.passes and not any(r.rewritten for r in found.reports):
+        raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="The statistics' file, *.safetensors.")],
+    recipe: RecipeOption,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of real text.")] = 8,
+    rows: Rows = 8,
+    longest: Longest = 128,
+    as_json: Json = False,
+) -> None:
+    """Run a model over batches of text and keep what the recipe's passes need to know."""
+    from . import api, models
+
+    chosen = _recipe(recipe, None)
+    loaded, tokenizer = models.load(model)
+    texts = [models.mixed_length_batch(tokenizer, rows, seed, max_len=longest) for seed in range(batches)]
+    found = api.calibrate(loaded, texts, chosen)
+    found.save(output)
+    sites = {name: len(of_pass) for name, of_pass in found.items()}
+    _out(as_json, {"path": str(output), "fingerprint": found.fingerprint, "sites": sites})
+    if not as_json:
+        Console().print(f"Wrote {output}: " + ", ".join(f"{n} sites for {p}" for p, n in sites.items()) + ".")
+
+
+@app.command("compile")
+def compile_model(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="The artifact's file.")],
+    recipe: RecipeOption = "exact",
+    stats: Stats = None,
+    rows: Rows = 4,
+    longest: Longest = 128,
+    target: Target = "inductor",
+    compiled: Annotated[bool, typer.Option(help="Also store machine code for this CPU.")] = False,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a model, verify it on a batch of text, and save it. Exit code 1 when it is outside its budget."""
+    from . import api, export, html_report
+
+    chosen = _recipe(recipe, stats)
+    loaded, batch = _load(model, rows, longest)
+    made = api.compile(loaded, batch, chosen, target=target)
+    export.save(made, output, example_inputs=batch, compiled=compiled, longest=max(longest, 512))
+    certificate = made.certificate
+    _out(as_json, {"path": str(output), "certificate": certificate.to_dict()})
+    if not as_json:
+        Console().print(certificate)
+        Console().print(f"Wrote {output}")
+    if html is not None:
+        html_report.write(html, made, title=model)
+    if certificate.error is not None and not certificate.holds:
+        raise typer.Exit(1)
+
+
+@app.command("export")
+def export_model(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="The ONNX file.")],
+    recipe: RecipeOption = "exact",
+    stats: Stats = None,
+    rows: Rows = 4,
+    longest: Longest = 32,
+    runtime: Annotated[str, typer.Option(help="ort, ort-cuda, tensorrt or portable.")] = "ort",
+    as_json: Json = False,
+) -> None:
+    """Export a rewritten model to ONNX and check it against the program."""
+    from . import export
+
+    if not hasattr(export, "export_onnx"):
+        raise ThresherError("This version of Thresher has no ONNX export.")
+    chosen = _recipe(recipe, stats)
+    loaded, batch = _load(model, rows, longest)
+    result = export.export_onnx(loaded, batch, output, chosen, runtime=runtime)
+    _out(as_json, {"path": str(output), "result": str(result)})
+    if not as_json:
+        Console().print(result)
+        Console().print(f"Wrote {output}")
+
+
+@app.command()
+def bench(
+    model: Model,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="A preset's name or a TOML file; may be repeated. Default: exact."),
+    ] = None,
+    stats: Stats = None,
+    rows: Rows = 8,
+    longest: Longest = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each.")] = 5,
+    target: Target = "inductor",
+    least: Annotated[
+        float, typer.Option(help="Exit with code 1 when the best recipe gains less than this.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Time recipes against eager and plain Inductor on one batch of real text, in turns."""
+    from . import bench as module
+
+    chosen = {name: _recipe(name, stats) for name in recipe or ["exact"]}
+    loaded, batch = _load(model, rows, longest)
+    timed, made = module.compare(loaded, batch, chosen, target=target, rounds=rounds)
+    baseline = next((t for t in timed if t.name == "inductor"), timed[0])
+    gains = {t.name: baseline.seconds / t.seconds for t in timed}
+    expected = {n: c.report.predicted for n, c in made.items()}
+    _out(as_json, {"baseline": baseline.name, "rows": [
+        {**vars(t), "gain": gains[t.name], "expected": expected.get(t.name)} for t in timed
+    ]})  # fmt: skip
+    if not as_json:
+        table = Table(title=f"{model}, {rows} rows up to {longest} tokens", title_justify="left")
+        for heading in (
+            "run",
+            "ms",
+            f"over {baseline.name}",
+            "expected",
+            "max rel. difference",
+            "compile, s",
+        ):
+            table.add_column(heading, justify="left" if heading == "run" else "right")
+        for t in timed:
+            guess = expected.get(t.name)
+            table.add_row(t.name, f"{t.seconds * 1e3:.1f}", f"{gains[t.name]:.2f}x", f"{guess:.2f}x" if guess else "",
+                          f"{t.difference:.1e}", f"{t.compile_seconds:.1f}")  # fmt: skip
+        Console().print(table)
+    if max(gains[n] for n in made) < least:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    artifact: Annotated[Path, typer.Argument(help="A file that `thresher compile` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Show the certificate in a saved artifact. Exit code 1 when it was measured outside its budget."""
+    from .certificate import Certificate
+    from .runtime.artifact import read_manifest
+
+    found = read_manifest(artifact).get("certificate")
+    if found is None:
+        raise ThresherError(
+            f"{artifact} holds no certificate: it was saved from a Program, not from thresher.compile."
+        )
+    certificate = Certificate.from_dict(found)
+    _out(as_json, certificate.to_dict())
+    if not as_json:
+        Console().print(certificate)
+    if certificate.error is not None and not certificate.holds:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -78,5 +274,5 @@ def main() -> None:
     try:
         app()
     except ThresherError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}")
+        Console(stderr=True).print(f"[red]error:[/red] {error}", markup=True)
         raise SystemExit(2) from None

@@ -7,6 +7,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from . import compat, ops
+from . import compat, device_rates, devices, ops
 from .kernels import catalog, native
 
 
@@ -61,7 +62,21 @@ def checks() -> list[Check]:
         found.append(Check("packages", package, number or "not installed", there, fix))
     reason = native.unavailable()
     found.append(Check("kernels", "C++ compiler", native.compiler() or "none", reason is None, reason or ""))
-    return found + _kernels()
+    return [*found, _rates(), *_kernels()]
+
+
+def _rates() -> Check:
+    """Whether the cost model knows this CPU."""
+    cpu = devices.get("cpu")
+    known = bool(cpu.surfaces)
+    shown = f"{cpu.flops['float32'] / 1e9:.0f} GFLOP/s, {cpu.bandwidth / 1e9:.0f} GB/s: {cpu.source}"
+    return Check("system", "cost model", shown, known, "" if known else "thresher doctor --calibrate")
+
+
+def calibrate() -> Path:
+    """Measure this CPU and keep the result; where it is kept."""
+    catalog.load()
+    return devices.save_cpu(device_rates.measure_cpu(), devices.cache_dir())
 
 
 def _python() -> Check:

@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from . import sessions
+from .certificate import plain
 from .errors import ArgumentError, ThresherError
 from .program import Program, Weight
 from .runtime import artifact
@@ -65,6 +66,7 @@ def save(
         path,
         report=session.report,
         recipe=what.recipe.to_dict(),
+        certificate=plain(session.certificate.to_dict()) if session.certificate is not None else None,
         output_names=_names(result, results),
         compiled=compiled,
         longest=longest,
