@@ -20,7 +20,7 @@ from thresher.program import Program, value
 
 from .extract import is_computed
 from .token_axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, hint, sizes
-from .visibility import attention
+from .visibility import Attention
 
 aten = torch.ops.aten
 
@@ -29,13 +29,17 @@ aten = torch.ops.aten
 class Frontier:
     """The values that enter the body from outside it, with the labels they need there.
 
+    sites: the attentions, by the node that holds the result. rows: sequences share rows, so that attention
+        is masked; else the body is one row, and attention goes by segments.
     entering: node -> labels; all None for a value that is the same for every token.
     masks: masks of generic attention, passed as they are. prologue: nodes that must be computed padded.
     """
 
     program: Program
     axes: TokenAxes
+    sites: dict[fx.Node, Attention]
     visibilities: dict[fx.Node, Visibility]
+    rows: bool = False
     entering: dict[fx.Node, Labels] = field(default_factory=dict)
     masks: list[fx.Node] = field(default_factory=list)
 
@@ -48,12 +52,12 @@ class Frontier:
         for node in list(self.axes.labels):
             if node.op == "placeholder":
                 self.entering[node] = self.axes[node]
-            elif node.target is aten.embedding.default:
-                self._enter(node.args[1], self.axes[node][:-1])  # type: ignore[arg-type]
-            elif node.target is aten.scaled_dot_product_attention.default:
-                mask = attention(node).mask
+            elif node in self.sites:
+                mask = self.sites[node].mask
                 if self.visibilities[node].kind == "generic" and mask is not None and mask not in self.masks:
                     self.masks.append(mask)
+            elif node.target is aten.embedding.default:
+                self._enter(node.args[1], self.axes[node][:-1])  # type: ignore[arg-type]
             else:
                 for argument in node.all_input_nodes:
                     if is_computed(argument) and argument not in self.axes:
@@ -110,30 +114,52 @@ def body_inputs(
             found.append(Gather(*origin(node), batch, labels.index(SEQUENCE)))
         else:
             found.append(Passed(*origin(node)))
-    found += [PlanField("cu_seqlens"), PlanField("max_len")]
-    if frontier.masks:
-        found += [PlanField("rows"), PlanField("columns")]
+    found += [PlanField(name) for name in plan_fields(frontier)]
     return found + [Passed(*origin(m)) for m in frontier.masks]
 
 
+def plan_fields(frontier: Frontier) -> list[str]:
+    """What the body takes from the packing plan."""
+    if frontier.rows:
+        return ["segments", "columns"]
+    return ["cu_seqlens", "max_len"] + (["rows", "columns"] if frontier.masks else [])
+
+
 def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node]) -> Program:
-    """Trace the labelled nodes at one row of T tokens, T symbolic; returns the body as a Program."""
+    """Trace the labelled nodes at one row of T tokens, or at rows of a capacity; all of these symbolic.
+
+    Returns the body as a Program.
+    """
     axes = frontier.axes
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     tokens = _symbol(mode, _free_number(program, max(64, axes.batch * axes.sequence // 2)), "tokens")
+    if frontier.rows:
+        rows = _symbol(mode, _free_number(program, hint(tokens) + 1), "packed_rows")
+        packed = {BATCH: rows, SEQUENCE: tokens, TOKENS: rows * tokens}
+    else:
+        packed = {BATCH: 1, SEQUENCE: tokens, TOKENS: tokens}
     offsets = _symbol(mode, axes.batch + 1 + (axes.batch + 1 == hint(tokens)), "offsets")
     longest = _symbol(mode, axes.sequence, "longest")
     weights = [n for n in program.graph.nodes if n.op == "get_attr" and any(u in axes for u in n.users)]
     device = value(next(iter(frontier.entering))).device
+    whole = (packed[BATCH], packed[SEQUENCE])
+    shapes = {
+        "cu_seqlens": offsets,
+        "rows": tokens,
+        "columns": whole if frontier.rows else tokens,
+        "segments": whole,
+    }
+    fields = plan_fields(frontier)
     with mode:
-        fakes: list[Any] = [_packed_fake(n, labels, tokens) for n, labels in frontier.entering.items()]
-        fakes += [torch.empty(offsets, dtype=torch.int32, device=device), longest]
-        if frontier.masks:
-            fakes += [torch.empty(tokens, dtype=torch.int64, device=device) for _ in range(2)]
-            fakes += [_fresh(mode, n, i) for i, n in enumerate(frontier.masks)]
+        fakes: list[Any] = [_packed_fake(n, labels, packed) for n, labels in frontier.entering.items()]
+        for name in fields:
+            dtype = torch.int32 if name == "cu_seqlens" else torch.int64
+            fakes.append(
+                longest if name == "max_len" else torch.empty(shapes[name], dtype=dtype, device=device)
+            )
+        fakes += [_fresh(mode, n, i) for i, n in enumerate(frontier.masks)]
         fakes += [_weight_fake(mode, program.weights[str(n.target)].tensor) for n in weights]
-    names = [n.name for n in frontier.entering] + ["cu_seqlens", "max_len"]
-    names += (["rows", "columns"] if frontier.masks else []) + [n.name for n in frontier.masks]
+    names = [n.name for n in frontier.entering] + fields + [n.name for n in frontier.masks]
 
     def run(*arguments: Any) -> tuple[Any, ...]:
         env: dict[fx.Node, Any] = dict(zip(frontier.entering, arguments))
@@ -143,7 +169,7 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
         for node in program.graph.nodes:
             if node in axes and node.op == "call_function":
                 with fx.traceback.set_current_meta(node):
-                    env[node] = _replay(node, env, axes, frontier, given, tokens)
+                    env[node] = _replay(node, env, axes, frontier, given, packed)
         return tuple(env[n] for n in leaving)
 
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta():
@@ -158,22 +184,26 @@ def _held(program: Program, node: fx.Node) -> tuple[str, torch.Tensor]:
 
 
 def _replay(
-    node: fx.Node, env: dict[fx.Node, Any], axes: TokenAxes, frontier: Frontier, given: Any, tokens: Any
+    node: fx.Node,
+    env: dict[fx.Node, Any],
+    axes: TokenAxes,
+    frontier: Frontier,
+    given: dict[str, Any],
+    packed: dict[str, Any],
 ) -> Any:
     def of(argument: Any) -> Any:
         return fx.node.map_arg(argument, lambda n: env[n])
 
-    if node.target is aten.scaled_dot_product_attention.default:
-        return _attend(node, env, frontier, given)
+    if node in frontier.sites:
+        return (_attend_in_rows if frontier.rows else _attend)(node, env, frontier, given)
     if node.target in (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int):
-        return torch.ops.aten.reshape.default(of(node.args[0]), _packed_shape(node, axes, tokens))
+        return torch.ops.aten.reshape.default(of(node.args[0]), _packed_shape(node, axes, packed))
     if node.target is aten.expand.default:
-        return torch.ops.aten.expand.default(of(node.args[0]), _packed_shape(node, axes, tokens))
+        return torch.ops.aten.expand.default(of(node.args[0]), _packed_shape(node, axes, packed))
     return node.target(*of(node.args), **of(node.kwargs))  # type: ignore[operator]
 
 
-def _packed_shape(node: fx.Node, axes: TokenAxes, tokens: Any) -> list[Any]:
-    packed = {BATCH: 1, SEQUENCE: tokens, TOKENS: tokens}
+def _packed_shape(node: fx.Node, axes: TokenAxes, packed: dict[str, Any]) -> list[Any]:
     shape = []
     for label, size in zip(axes[node], value(node).shape):
         if label is None and not isinstance(size, int):
@@ -183,7 +213,7 @@ def _packed_shape(node: fx.Node, axes: TokenAxes, tokens: Any) -> list[Any]:
 
 
 def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: Any) -> Any:
-    site = attention(node)
+    site = frontier.sites[node]
     q, k, v = (
         env[n] for n in (site.q, _unrepeated(site.k, frontier.axes), _unrepeated(site.v, frontier.axes))
     )
@@ -202,7 +232,37 @@ def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: A
             scale,
         )
     return torch.ops.thresher.varlen_attention(
-        q, k, v, given["cu_seqlens"], given["max_len"], scale, seen.kind == "causal", seen.window, 0.0
+        q,
+        k,
+        v,
+        given["cu_seqlens"],
+        given["max_len"],
+        scale,
+        seen.kind == "causal",
+        seen.window,
+        site.softcap,
+    )
+
+
+def _attend_in_rows(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: dict[str, Any]) -> Any:
+    """Attention in rows that sequences share: a mask keeps each to itself. Columns are the padded batch's."""
+    site, seen = frontier.sites[node], frontier.visibilities[node]
+    if seen not in (masks := given.setdefault("made", {})):
+        segments, columns = given["segments"], given["columns"]
+        mask = segments.unsqueeze(2) == segments.unsqueeze(1)
+        # filler has columns of its own order only by chance: it sees all filler
+        distance = torch.where(
+            (segments < 0).unsqueeze(2),
+            torch.zeros_like(columns).unsqueeze(2),
+            columns.unsqueeze(2) - columns.unsqueeze(1),
+        )
+        if seen.kind == "causal":
+            mask = mask & (distance >= 0)
+        if seen.window >= 0:
+            mask = mask & (distance.abs() <= seen.window)
+        masks[seen] = mask.unsqueeze(1)
+    return torch.ops.aten.scaled_dot_product_attention.default(
+        env[site.q], env[site.k], env[site.v], masks[seen], 0.0, False, scale=site.scale
     )
 
 
@@ -240,8 +300,7 @@ def _free_number(program: Program, start: int) -> int:
     return start
 
 
-def _packed_fake(node: fx.Node, labels: Labels, tokens: Any) -> torch.Tensor:
-    packed = {BATCH: 1, SEQUENCE: tokens, TOKENS: tokens}
+def _packed_fake(node: fx.Node, labels: Labels, packed: dict[str, Any]) -> torch.Tensor:
     known = value(node)
     shape = [packed[label] if label is not None else hint(size) for label, size in zip(labels, known.shape)]
     return torch.empty(shape, dtype=known.dtype, device=known.device)

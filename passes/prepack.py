@@ -22,15 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from thresher.layout import PackedLayout, Passed, Scatter, Visibility
+from thresher.errors import ArgumentError, unknown_key
+from thresher.layout import PackedLayout, Packing, Passed, Scatter, Visibility
 from thresher.program import Program, module_fqn, value
 from thresher.recipe import PassConfig
 
+from .attention_sites import attention_sites
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
 from .extract import extract
 from .packed_body import Frontier, body_inputs, trace_body
 from .token_axes import BATCH, SEQUENCE, TOKENS, Stop, TokenAxes, hint, propagate
-from .visibility import LeaksPads, MaskProbe, attention
+from .visibility import Attention, LeaksPads, MaskProbe
 
 aten = torch.ops.aten
 WHOLE = "the whole program"
@@ -42,11 +44,39 @@ class PrepackConfig(PassConfig):
 
     mask: name of the input that marks real tokens, for models that do not call it attention_mask.
     min_share: decline when less than this share of the linears' weights lies in the packed part.
+    min_gain: run a batch padded when packing it is predicted to gain less than this factor. A batch without
+        any padding always runs padded, bit-identical to the model as it was.
+    form: "flat", all tokens in one row of segments; or "rows", sequences share rows of a fixed capacity under
+        a block mask, as arXiv 2404.09529 has it, for targets that know neither segments nor ragged shapes.
+    buckets: fill the number of tokens up to one of at most this many sizes, for targets that compile each
+        size; 0 leaves it as it is, and one compilation serves all.
+    outputs: "padded", or "packed": results with values per token come back as [1, T, ...], in the order of
+        `mask.nonzero()`, and no [batch, sequence, vocabulary] is made.
     """
 
     name = "prepack"
     mask: str = "attention_mask"
     min_share: float = 0.5
+    min_gain: float = 1.0
+    form: str = "flat"
+    buckets: int = 0
+    outputs: str = "padded"
+
+    def validate(self) -> None:
+        for name, accepted in (("form", ("flat", "rows")), ("outputs", ("padded", "packed"))):
+            if getattr(self, name) not in accepted:
+                raise unknown_key(f"prepack's {name}", str(getattr(self, name)), accepted)
+        if self.buckets < 0:
+            raise ArgumentError(
+                "prepack's buckets", self.buckets, "0 or a number of sizes", "Use 12, or 0 for any size."
+            )
+        if self.form == "rows" and (self.buckets or self.outputs == "packed"):
+            raise ArgumentError(
+                "prepack's form",
+                '"rows" with buckets or packed outputs',
+                '"rows" alone',
+                'Use form="flat" for those.',
+            )
 
 
 @dataclass
@@ -56,6 +86,7 @@ class Found:
     tokens: fx.Node
     padding: fx.Node
     axes: TokenAxes
+    sites: dict[fx.Node, Attention]
     visibilities: dict[fx.Node, Visibility]
     probes: dict[fx.Node, MaskProbe]
     proven: int
@@ -74,7 +105,7 @@ class Prepack(Pass):
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         found: Found = match.data
         padded = program.copy()
-        layout, body = cut(program, padded, found)
+        layout, body = cut(program, padded, found, context.config)
         program.graph_module, program.weights = body.graph_module, body.weights
         program.input_names, program.packing = body.input_names, layout
         for site, seen in sorted(layout.visibilities.items())[:1]:
@@ -100,32 +131,42 @@ def find(program: Program, config: PrepackConfig) -> Found:
     # The flow starts at the embedded tokens, not at the ids: what else a model computes from the ids
     # (RoBERTa counts positions in them) is a handful of integers and stays padded.
     start = _embedded(tokens) or [tokens]
-    axes = propagate(program, {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start})
-    sites = program.nodes(aten.scaled_dot_product_attention.default)
+    sites = attention_sites(program)
+    axes = propagate(program, {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start}, sites)
     if not sites:
         raise Decline(_no_attention(axes))
     visibilities, probes = {}, {}
-    for node in sites:
+    for node, site in sites.items():
         where = module_fqn(node) or node.name
         if node not in axes:
             raise Decline(
                 f"The attention in {where} cannot be packed: {axes.stopped.get(node, 'it does not see the tokens')}."
             )
-        site = attention(node)
         if site.mask is None:
             raise Decline(
                 f"The attention in {where} does not use the padding mask, so pad tokens are part of its result."
             )
         if site.mask not in probes:
             probes[site.mask] = MaskProbe(program, site.mask, padding)
-        visibilities[node] = _classify(probes[site.mask], where, hint(sequence))
+        visibilities[node] = seen = _classify(probes[site.mask], where, hint(sequence))
+        if seen.kind == "generic" and (site.softcap or config.form == "rows"):
+            raise Decline(
+                f"The attention mask in {where} is more than a causal or windowed one, and "
+                + (
+                    "its scores have a soft cap."
+                    if site.softcap
+                    else 'form="rows" makes masks of those kinds only.'
+                )
+            )
+        if site.softcap and config.form == "rows":
+            raise Decline(f'The attention in {where} has a soft cap, which form="rows" cannot express.')
     share = _packed_share(program, axes)
     if share < config.min_share:
         first = next(iter(axes.stopped.values()), "they do not see the tokens")
         raise Decline(
             f"Only {share:.0%} of the linear weights could run packed, and min_share is {config.min_share:.0%}: {first}."
         )
-    return Found(tokens, padding, axes, visibilities, probes, hint(sequence))
+    return Found(tokens, padding, axes, sites, visibilities, probes, hint(sequence))
 
 
 def _padding_mask(program: Program, name: str) -> fx.Node:
@@ -197,20 +238,39 @@ def _classify(probe: MaskProbe, where: str, length: int) -> Visibility:
 
 
 def _packed_share(program: Program, axes: TokenAxes) -> float:
-    inside = total = 0
+    sizes = _linears(program)
+    total = sum(size for _, size in sizes)
+    return sum(size for node, size in sizes if node in axes) / total if total else 1.0
+
+
+def packing(program: Program, found: Found, config: PrepackConfig) -> Packing:
+    """How and when calls are packed; costs are FLOPs of what runs packed."""
+    token_cost = 2 * sum(size for node, size in _linears(program) if node in found.axes)
+    pair_cost = sum(
+        2 * value(site.q).shape[1] * (value(site.q).shape[-1] + value(site.v).shape[-1])
+        for site in found.sites.values()
+    )
+    causal = all(v.kind == "causal" for v in found.visibilities.values())
+    return Packing(config.form, config.buckets, found.axes.batch * found.axes.sequence, config.outputs,
+                   config.min_gain, float(token_cost), float(pair_cost), causal)  # fmt: skip
+
+
+def _linears(program: Program) -> list[tuple[fx.Node, int]]:
+    """Each linear with the number of elements of its weight."""
+    found = []
     for node in program.nodes(aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
         weight = next((program.weight(a) for a in reversed(node.all_input_nodes) if program.weight(a)), None)
-        size = weight.tensor.numel() if weight is not None else 0
-        total += size
-        inside += size * (node in axes)
-    return inside / total if total else 1.0
+        found.append((node, weight.tensor.numel() if weight is not None else 0))
+    return found
 
 
-def cut(program: Program, padded: Program, found: Found) -> tuple[PackedLayout, Program]:
+def cut(
+    program: Program, padded: Program, found: Found, config: PrepackConfig
+) -> tuple[PackedLayout, Program]:
     """Cut the program into prologue, body and epilogue, and describe how they fit together."""
     axes = found.axes
     places = program.placeholders
-    frontier = Frontier(program, axes, found.visibilities)
+    frontier = Frontier(program, axes, found.sites, found.visibilities, config.form == "rows")
     try:
         frontier.explore()
     except Stop as stop:
@@ -263,10 +323,13 @@ def cut(program: Program, padded: Program, found: Found) -> tuple[PackedLayout, 
         visibilities={module_fqn(n) or n.name: v for n, v in found.visibilities.items()},
         masks=tuple(prologue_nodes.index(m) for m in frontier.masks if m in prologue_nodes),
         proven=found.proven,
+        packing=packing(program, found, config),
     )
     resizable = {
-        n: found.probes[attention(n).mask] for n, v in found.visibilities.items() if v.kind != "generic"
-    }  # type: ignore[index]
+        n: found.probes[found.sites[n].mask]
+        for n, v in found.visibilities.items()
+        if v.kind != "generic"  # type: ignore[index]
+    }
     if any(p.resizable() for p in resizable.values()):
         names = {n: module_fqn(n) or n.name for n in resizable}
 

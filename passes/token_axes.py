@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -26,6 +26,21 @@ BATCH, SEQUENCE, TOKENS = "batch", "sequence", "tokens"
 """TOKENS is batch and sequence merged into one dimension, [B, S, ...] viewed as [B*S, ...]."""
 
 Labels = tuple[str | None, ...]
+
+
+class Composite(Protocol):
+    """An attention spelled out in several nodes."""
+
+    @property
+    def q(self) -> fx.Node: ...
+    @property
+    def k(self) -> fx.Node: ...
+    @property
+    def v(self) -> fx.Node: ...
+    @property
+    def mask(self) -> fx.Node | None: ...
+    @property
+    def inside(self) -> frozenset[fx.Node]: ...
 
 
 class Stop(Exception):
@@ -65,12 +80,25 @@ def sizes(node: fx.Node) -> list[int]:
     return [hint(s) for s in value(node).shape]
 
 
-def propagate(program: Program, seeds: Mapping[fx.Node, Labels]) -> TokenAxes:
-    """Follow the labels of `seeds` through the program; each seed has a batch and a sequence dimension."""
+def propagate(
+    program: Program, seeds: Mapping[fx.Node, Labels], composites: Mapping[fx.Node, Composite] | None = None
+) -> TokenAxes:
+    """Follow the labels of `seeds` through the program; each seed has a batch and a sequence dimension.
+
+    composites: attentions spelled out in several nodes, by the node that holds the result; what is inside
+    them gets no labels and stops nothing.
+    """
+    composites = composites or {}
+    inside = {n for c in composites.values() for n in c.inside}
     seed, labels = next(iter(seeds.items()))
     extent = dict(zip(labels, sizes(seed)))
     axes = TokenAxes(extent[BATCH], extent[SEQUENCE], labels=dict(seeds))
     for node in program.nodes():
+        if node in inside:
+            continue
+        if node in composites and composites[node].inside:
+            _composite(node, composites[node], axes)
+            continue
         sources = [a for a in node.all_input_nodes if a in axes.labels]
         held_up = next((a for a in node.all_input_nodes if a in axes.stopped), None)
         if held_up is not None:
@@ -81,6 +109,17 @@ def propagate(program: Program, seeds: Mapping[fx.Node, Labels]) -> TokenAxes:
             except Stop as stop:
                 axes.stopped[node] = f"{node.name} ({node.target}) {stop}"
     return axes
+
+
+def _composite(node: fx.Node, site: Composite, axes: TokenAxes) -> None:
+    held_up = next((a for a in (site.q, site.k, site.v) if a in axes.stopped), None)
+    if held_up is not None:
+        axes.stopped[node] = axes.stopped[held_up]
+    elif site.q in axes:
+        try:
+            axes.labels[node] = _attends((site.q, site.k, site.v), site.mask, axes)
+        except Stop as stop:
+            axes.stopped[node] = f"{node.name} (attention) {stop}"
 
 
 def rule_for(node: fx.Node) -> Rule:
@@ -354,11 +393,15 @@ def _regroup_one(rows: list[tuple[str | None, int]], columns: list[int], axes: T
 
 @_rule(aten.scaled_dot_product_attention.default)
 def _attention(node: fx.Node, labels: TokenAxes) -> Any:
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return _attends(node.args[:3], mask, labels)
+
+
+def _attends(operands: Sequence[Any], mask: Any, labels: TokenAxes) -> Labels:
     expected = (BATCH, None, SEQUENCE, None)
-    for argument in node.args[:3]:
+    for argument in operands:
         if labels.get(argument) != expected:
             raise Stop(f"attends over {labels.get(argument)}, not over [batch, heads, sequence, head_dim]")
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if mask in labels:
         raise Stop("takes a mask that depends on the tokens")
     return expected

@@ -41,6 +41,8 @@ class Attention:
     mask: fx.Node | None
     causal: bool
     scale: float | None
+    softcap: float = 0.0
+    inside: frozenset[fx.Node] = frozenset()  # the nodes between q, k, v, mask and node, when spelled out
 
 
 def attention(node: fx.Node) -> Attention:
