@@ -39,10 +39,11 @@ def launch_scores(q, k, probes, segments, scale):
     sizes = (heads, heads // k.shape[1], rows, keys, dim, scale, *q.stride()[:3], *k.stride()[:3])
     tile = dict(
         SEGMENTED=segmented,
-        BP=16 if rows <= 16 else 64,
+        BP=16 if rows <= 16 else 32,
         BN=64,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         PRECISION="ieee",  # TF32 would move scores by 1e-3
+        num_warps=8,  # with four, head widths of 128 spill
     )
     kernels.row_lse[(triton.cdiv(rows, tile["BP"]), batch * heads)](
         q, k, probes, segments, lse, *sizes, **tile

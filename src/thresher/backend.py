@@ -6,6 +6,7 @@ Session. A graph it cannot take runs as plain Inductor compiles it, and that is 
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .kernels import catalog as operators
 from .lowering.inductor import Inductor
+from .lowering.providers import provider_notes
 from .lowering.reference import Reference
 from .lowering.target import Target
 from .passes import catalog as passes
@@ -29,6 +31,7 @@ from .program import Program, module_fqn, value
 from .recipe import Recipe
 from .report import Report
 from .runtime.compare import relative_difference
+from .runtime.kv_session import CallSession
 from .runtime.session import Session
 
 operators.load()
@@ -61,6 +64,8 @@ def thresher_backend(
         raise ArgumentError(
             "options['target']", repr(target), "one of " + ", ".join(TARGETS), "Use a target from that list."
         )
+    if not any(isinstance(example, torch.Tensor) for example in example_inputs):
+        return gm.forward  # arithmetic on sizes, between two graph breaks
     recipe = given.pop("recipe") if isinstance(given.get("recipe"), Recipe) else None
     recipe = Recipe.of(recipe, **given) if recipe is not None else Recipe.of(given or None)
     try:
@@ -87,7 +92,8 @@ def build(
     with without_fake_mode(), torch.no_grad():
         rewritten, report = run_pipeline(program, recipe, inputs)
         report.target = target.name
-        session = Session(rewritten, target, Reference(), report, recipe.freshness)
+        report.notes += provider_notes(rewritten)
+        session = _session(rewritten, program, recipe, target, report)
         session.certificate = certify(program, rewritten, recipe, report)
         session.captured = program
     report.emit_trace()
@@ -97,6 +103,26 @@ def build(
         warnings.warn(f"thresher rewrote nothing, and the model runs as plain Inductor compiles it: {first}",
                       ThresherWarning, stacklevel=2)  # fmt: skip
     return session, roles
+
+
+def _session(
+    rewritten: Program, program: Program, recipe: Recipe, target: Target, report: Report
+) -> Session:
+    """What runs a rewritten program; where a pass decided by the call, calls of another kind get their own."""
+    if rewritten.calls is None:
+        return Session(rewritten, target, Reference(), report, recipe.freshness)
+
+    def rebuild(choices: dict[str, tuple[int, ...]]) -> Session:
+        passes = tuple(
+            dataclasses.replace(c, choice=choices[c.name]) if c.name in choices else c for c in recipe.passes
+        )
+        other = dataclasses.replace(recipe, passes=passes, require=())
+        with without_fake_mode(), torch.no_grad():
+            again, account = run_pipeline(program, other, None)
+        account.target = target.name
+        return _session(again, program, other, target, account)
+
+    return CallSession(rewritten, target, Reference(), report, recipe.freshness, rebuild=rebuild)
 
 
 def run_pipeline(
@@ -203,6 +229,8 @@ def _entry(session: Session, roles: Sequence[str]) -> Callable[..., list[Any]]:
     ]
 
     def call(*arguments: Any) -> list[Any]:
-        return session([arguments[i] for i in inputs], {fqn: arguments[i] for i, fqn in weights})
+        results = session([arguments[i] for i in inputs], {fqn: arguments[i] for i, fqn in weights})
+        sessions.tell(session, results)
+        return results
 
     return call

@@ -213,7 +213,7 @@ def module_fqn(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\[['\"][^\]]*['\"]\]\.?", "", path)
+    path = re.sub(r"^L\[['\"][^\]]*['\"]\](\[\d+\])?\.?", "", path)  # a decorated forward: L['args'][0]
     path = re.sub(r"\._modules\['([^']+)'\]|_modules\['([^']+)'\]", lambda m: "." + (m[1] or m[2]), path)
     return path.replace("slf.", "").strip(".")
 

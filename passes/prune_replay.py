@@ -1,0 +1,123 @@
+"""Builds the pruned program: runs the layers again and cuts tokens at the stages' boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.program import Program, value
+
+from .prune_scores import Scorer, State, spread
+from .token_axes import SEQUENCE
+from .tokens import Types
+from .tokens_replay import Frame, Replay, put, retrace
+
+_EXTRA = {"token_types": torch.int8, "token_scores": torch.float32}
+
+
+def prune(
+    program: Program, found: Any, config: Any, extra: Sequence[str]
+) -> tuple[list[str], dict[int, tuple[int, str, bool]]]:
+    """Rewrite a program in place.
+
+    found: what the pass matched (tower, types, axes, stages, drops). extra: inputs to append, by name.
+    Returns the names of the results appended, int64 [B, L] kept tokens of each stage, and for each of the
+    caller's results that is shorter: its sequence dimension, the name of its kept tokens, and whether it
+    was given its places back.
+    """
+    builder = _Builder(program, found, config)
+    like = value(found.tower.layers[0].input)
+    with program.fake_mode():
+        fakes = {n: torch.empty(like.shape[:2], dtype=_EXTRA[n], device=like.device) for n in extra}
+    retrace(program, builder.replay, fakes)
+    return builder.names, builder.shortened
+
+
+class _Builder:
+    def __init__(self, program: Program, found: Any, config: Any):
+        self.program, self.found, self.config = program, found, config
+        self.layers = found.tower.layers
+        self.cuts = {self.layers[after].input: (i, after) for i, (after, _) in enumerate(found.stages)}
+        self.names = [f"kept.{after}" for after, _ in found.stages]
+        self.shortened: dict[int, tuple[int, str, bool]] = {}
+        self.results = program.outputs
+        self.state: State | None = None
+        self.full: torch.Tensor | None = None
+        self.frames: list[Frame] = []
+
+    def replay(self, env: dict[fx.Node, Any], extra: Mapping[str, Any]) -> list[Any]:
+        axes, types = self.found.axes, self.found.types
+        self.shortened, self.state, self.full, self.frames = {}, None, None, []
+        replay = Replay(axes, {**env, **extra}, None)
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                if node in axes.stopped:
+                    self._restore_arguments(node, replay)
+                replay.compute(node)
+            if node in self.cuts:
+                self._cut(node, *self.cuts[node], replay, types)
+        kept = [frame.since(replay.root) for frame in self.frames]
+        return [*(self._result(i, n, replay) for i, n in enumerate(self.results)), *kept]
+
+    def _cut(self, node: fx.Node, stage: int, after: int, replay: Replay, types: Types) -> None:
+        hidden = replay.env[node]
+        batch, length = hidden.shape[:2]
+        replay.home.setdefault(node, replay.root)
+        if self.state is None:
+            replay.root.length = length
+            image, pad = types.flags(replay.env, hidden)
+            position = torch.arange(length, device=hidden.device)[None].expand(batch, length)
+            first = self.config.accumulate_from or after
+            self.scorer = Scorer(self.config, self.layers, first)
+            self.state = State(image, pad, position, replay.env.get("token_scores"))
+        state = self.state
+        drops = self.found.drops
+        going = drops[stage] - (drops[stage - 1] if stage else 0)
+        score = self.scorer.score(after, replay, state)
+        protected = ~state.image
+        if state.pad is not None:
+            protected = protected & ~state.pad
+        if self.config.reserve:
+            padding = 0 if state.pad is None else state.pad.sum(1, keepdim=True)
+            keep = state.image.sum(1, keepdim=True) - (going - padding).clamp_min(0) if state.pad is not None else (
+                state.image.sum(1, keepdim=True) - going
+            )  # fmt: skip
+            evenly = (keep.clamp_min(0) * round(self.config.reserve * 1024)) // 1024
+            protected = protected | spread(evenly, state.image)
+        index = torch.ops.thresher.topk_sorted(score, protected, state.pad, length - going, None)
+        if self.config.restore == "passthrough":
+            self.full = (
+                hidden
+                if self.full is None
+                else put(self.full, replay.axes[node], replay.frame.since(replay.root), hidden)
+            )
+        self.frames.append(replay.narrow(index, length - going))
+        state.narrow(index)
+
+    def _restored(self, node: fx.Node, replay: Replay) -> Any:
+        """A labelled value with all tokens' places."""
+        end = self.layers[-1].output
+        base = self.full if node is end and self.config.restore == "passthrough" else None
+        return replay.restored(node, base)
+
+    def _restore_arguments(self, node: fx.Node, replay: Replay) -> None:
+        """What mixes positions gets all tokens' places."""
+        for argument in node.all_input_nodes:
+            if argument in replay.axes and replay.home.get(argument, replay.root).step is not None:
+                replay.env[argument] = self._restored(argument, replay)
+                replay.home[argument] = replay.root
+
+    def _result(self, index: int, node: fx.Node | None, replay: Replay) -> Any:
+        if not isinstance(node, fx.Node):
+            return node
+        home = replay.home.get(node, replay.root)
+        labels = replay.axes.get(node)
+        if home.step is None or not isinstance(labels, tuple) or SEQUENCE not in labels:
+            return replay.env[node]
+        dim = labels.index(SEQUENCE)
+        restored = value(node).dim() == 3 and self.config.restore != "none"
+        self.shortened[index] = (dim, self.names[self.frames.index(home)], restored)
+        return self._restored(node, replay) if restored else replay.env[node]

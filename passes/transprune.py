@@ -1,0 +1,327 @@
+"""Token pruning: leave image tokens out from a layer on, so that everything behind it is shorter.
+
+    matched:  a boundary between two layers of the language model, and where its image tokens are
+    becomes:  score -> topk_sorted -> gather of hidden state, rotary tables and masks; the layers behind run
+              on the kept tokens; results with a value for each token get their places back
+
+Text is never left out, the order of tokens and their positions stay. The number of tokens left out is
+fixed when a program is built, so it has one shape and waits for no device; how many may go is counted
+from each call's token types beforehand, and calls with another count (in steps of `bucket`) get a
+program of their own. TransPrune (arXiv 2507.20630) is one policy of several; `prune_scores` has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Any
+
+from thresher import tokens as given_tokens
+from thresher.call_plan import CallPlan, Choice, Shortened
+from thresher.errors import ArgumentError, unknown_key
+from thresher.program import Program, value
+from thresher.recipe import PassConfig
+
+from .base import Context, Effect, Match, Miss, Pass, register_pass
+from .causal_mask import candidates, make_causal
+from .prune_replay import prune
+from .prune_scores import POLICIES
+from .structure import Tower
+from .token_axes import BATCH, SEQUENCE, Stop, TokenAxes, hint, propagate
+from .tokens import (
+    Decline,
+    Types,
+    counts_program,
+    embeddings_fed,
+    find_types,
+    largest_tower,
+    layer_flops,
+    publish_image,
+    whole,
+)
+from .tokens_replay import check
+
+RESTORE = ("zeros", "passthrough", "none")
+MODES = ("paper", "official_code")
+# The published schedule: behind layers 7, 9 and 12 of 32, as shares of the depth, and what stays.
+HIGH = ((7 / 32, 0.875), (9 / 32, 0.625), (12 / 32, 0.125))
+
+
+@dataclass(frozen=True)
+class TransPruneConfig(PassConfig):
+    """Options of token pruning.
+
+    policy: transprune, ttv, iga, fastv, pyramiddrop, uniform, random, or given.
+    mode: "paper" or "official_code", whose arithmetic differs (see kernels/token_transition.py).
+    stages: (after_layer, keep) pairs: layers count from one, keep is the share of the original image tokens.
+        Empty: the paper's High schedule, scaled to the model's depth.
+    instruction: at most so many tokens behind the image ask for attention.
+    accumulate_from: first layer whose transitions count; None: the first stage's.
+    reserve: share of the kept tokens that is spread evenly over the image instead of chosen by score. Later
+        questions need what the first did not ask for.
+    restore: what results have at tokens left out. "zeros"; "passthrough": the hidden state they left with,
+        through final norm and head; "none": such results are shorter. Keys and values always are.
+    min_image_tokens: rows with fewer keep them all. min_saving: least share of the layers' FLOPs to save.
+    bucket: tokens left out are a multiple of this; a larger one makes fewer programs.
+    image_token_id, image_span: which ids, or which columns, are the image, where the graph does not tell.
+    seed: of the random policy. budget: largest relative change of results at kept tokens.
+    choice: tokens each stage leaves out; None to count them. always: cut even where none goes, for tests.
+    """
+
+    name = "transprune"
+    policy: str = "transprune"
+    mode: str = "paper"
+    stages: tuple[tuple[int, float], ...] = ()
+    instruction: int = 32
+    accumulate_from: int | None = None
+    reserve: float = 0.0
+    restore: str = "zeros"
+    min_image_tokens: int = 64
+    min_saving: float = 0.05
+    bucket: int = 16
+    image_token_id: int | None = None
+    image_span: tuple[int, int] | None = None
+    seed: int = 0
+    budget: float = float("inf")
+    choice: tuple[int, ...] | None = None
+    always: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(tuple(s) for s in self.stages))
+
+    def validate(self) -> None:
+        for name, given, known in (
+            ("policy", self.policy, POLICIES),
+            ("mode", self.mode, MODES),
+            ("restore", self.restore, RESTORE),
+        ):
+            if given not in known:
+                raise unknown_key(f"transprune {name}", given, known)
+        for stage in self.stages:
+            if len(stage) != 2:
+                raise ArgumentError("stages", stage, "pairs (after_layer, keep)", "Write ((2, 0.25),).")
+            after, keep = stage
+            if after < 1:
+                raise ArgumentError("stages", f"after_layer {after}", "at least 1", "Layers count from one.")
+            if not 0 < keep <= 1:
+                raise ArgumentError(
+                    "stages", f"keep {keep}", "a share above 0, at most 1", "0.25 keeps a quarter."
+                )
+        for (a, k), (b, l) in zip(self.stages, self.stages[1:]):
+            if b <= a or l > k:
+                raise ArgumentError(
+                    "stages",
+                    self.stages,
+                    "rising layers and falling shares",
+                    "Each stage keeps a part of the last.",
+                )
+        for name, least in (("instruction", 1), ("bucket", 1), ("min_image_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ArgumentError(
+                    name, getattr(self, name), f"at least {least}", "Leave it out for the default."
+                )
+        if not 0 <= self.reserve <= 1:
+            raise ArgumentError("reserve", self.reserve, "a share from 0 to 1", "0.3 is a good start.")
+
+
+@dataclass
+class Found:
+    """What `match` worked out. stages: those inside the model. drops: tokens gone behind each."""
+
+    tower: Tower
+    types: Types
+    axes: TokenAxes
+    stages: tuple[tuple[int, float], ...]
+    drops: tuple[int, ...]
+
+
+@register_pass
+class TransPrune(Pass):
+    name, order, config_type = "transprune", 20, TransPruneConfig
+    effect = Effect(exact=False, budget=float("inf"))
+
+    def budget(self, context: Context) -> float:
+        return context.config.budget
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        if context.config.choice is not None and not any(context.config.choice) and not context.config.always:
+            return whole("", "No token may be left out in calls of this kind.")
+        fed = embeddings_fed(program)
+        if fed and not context.structure().layers:
+            return [Match("the graph that puts image features in", fed)]
+        if program.packing is not None:
+            return whole("", "The program is packed; put token pruning into a recipe without prepack.")
+        for node, _, reason in candidates(program):
+            if reason is None:
+                make_causal(node)
+        program.clean()
+        tower = largest_tower(context.structure()) if context.structure else None
+        if tower is None:
+            return []
+        stages, misses = _stages(context.config, tower)
+        if not stages:
+            return misses
+        try:
+            return [*misses, self._match(program, context, tower, stages)]
+        except (Decline, Stop) as reason:
+            return [*misses, Miss(_site(tower, stages), _sentence(reason))]
+
+    def _match(self, program: Program, context: Context, tower: Tower, stages: Any) -> Match:
+        config = context.config
+        types = find_types(program, config, tower, context.inputs)
+        start = tower.layers[stages[0][0]].input
+        if value(start).dim() != 3:
+            raise Decline(
+                f"The hidden state has {value(start).dim()} dimensions, not [batch, tokens, width]."
+            )
+        axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
+        for layer in tower.layers[stages[0][0] :]:
+            if layer.output not in axes:
+                why = axes.stopped.get(layer.output, "it does not depend on the layers before")
+                raise Decline(f"{layer.fqn} cannot be run on fewer tokens: {why}.")
+            if layer.attention is None:
+                raise Decline(f"{layer.fqn} has no attention that was recovered.")
+        check(program, axes)
+        drops = config.choice
+        if drops is None:
+            drops = _drops_now(program, types, config, stages, context, hint(value(start).shape[1]))
+        if not any(drops) and not config.always:
+            raise Decline(
+                f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
+                f" every row, of which a multiple of {config.bucket} must go."
+            )
+        _expect(context, tower, stages, drops, hint(value(start).shape[1]))
+        context.notes.append(f"{types.describe()}; tokens left out behind layer " + ", ".join(
+            f"{after}: {drop}" for (after, _), drop in zip(stages, drops)) + ".")  # fmt: skip
+        return Match(_site(tower, stages), Found(tower, types, axes, stages, drops))
+
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        if isinstance(match.data, dict):
+            program.calls = publish_image(program, match.data)
+            return
+        found: Found = match.data
+        config = context.config
+        asked = counts_program(program, found.types)
+        stages = found.stages
+
+        def decide(values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
+            return drops_for(found.types, config, stages, values, inputs)
+
+        extra = []
+        if found.types.kind == "extra":
+            extra.append("token_types")
+        if config.policy == "given":
+            if "token_scores" not in given_tokens.given():
+                raise ArgumentError(
+                    "policy",
+                    "given",
+                    "a policy whose scores are at hand",
+                    "Call within thresher.token_types(types, scores).",
+                )
+            extra.append("token_scores")
+        kept, shortened = prune(program, found, config, extra)
+        plan = program.calls or CallPlan()
+        program.calls = CallPlan(
+            {**plan.choices, self.name: Choice(found.drops, asked, decide)},
+            [*plan.extra_inputs, *extra],
+            [*plan.extra_outputs, *kept],
+            {**plan.shortened, **{i: Shortened(*s) for i, s in shortened.items()}},
+        )
+
+
+def _stages(config: TransPruneConfig, tower: Tower) -> tuple[tuple[tuple[int, float], ...], list[Miss]]:
+    depth = len(tower.layers)
+    given = config.stages
+    if not given:
+        found: dict[int, float] = {}
+        for share, keep in HIGH:
+            found[max(1, round(share * depth))] = keep
+        given = tuple(found.items())
+    misses = [
+        Miss(f"behind layer {after}", f"The model has {depth} layers, and a stage must have one behind it.")
+        for after, _ in given
+        if after >= depth
+    ]
+    return tuple(s for s in given if s[0] < depth), misses
+
+
+def _site(tower: Tower, stages: Sequence[tuple[int, float]]) -> str:
+    return ", ".join(tower.layers[after - 1].fqn or f"layer {after}" for after, _ in stages)
+
+
+def _sentence(reason: Exception) -> str:
+    text = str(reason)
+    return text if text.endswith(".") else f"The layers cannot be run on fewer tokens: {text}."
+
+
+def drops_for(
+    types: Types,
+    config: TransPruneConfig,
+    stages: Sequence[tuple[int, float]],
+    values: Sequence[Any],
+    inputs: Sequence[Any],
+) -> tuple[int, ...]:
+    """How many tokens every row can spare behind each stage. values: of `counts_program`."""
+    image, pads = image_counts(types, values, inputs)
+    if image is None:
+        return (0,) * len(stages)
+    found: list[int] = []
+    for _, keep in stages:
+        spare = min(
+            (
+                pad
+                + (0 if count < config.min_image_tokens else min(count - 1, floor((1 - keep) * count + 1e-6)))
+            )
+            for count, pad in zip(image, pads)
+        )
+        found.append(max([spare // config.bucket * config.bucket, *found[-1:]]))
+    return tuple(found)
+
+
+def image_counts(
+    types: Types, values: Sequence[Any], inputs: Sequence[Any]
+) -> tuple[list[int] | None, list[int]]:
+    """Image and padding tokens of each row; None when nobody says which these are."""
+    values = list(values)
+    env: dict[Any, Any] = {n: values.pop(0) for n in (types.node, types.padding) if n is not None}
+    given = given_tokens.known(inputs) if types.kind == "extra" else {}
+    if types.kind == "extra":
+        if "token_types" not in given:
+            return None, []
+        env["token_types"] = given["token_types"]
+    like = next(iter(env.values()), None)
+    if types.kind in ("span", "none") and like is None:
+        first, end = types.span or (0, 0)
+        return [end - first], [0]
+    assert like is not None
+    image, pad = types.flags(env, like)
+    pads = [0] * image.shape[0] if pad is None else pad.sum(1).tolist()
+    return image.sum(1).tolist(), pads
+
+
+def _drops_now(
+    program: Program, types: Types, config: TransPruneConfig, stages: Any, context: Context, length: int
+) -> tuple[int, ...]:
+    if context.inputs is None:
+        context.notes.append("without example inputs, half of the tokens are taken for an image's.")
+        return tuple(floor((1 - k) * length / 2) // config.bucket * config.bucket for _, k in stages)
+    asked = counts_program(program, types)
+    return drops_for(
+        types, config, stages, asked.run(*context.inputs) if asked is not None else [], context.inputs
+    )
+
+
+def _expect(context: Context, tower: Tower, stages: Any, drops: Sequence[int], length: int) -> None:
+    """Fill in what is predicted; raises Decline where too little would be won."""
+    left = [length] * len(tower.layers)
+    for (after, _), drop in zip(stages, drops):
+        left[after:] = [length - drop] * (len(tower.layers) - after)
+    dense = sum(sum(layer_flops(layer, length)) for layer in tower.layers)
+    pruned = sum(sum(layer_flops(layer, n)) for layer, n in zip(tower.layers, left))
+    context.predicted.update(flops_dense=dense, flops_pruned=pruned, flops_share=pruned / dense)
+    saving = 1 - pruned / dense
+    if saving < context.config.min_saving and not context.config.always:
+        raise Decline(
+            f"Only {saving:.1%} of the layers' FLOPs would be saved, and min_saving is {context.config.min_saving:.0%}."
+        )

@@ -1,0 +1,54 @@
+"""What a pass settled from one call's inputs, and other calls may settle otherwise.
+
+A pruned program drops a fixed number of tokens. How many may go depends on how many image tokens a
+call has, so each call is asked first, and a program is built for each answer (rounded to buckets, so
+that there are few). Results beyond the caller's tell what was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .program import Program
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One pass's decision.
+
+    made: what the program was built for. inputs: computes what `decide` needs from the caller's inputs, or None.
+    decide: from those results, and the caller's inputs, to what such a call should run.
+    """
+
+    made: tuple[int, ...]
+    inputs: Program | None
+    decide: Callable[[Sequence[Any], Sequence[Any]], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A result that has values for kept tokens only.
+
+    dim: its sequence dimension. kept: name of the extra result with the kept tokens, int64 [B, L].
+    restored: the result has all tokens' places again, and those left out hold nothing of meaning.
+    """
+
+    dim: int
+    kept: str
+    restored: bool
+
+
+@dataclass
+class CallPlan:
+    """Held by a Program. choices: by pass. extra_inputs: inputs beyond the caller's, see `thresher.token_types`.
+    extra_outputs: names of the trailing results that are not the caller's. shortened: by result.
+    published: result, an embedding, -> the extra result that tells its image tokens (see `tokens.publish`).
+    """
+
+    choices: dict[str, Choice] = field(default_factory=dict)
+    extra_inputs: list[str] = field(default_factory=list)
+    extra_outputs: list[str] = field(default_factory=list)
+    shortened: dict[int, Shortened] = field(default_factory=dict)
+    published: dict[int, str] = field(default_factory=dict)
