@@ -289,6 +289,7 @@ def versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    found["torch"] = torch.__version__  # with the build, which the package's metadata may lack
     try:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
