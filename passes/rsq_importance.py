@@ -170,3 +170,35 @@ def _real(real: torch.Tensor | None, like: torch.Tensor, shape) -> torch.Tensor:
             "real", f"{real.dtype} {tuple(real.shape)}", f"bool {tuple(shape)}", "True marks a real token."
         )
     return real
+
+
+def masked_concentration(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float | None = None,
+    real: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """AttnCon under any mask: fp32 [batch, length], a block of queries of one head at a time.
+
+    q: [batch, heads, length, dim]; k: [batch, kv_heads, length, dim]. mask: as scaled_dot_product_attention
+    takes it, bool (True is seen) or added to the scores, and broadcast to [batch, heads, length, length].
+    """
+    batch, heads, length, dim = q.shape
+    keys = k.shape[2]
+    scale = dim**-0.5 if scale is None else scale
+    mask = mask.expand(batch, heads, length, keys)
+    received = torch.zeros(batch, keys, device=q.device)
+    step = max(1, min(length, _BLOCK // max(1, batch * keys)))
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        for head in range(heads):
+            scores = q[:, head, first:last].float() @ k[:, head // (heads // k.shape[1])].float().transpose(1, 2)
+            part = mask[:, head, first:last]
+            scores = scores * scale
+            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.float()
+            seen = torch.softmax(scores, -1).nan_to_num(0.0)
+            if real is not None:
+                seen = seen * real[:, first:last, None]
+            received += seen.sum(1)
+    return received
