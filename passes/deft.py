@@ -27,7 +27,7 @@ from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
 from .calibrate import Tap, weights_fingerprint
-from .deft_sites import FLAT_ZERO, Plan, read, up_rows
+from .deft_sites import FLAT_ZERO, Plan, read, site_names, up_rows, widest
 from .deft_thresholds import Choice, HiddenSample, choose, curve, neuron_norms, root_mean_square
 from .deft_weights import derived, is_real, not_finite, stored
 from .structure_linears import PRODUCTS
@@ -98,30 +98,32 @@ class Deft(Pass):
     def taps(self, program: Program, context: Context) -> Sequence[Any]:
         """The hidden activations of every MLP whose activation has no flat zero."""
         assert context.structure is not None
-        mlps = _widest(context.structure().mlps)[0] if context.config.approximate else []
-        return [Tap(m.fqn, m.down.x, HiddenSample) for m in mlps if m.activation not in FLAT_ZERO]
+        mlps = widest(context.structure().mlps)[0] if context.config.approximate else []
+        names = site_names(mlps)
+        return [Tap(names[m], m.down.x, HiddenSample) for m in mlps if m.activation not in FLAT_ZERO]
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         config: DeftConfig = context.config
         assert context.structure is not None
         structure = context.structure()
-        mlps, beside = _widest(structure.mlps)
+        mlps, beside = widest(structure.mlps)
+        names = site_names(mlps)
         found: list[Match | Miss] = list(beside)
         plans: list[Plan] = []
         for mlp in mlps:
             plan = read(program, mlp, config.bmax, config.min_bytes)
             if isinstance(plan, str):
-                found.append(Miss(mlp.fqn, plan))
+                found.append(Miss(names[mlp], plan))
             elif plan.exact or config.approximate:
                 plans.append(plan)
             else:
-                found.append(Miss(mlp.fqn, _needs_relu(mlp)))
+                found.append(Miss(names[mlp], _needs_relu(mlp)))
         unplaced = {s.fqn for s in structure.linears if not s.role and _reads_flat_zero(s)}
         found += [m for m in structure.missed if m.site in unplaced]
-        choices = self._choices(program, [p for p in plans if not p.exact], context)
+        choices = self._choices(program, {names[p.mlp]: p for p in plans if not p.exact}, context)
         prefix = weights_fingerprint(program)[:8] if plans else ""
         for plan in plans:
-            fqn = plan.mlp.fqn
+            fqn = names[plan.mlp]
             choice = choices.get(fqn)
             if isinstance(choice, str):
                 found.append(Miss(fqn, choice))
@@ -136,14 +138,14 @@ class Deft(Pass):
             found.append(Match(fqn, Found(plan, choice, f"{fqn}@{prefix}"), tuple(claims)))
         return found
 
-    def _choices(self, program: Program, plans: list[Plan], context: Context) -> dict[str, Choice | str]:
+    def _choices(self, program: Program, plans: dict[str, Plan], context: Context) -> dict[str, Choice | str]:
         """For each approximate site its threshold, or a sentence why it has none."""
         if not plans:
             return {}
         samples = context.stats.get(self.name, {})
         result: dict[str, Choice | str] = {}
         curves = {}
-        for fqn, plan in {p.mlp.fqn: p for p in plans}.items():
+        for fqn, plan in plans.items():
             hidden = samples.get(fqn, {}).get("hidden")
             if hidden is None or not hidden.numel():
                 result[fqn] = (
@@ -250,27 +252,6 @@ def _threshold(program: Program, found: Found, before: fx.Node) -> fx.Node:
 def _neuron_major(program: Program, plan: Plan) -> torch.Tensor:
     tensor = program.weights[plan.mlp.down.weight].tensor.detach()
     return tensor if plan.mlp.down.transposed else tensor.t()
-
-
-def _widest(mlps: Sequence[MlpSite]) -> tuple[list[MlpSite], list[Miss]]:
-    """One MLP for each hidden value: where several linears read it (LoRA beside W2), the widest."""
-    by_hidden: dict[fx.Node, list[MlpSite]] = {}
-    for mlp in mlps:
-        by_hidden.setdefault(mlp.hidden, []).append(mlp)
-    kept, beside = [], []
-    for group in by_hidden.values():
-        first = max(group, key=lambda m: m.down.out_features)
-        kept.append(first)
-        beside += [
-            Miss(
-                m.down.fqn,
-                f"It reads what {first.down.fqn} reads and has {m.down.out_features} outputs against "
-                f"{first.down.out_features}; a branch so narrow stays dense. Merge adapters to lose it.",
-            )
-            for m in group
-            if m is not first
-        ]
-    return kept, beside
 
 
 def _needs_relu(mlp: MlpSite) -> str:

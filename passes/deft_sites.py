@@ -6,6 +6,7 @@ activation has a flat zero: there a neuron that is off is exactly zero, and noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from thresher.program import Program, value
+from thresher.report import Miss
 
 from .deft_weights import Rows, as_rows, not_finite, take
 from .structure_sites import MlpSite, Projection
@@ -43,6 +45,35 @@ class Plan:
     def shape(self) -> tuple[int, int]:
         """(F, D): neurons and output features."""
         return self.mlp.down.in_features, self.mlp.down.out_features
+
+
+def widest(mlps: Sequence[MlpSite]) -> tuple[list[MlpSite], list[Miss]]:
+    """One MLP for each hidden value: where several linears read it (LoRA beside W2), the widest."""
+    by_hidden: dict[fx.Node, list[MlpSite]] = {}
+    for mlp in mlps:
+        by_hidden.setdefault(mlp.hidden, []).append(mlp)
+    kept, beside = [], []
+    for group in by_hidden.values():
+        first = max(group, key=lambda m: m.down.out_features)
+        kept.append(first)
+        beside += [
+            Miss(
+                m.down.fqn,
+                f"It reads what {first.down.fqn} reads and has {m.down.out_features} outputs against "
+                f"{first.down.out_features}; a branch so narrow stays dense. Merge adapters to lose it.",
+            )
+            for m in group
+            if m is not first
+        ]
+    return kept, beside
+
+
+def site_names(mlps: Sequence[MlpSite]) -> dict[MlpSite, str]:
+    """The module that holds an MLP; its down projection where that is the model itself, or another MLP's too."""
+    holders: dict[str, set[str]] = {}
+    for m in mlps:
+        holders.setdefault(m.fqn, set()).add(m.down.weight_fqn)
+    return {m: m.fqn if m.fqn and len(holders[m.fqn]) == 1 else m.down.fqn for m in mlps}
 
 
 def read(program: Program, mlp: MlpSite, bmax: int, min_bytes: int) -> Plan | str:

@@ -29,6 +29,7 @@ from torch import nn
 
 from . import capture
 from .errors import ArgumentError, ThresherError
+from .passes.deft_sites import site_names, widest
 from .passes.structure import recover
 from .program import module_fqn
 
@@ -77,15 +78,12 @@ def mlps(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> l
     with torch.no_grad(), _adapters_off(shadow):
         program = capture.from_export(torch.export.export(shadow, (), given, strict=False))
     structure = recover(program)
-    widest: dict[Any, Any] = {}
-    for m in structure.mlps:  # an adapter's linear beside the down projection reads the same value
-        if m.hidden not in widest or m.down.out_features > widest[m.hidden].down.out_features:
-            widest[m.hidden] = m
+    sites, _ = widest(structure.mlps)  # an adapter's linear beside the down projection reads the same value
     found: dict[str, Mlp] = {}
-    for m in widest.values():
+    for m, name in site_names(sites).items():
         down = m.down.weight_fqn.removesuffix(".weight")
         found.setdefault(
-            down, Mlp(m.fqn, down, m.activation, module_fqn(m.activation_node), m.down.in_features)
+            down, Mlp(name, down, m.activation, module_fqn(m.activation_node), m.down.in_features)
         )
     if not found:
         raise ThresherError(
