@@ -48,6 +48,8 @@ class PrepackConfig(PassConfig):
         any padding always runs padded, bit-identical to the model as it was.
     form: "flat", all tokens in one row of segments; or "rows", sequences share rows of a fixed capacity under
         a block mask, as arXiv 2404.09529 has it, for targets that know neither segments nor ragged shapes.
+    capacity: of a row in form "rows"; 0 takes what costs least for the batch's lengths. A longer sequence
+        raises it for its batch: a capacity of 1 is the published choice, the longest sequence.
     buckets: fill the number of tokens up to one of at most this many sizes, for targets that compile each
         size; 0 leaves it as it is, and one compilation serves all.
     outputs: "padded", or "packed": results with values per token come back as [1, T, ...], in the order of
@@ -59,6 +61,7 @@ class PrepackConfig(PassConfig):
     min_share: float = 0.5
     min_gain: float = 1.0
     form: str = "flat"
+    capacity: int = 0
     buckets: int = 0
     outputs: str = "padded"
 
@@ -66,10 +69,11 @@ class PrepackConfig(PassConfig):
         for name, accepted in (("form", ("flat", "rows")), ("outputs", ("padded", "packed"))):
             if getattr(self, name) not in accepted:
                 raise unknown_key(f"prepack's {name}", str(getattr(self, name)), accepted)
-        if self.buckets < 0:
-            raise ArgumentError(
-                "prepack's buckets", self.buckets, "0 or a number of sizes", "Use 12, or 0 for any size."
-            )
+        for name in ("buckets", "capacity"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(
+                    f"prepack's {name}", getattr(self, name), "0 or a positive number", "Leave it at 0."
+                )
         if self.form == "rows" and (self.buckets or self.outputs == "packed"):
             raise ArgumentError(
                 "prepack's form",
@@ -252,7 +256,7 @@ def packing(program: Program, found: Found, config: PrepackConfig) -> Packing:
     )
     causal = all(v.kind == "causal" for v in found.visibilities.values())
     return Packing(config.form, config.buckets, found.axes.batch * found.axes.sequence, config.outputs,
-                   config.min_gain, float(token_cost), float(pair_cost), causal)  # fmt: skip
+                   config.min_gain, float(token_cost), float(pair_cost), causal, config.capacity)  # fmt: skip
 
 
 def _linears(program: Program) -> list[tuple[fx.Node, int]]:

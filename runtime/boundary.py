@@ -16,7 +16,9 @@ from .packing import PackPlan, ladder, pack, plan, row_plan, unpack
 def make_plan(mask: torch.Tensor, lengths: Sequence[int], packing: Packing) -> PackPlan:
     """The plan for one batch, in the form the packed program was made for."""
     if packing.form == "rows":
-        capacity = best_capacity(lengths, packing.token_cost, packing.pair_cost)
+        capacity = max(packing.capacity, max(lengths))
+        if not packing.capacity:
+            capacity = best_capacity(lengths, packing.token_cost, packing.pair_cost)
         return row_plan(mask, pack_dataset(lengths, capacity), lengths=lengths)
     bucket = ladder(max(packing.limit, 1), packing.buckets) if packing.buckets else None
     return plan(mask, bucket=bucket, lengths=lengths)
@@ -27,8 +29,9 @@ def argument(
 ) -> Any:
     """One input of the body."""
     if isinstance(where, PlanField):
+        columns = packing.cols if packing.segments is None else packing.cols.unflatten(0, packing.shape)
         return {"cu_seqlens": packing.cu_seqlens, "max_len": packing.max_len, "rows": packing.rows,
-                "columns": packing.cols, "segments": packing.segments}[where.name]  # fmt: skip
+                "columns": columns, "segments": packing.segments}[where.name]  # fmt: skip
     tensor = sources[where.origin][where.index]
     if isinstance(where, Passed):
         return tensor
@@ -54,6 +57,11 @@ def restore(tensor: torch.Tensor, where: Scatter, packing: PackPlan) -> torch.Te
         real = packing.real(tensor.movedim(where.sequence, 0)).movedim(0, where.sequence)
         return tensor.new_zeros(shape).index_copy(where.sequence, packing.where, real)
     return unpack(tensor, packing, (where.batch, where.sequence))
+
+
+def per_token(result: torch.Tensor) -> bool:
+    """Whether a result is one that `outputs="packed"` leaves packed: hidden states and logits, not caches."""
+    return result.is_floating_point() and result.dim() == 3
 
 
 def has_holes(packing: PackPlan) -> bool:

@@ -16,7 +16,7 @@ from thresher.lowering.target import Lowered, Target
 from thresher.program import Program
 from thresher.report import Report
 
-from .boundary import argument, has_holes, make_plan, restore
+from .boundary import argument, has_holes, make_plan, per_token, restore
 from .freshness import Freshness
 from .packing import PackPlan, row_lengths
 
@@ -116,8 +116,8 @@ class Session:
         def hand_over(where: Scatter | Passed) -> Any:
             if layout.packing.outputs == "packed" and isinstance(where, Scatter):
                 result = sources["body"][where.index]
-                if result.is_floating_point() and result.dim() == 3:
-                    return result
+                if per_token(result):
+                    return result[:, : packing.tokens]
             return fetch(where)
 
         if self._epilogue is not None:
@@ -192,7 +192,15 @@ class Session:
                 padded = self.program.packing.padded
                 self._padded = (self._lower(padded), Freshness(padded, self._mode))
         lowered, fresh = self._padded
-        return lowered.run(inputs, self._live(lowered, fresh, weights))
+        results = lowered.run(inputs, self._live(lowered, fresh, weights))
+        layout: PackedLayout = self.program.packing
+        if layout.packing.outputs == "packed":
+            real = inputs[layout.mask] != 0
+            results = [
+                r[real].unsqueeze(0) if isinstance(where, Scatter) and per_token(r) else r
+                for r, where in zip(results, layout.results)
+            ]
+        return results
 
     def _lower_epilogue(self, layout: PackedLayout | None) -> tuple[Lowered, Freshness] | None:
         if layout is None or layout.epilogue is None:

@@ -73,7 +73,7 @@ class Packing:
     outputs: "padded", or "packed": results with a value per token come back as [1, T, ...].
     min_gain: calls whose predicted gain is lower run padded.
     token_cost: FLOPs of the linears a token. pair_cost: FLOPs of attention per query and key, all layers.
-    causal: a query sees half of the keys.
+    causal: a query sees half of the keys. capacity: of a row in form "rows"; 0 for what costs least.
     """
 
     form: str = "flat"
@@ -84,6 +84,7 @@ class Packing:
     token_cost: float = 1.0
     pair_cost: float = 0.0
     causal: bool = False
+    capacity: int = 0
 
     def gain(self, lengths: Sequence[int], width: int) -> float:
         """FLOPs of the padded batch over those of its real tokens; padded attention computes every pair."""
