@@ -11,7 +11,9 @@ PASS_MODULES: tuple[str, ...] = (
     "deft",
     "nvfp4",
     "prepack",
+    "rsq",
     "transprune",
+    "zipvl",
 )
 ENTRY_POINTS = "thresher.passes"
 

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Certificate": "certificate",
+    "RSQ": "quantization",
     "Recipe": "recipe",
     "Report": "report",
     "ThresherError": "errors",
@@ -31,6 +32,7 @@ _PUBLIC = {
     "nvfp4_training": "training",
     "optimize": "api",
     "pack_dataset": "runtime.binpack",
+    "quantize": "quantization",
     "relufy": "density",
     "save": "export",
 }

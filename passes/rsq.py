@@ -1,0 +1,198 @@
+"""RSQ: rotate, scale, then quantize (arXiv 2503.01820), as a rewrite.
+
+    matched:  a linear whose low-bit codes are in the file that `thresher.quantize(...).save` wrote
+    becomes:  one `thresher::wna16_linear` node (`thresher::nvfp4_linear` for the NVFP4 grid) on the file's codes
+
+With the first of them the whole program is rotated, exactly: norms lose their weights, embeddings and every
+linear take the rotations that the codes were made for, a `thresher::hadamard` node stands before each down
+projection, and a tied head gets its own copy. A linear that stays in full precision is rotated all the same.
+
+Without a file every linear is a Miss: codes need calibration data, which `thresher.quantize` takes. What is
+not in the file (embeddings, head, biases) is computed from the model's own weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.errors import ArgumentError
+from thresher.program import Program, Weight, fake_like, value
+
+from . import rsq_rewrite
+from .base import Context, Effect, Match, Miss, Pass, register_pass
+from .rsq_config import RSQConfig, decode_text, encode_text
+from .rsq_plan import Edit, Plan, make_plan
+from .structure import LinearSite
+from .structure_linears import find_linears
+
+ops = torch.ops.thresher
+HEADER = "recipe"  # the site name under which a file keeps its options
+NEEDS_DATA = (
+    "It needs calibration: run thresher.quantize(model, data, RSQ(...)).save(path) and name that file in `stats`."
+)
+
+
+@dataclass
+class _Rotation:
+    """A plan that is carried out with the first site that needs it."""
+
+    plan: Plan
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A linear to rewrite and its tensors (see `rsq_codes.to_tensors`)."""
+
+    site: LinearSite
+    tensors: Mapping[str, torch.Tensor]
+    rotation: _Rotation = field(repr=False)
+
+
+@register_pass
+class RSQ(Pass):
+    name, order, config_type = "rsq", 50, RSQConfig
+    effect = Effect(exact=False, budget=1.0)
+    needs = ("rsq",)
+
+    def budget(self, context: Context) -> float:
+        return context.config.budget
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        assert context.structure is not None
+        structure = context.structure()
+        stats = context.stats.get(self.name, {})
+        if HEADER not in stats:
+            return [*(Miss(s.fqn, NEEDS_DATA) for s in structure.linears), *find_linears(program)[1]]
+        config = quantized_with(stats)
+        differing = context.config.contradictions(config)
+        if differing:
+            raise ArgumentError("rsq options", "; ".join(differing), "the options that the file was quantized with",
+                                "Leave them out, or quantize again.")  # fmt: skip
+        plan = make_plan(program, structure, config)
+        rotation = _Rotation(plan)
+        context.notes.extend(plan.notes)
+        found: list[Match | Miss] = list(plan.missed)
+        size_before = size_after = 0
+        for site in plan.quantise:
+            tensors = stats.get(site.fqn)
+            reason = mismatch(plan.edits[site], tensors)
+            if reason is not None:
+                found.append(Miss(site.fqn, reason))
+                continue
+            assert tensors is not None
+            held = program.weights[site.weight]
+            found.append(Match(site.fqn, Found(site, tensors, rotation), claims=(held.fqn,)))
+            size_before += held.tensor.numel() * held.tensor.element_size()
+            size_after += sum(t.numel() * t.element_size() for n, t in tensors.items() if n in _STORED)
+        if size_before:
+            context.notes.append(
+                f"the weights of {sum(isinstance(m, Match) for m in found)} linears take {size_after / 1e6:.1f} MB "
+                f"instead of {size_before / 1e6:.1f} MB."
+            )
+        return found
+
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        data: Found = match.data
+        if not data.rotation.done:
+            rsq_rewrite.rotate(program, data.rotation.plan)
+            data.rotation.done = True
+        site, at = data.site, data.site.output
+        held = program.weights[site.weight]
+        nodes = {n: program.get_weight(w, before=at) for n, w in _weights(site, data.tensors, held).items()}
+        bias = None if site.bias is None else _read(program, site.bias, at)
+        args: tuple[Any, ...]
+        if "block_scales" in nodes:
+            target = ops.nvfp4_linear.default
+            scales = (nodes["codes"], nodes["block_scales"], nodes["global_scale"])
+            args = (site.x, *scales, None, bias, "exact")
+        else:
+            target = ops.wna16_linear.default
+            groups = data.tensors["scales"].shape[1]
+            group = -1 if groups == 1 else site.in_features // groups
+            bits = int(data.tensors["bits"])
+            args = (site.x, nodes["codes"], nodes["scales"], nodes.get("zeros"), bias, bits, group)
+        with program.graph.inserting_before(at):
+            node = program.graph.call_function(target, args)
+        x = value(site.x)
+        node.meta = {k: v for k, v in at.meta.items() if k != "val"}
+        node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
+        at.replace_all_uses_with(node)
+        for edit in data.rotation.plan.edits.values():  # one that reads this linear's result directly
+            if edit.site.x is at:
+                edit.site.x = node
+
+
+_STORED = ("codes", "scales", "zeros", "block_scales", "global_scale")
+
+
+def _weights(site: LinearSite, tensors: Mapping[str, torch.Tensor], held: Weight) -> dict[str, Weight]:
+    """The file's tensors as weights that belong to the model's: a changed model is noticed, not recomputed."""
+    sources, made_from = held.source or (held.fqn,), held.made_from or (held.tensor,)
+    device = held.tensor.device
+    return {
+        name: Weight(f"{site.fqn}.rsq_{name}", tensors[name].to(device), sources, None, made_from)
+        for name in _STORED
+        if name in tensors
+    }
+
+
+def _read(program: Program, name: str, before: fx.Node) -> fx.Node:
+    with program.graph.inserting_before(before):
+        node = program.graph.create_node("get_attr", name)
+    node.meta["val"] = fake_like(program.weights[name].tensor, before)
+    return node
+
+
+def signature(edit: Edit) -> str:
+    """What a linear's codes were made for, in words: `reads the rotated stream, ...`."""
+    parts = []
+    if edit.norm is not None:
+        parts.append("its norm fused")
+    if edit.reads is not None:
+        parts.append("reads the rotated stream")
+    if edit.heads_in is not None:
+        parts.append("reads rotated heads")
+    if edit.online is not None:
+        parts.append("reads an online rotation")
+    if edit.writes is not None:
+        parts.append("writes the rotated stream")
+    if edit.heads_out is not None:
+        parts.append("makes rotated heads")
+    return ", ".join(parts) or "as it is"
+
+
+def mismatch(edit: Edit, tensors: Mapping[str, torch.Tensor] | None) -> str | None:
+    """Why a file's codes do not serve a linear of this graph, or None."""
+    if tensors is None:
+        return "The file holds no codes for it: it was kept, or the quantized graph did not have it."
+    made_for, here = decode_text(tensors["made_for"]), signature(edit)
+    if made_for != here:
+        return (
+            f"Its codes were made for a linear that is: {made_for}. In this graph it would be: {here}; see the misses "
+            "about rotation."
+        )
+    rows = tensors["codes"].shape[0]
+    if rows != edit.site.out_features:
+        return f"Its codes have {rows} rows and the linear {edit.site.out_features}."
+    return None
+
+
+def quantized_with(stats: Mapping[str, Mapping[str, torch.Tensor]]) -> RSQConfig:
+    """The options that a file's codes were made with."""
+    return RSQConfig.from_json(decode_text(stats[HEADER]["config"]))
+
+
+def to_statistics(
+    linears: Mapping[str, Mapping[str, torch.Tensor]], plan: Plan, config: RSQConfig
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What a file of statistics keeps under this pass's name."""
+    edits = {edit.site.fqn: edit for edit in plan.edits.values()}
+    found = {site: {**t, "made_for": encode_text(signature(edits[site]))} for site, t in linears.items()}
+    found[HEADER] = {"config": encode_text(config.to_json())}
+    return found
