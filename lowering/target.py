@@ -43,9 +43,14 @@ class Target(abc.ABC):
 def lift_weights(program: Program) -> tuple[fx.GraphModule, list[str]]:
     """The graph with its weights as trailing placeholders, and their attribute names in that order."""
     copy = program.copy()
-    graph, names = copy.graph, []
+    graph = copy.graph
+    lifted: dict[str, fx.Node] = {}
     last = copy.placeholders[-1] if copy.placeholders else None
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        if str(node.target) in lifted:  # a pass read the same weight once more
+            node.replace_all_uses_with(lifted[str(node.target)])
+            graph.erase_node(node)
+            continue
         with (
             graph.inserting_after(last)
             if last is not None
@@ -57,9 +62,8 @@ def lift_weights(program: Program) -> tuple[fx.GraphModule, list[str]]:
         place.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         node.replace_all_uses_with(place)
         graph.erase_node(node)
-        names.append(str(node.target))
-        last = place
-    return fx.GraphModule(torch.nn.Module(), graph), names
+        lifted[str(node.target)] = last = place
+    return fx.GraphModule(torch.nn.Module(), graph), list(lifted)
 
 
 def fake_inputs(module: fx.GraphModule) -> list[Any]:

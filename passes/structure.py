@@ -141,7 +141,7 @@ def recover(program: Program) -> Structure:
         norm = norm if whole else None
         found.towers.append(Tower(embeddings, layers, layers[-1].output, norm))
     _find_final_norms(found, norms)
-    _find_head(found)
+    _find_head(program, found)
     _account(found)
     return found
 
@@ -194,8 +194,12 @@ def _find_final_norms(found: Structure, norms: Norms) -> None:
             tower.final_norm, tower.hidden = after[0], after[0].output
 
 
-def _find_head(found: Structure) -> None:
-    """The head gives one number for each row of the token embedding."""
+def _find_head(program: Program, found: Structure) -> None:
+    """The head gives one number for each row of the token embedding.
+
+    Where a rewrite cut the residual stream (pruned tokens are gathered and put back), the embedding is on
+    another tower than the head, or on none; then the program's largest table counts, and the last linear.
+    """
     for tower in found.towers:
         tokens = tower.token_embedding
         for site in found.linears:
@@ -205,6 +209,16 @@ def _find_head(found: Structure) -> None:
                 and site.out_features == value(tokens.node.args[0]).shape[0]
             ):
                 found.head, site.role = site, "head"
+    if found.head is None:
+        tables = [value(n.args[0]).shape[0] for n in program.nodes(aten.embedding.default)]
+        last = next((s for s in reversed(found.linears) if not s.role), None)
+        if (
+            last is not None
+            and tables
+            and last.out_features == max(tables)
+            and not last.output.users.keys() & {s.x for s in found.linears}
+        ):
+            found.head, last.role = last, "head"
 
 
 def _account(found: Structure) -> None:
