@@ -9,7 +9,8 @@ How the activations enter is an explicit argument, `activations`:
             with the scale of this call's largest magnitude. Beyond 2688 * input_scale they saturate.
 
 The integer modes exist because CPUs multiply bytes several times faster than floats; they are far
-finer than the weights' own 9.5 % rounding error. The tensor scale multiplies the fp32 accumulator:
+finer than the weights' own 9.5 % rounding error. They permit rounding and do not ask for it: for 16-bit
+activations a provider may keep them as they are where that is faster. The tensor scale multiplies the fp32 accumulator:
 code * block scale is exact in bf16 and fp16, the product with the tensor scale is not.
 """
 

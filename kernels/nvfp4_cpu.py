@@ -1,13 +1,15 @@
 """The C++ kernels of NVFP4, as functions on CPU tensors.
 
 `linear` reads weights in the interchange layout: there is no repacked copy to build, to keep or to go
-stale. Few rows run in a kernel that multiplies straight from the codes; many rows with unrounded
-activations decode a slab of weights at a time and use the matrix multiplication PyTorch has.
+stale. Few rows run in a kernel that multiplies straight from the codes; many rows decode a slab of weights
+at a time. bf16 activations have kernels of their own on CPUs with AVX512-BF16 (nvfp4_bf16.cpp); anything
+else of many rows, unrounded, uses the fp32 matrix multiplication that PyTorch has.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -19,6 +21,10 @@ TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLANES = {"exact": 0, "int8": 1, "int16": 2}
 """Byte planes that carry the activations in the C++ kernel; 0 is fp32."""
 GEMV_ROWS = 16
+FEW_BF16_ROWS = 10
+"""Up to so many rows of bf16 are multiplied straight from the codes; more, strip by strip of decoded weights."""
+INTEGER_ROWS = {"exact": 0, "int8": 8, "int16": 1}
+"""Beyond so many rows of bf16, keeping activations unrounded is faster where the CPU multiplies bf16."""
 _SLAB_BYTES = 4 << 20  # a decoded slab stays in the L2 or L3 cache until it is multiplied
 
 
@@ -97,6 +103,8 @@ def linear(
 
     alpha: fp32, one value, the tensor scale; activations: a key of PLANES.
     """
+    if x.dtype == torch.bfloat16 and bf16_kernel() and x.shape[0] > INTEGER_ROWS[activations]:
+        return _bf16(x, codes, scales, alpha, bias)
     if activations == "exact" and x.shape[0] > GEMV_ROWS:
         y = _many_rows(x, codes, scales).mul_(alpha)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
@@ -122,21 +130,48 @@ def linear(
     return y
 
 
-def _bf16_is_fast() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware; elsewhere fp32 is several times faster."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+@functools.cache
+def bf16_kernel() -> bool:
+    """Whether the kernel for bf16 activations was built with the instructions it is for."""
+    return native.load_error("nvfp4_bf16") is None and bool(native.load("nvfp4_bf16").nvfp4_bf16_built())
+
+
+def _bf16(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    x = x.contiguous()
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    y = x.new_empty(x.shape[0], codes.shape[0])
+    native.load("nvfp4_bf16").nvfp4_bf16_linear(
+        native.pointer(x),
+        native.pointer(codes),
+        native.pointer(scales),
+        native.pointer(alpha),
+        None if bias is None else native.pointer(bias),
+        native.pointer(y),
+        _i64(x.shape[0]),
+        _i64(codes.shape[0]),
+        _i64(x.shape[1]),
+        _i64(scales.shape[1]),
+        int(x.shape[0] <= FEW_BF16_ROWS),
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def _many_rows(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    # code * scale has at most six significant bits: bf16 weights lose nothing.
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and _bf16_is_fast() else torch.float32
+    """x [M, K] times the decoded weights, fp32 [M, N] without the tensor scale."""
     n, k = codes.shape[0], scales.shape[1] * BLOCK
-    rows = pad_blocks(x).to(dtype)
-    out = torch.empty(x.shape[0], n, dtype=dtype)
+    rows = pad_blocks(x).float()
+    out = torch.empty(x.shape[0], n)
     step = max(1, min(n, _SLAB_BYTES // max(1, 4 * k)))
     slab = torch.empty(step, k)
     for first in range(0, n, step):
         last = min(n, first + step)
-        weights = dequantize(codes[first:last], scales[first:last], slab[: last - first]).to(dtype)
+        weights = dequantize(codes[first:last], scales[first:last], slab[: last - first])
         torch.mm(rows, weights.t(), out=out[:, first:last])
-    return out.float()
+    return out

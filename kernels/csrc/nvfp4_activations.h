@@ -4,6 +4,8 @@
 // weights' dword shuffles leave them in.
 #pragma once
 
+#include "nvfp4_format.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -65,6 +67,18 @@ inline void lay_out(const float* x, int64_t k, int64_t groups, Rounded& out) {
         }
       }
     }
+}
+
+// One output from the definition: for rows whose scales need care (NaN, a sign bit).
+inline float careful(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const float* x) {
+  double sum = 0;
+  for (int64_t b = 0; b < blocks; b++) {
+    float part = 0;
+    for (int e = 0; e < 16; e++)
+      part += kValue[(codes[b * 8 + e / 2] >> (e % 2 * 4)) & 15] * x[b * 16 + e];
+    sum += double(part) * e4m3(scales[b]);
+  }
+  return float(sum);
 }
 
 }  // namespace nvfp4

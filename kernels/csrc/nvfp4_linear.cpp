@@ -18,18 +18,6 @@ namespace {
 
 using namespace nvfp4;
 
-// One output from the definition: for rows whose scales need care (NaN, a sign bit).
-float careful(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const float* x) {
-  double sum = 0;
-  for (int64_t b = 0; b < blocks; b++) {
-    float part = 0;
-    for (int e = 0; e < 16; e++)
-      part += kValue[(codes[b * 8 + e / 2] >> (e % 2 * 4)) & 15] * x[b * 16 + e];
-    sum += double(part) * e4m3(scales[b]);
-  }
-  return float(sum);
-}
-
 #if NVFP4_SIMD
 
 __m256i shuffled_pair(const uint8_t* codes, int which) {

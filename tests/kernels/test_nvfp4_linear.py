@@ -85,12 +85,13 @@ def test_tails_in_every_path(n, k):
 
 
 @built
-def test_bf16_matrix_hardware_path_keeps_the_weights_exact(monkeypatch):
-    q, x = weight(40, 256), torch.randn(32, 256).bfloat16()
-    expected = x.double() @ q.dequantize(torch.float64).t()
-    for fast in (False, True):
-        monkeypatch.setattr(nvfp4_cpu, "_bf16_is_fast", lambda fast=fast: fast)
-        assert relative(call(x, q), expected) < 4e-3
+@pytest.mark.parametrize("hardware", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_bf16_activations_with_and_without_bf16_hardware(monkeypatch, hardware, rows):
+    if not hardware:
+        monkeypatch.setattr(nvfp4_cpu, "bf16_kernel", lambda: False)
+    q, x = weight(40, 256), torch.randn(rows, 256).bfloat16()
+    assert relative(call(x, q), x.double() @ q.dequantize(torch.float64).t()) < 4e-3
 
 
 @built
@@ -175,6 +176,7 @@ def test_portable_code_agrees_where_there_is_no_avx2(monkeypatch, tmp_path):
         for mode in MODES
     }
     native.load.cache_clear()
+    nvfp4_cpu.bf16_kernel.cache_clear()
     try:
         for mode, q in fast.items():
             again = quantize(torch.randn(24, 200, generator=torch.Generator().manual_seed(0)), mode=mode)
@@ -197,3 +199,53 @@ def test_portable_code_agrees_where_there_is_no_avx2(monkeypatch, tmp_path):
                     assert relative(y, nvfp4_linear.reference(*arguments)) < bound
     finally:
         native.load.cache_clear()
+        nvfp4_cpu.bf16_kernel.cache_clear()
+
+
+BF16_SHAPES = [
+    (1, 33, 4096),
+    (2, 8, 256),
+    (5, 5, 200),
+    (6, 7, 24),
+    (10, 16, 16),
+    (11, 31, 300),
+    (12, 33, 1040),
+]
+BF16_SHAPES += [(13, 65, 272), (25, 1, 144), (40, 40, 8)]
+
+
+@built
+@pytest.mark.skipif(not nvfp4_cpu.bf16_kernel(), reason="This CPU has no AVX512-BF16 and VBMI.")
+@pytest.mark.parametrize("m, n, k", BF16_SHAPES)
+@pytest.mark.parametrize("few", [True, False])
+def test_bf16_kernels_round_once(monkeypatch, m, n, k, few):
+    monkeypatch.setattr(nvfp4_cpu, "FEW_BF16_ROWS", m if few else 0)
+    generator = torch.Generator().manual_seed(m + n + k)
+    q = quantize(torch.randn(n, k, generator=generator) * torch.logspace(0, -6, n)[:, None])
+    x, bias = (torch.randn(s, generator=generator).bfloat16() for s in ((m, k), (n,)))
+    expected = x.double() @ q.dequantize(torch.float64).t() + bias.double()
+    y = call(x, q, bias=bias).double()
+    spacing = torch.finfo(torch.bfloat16).eps * expected.abs()  # half of it, and fp32's error near a tie
+    size = (x.double().abs() @ q.dequantize(torch.float64).abs().t()) + bias.double().abs()
+    assert ((y - expected).abs() <= 0.5 * spacing + 2e-6 * size).all()
+    raw = q.block_scales.view(torch.uint8)
+    raw[0, 0] = 0x7F
+    y = call(x, q)
+    assert y[:, 0].isnan().all() and y[:, 1:].isfinite().all()
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_bits(threads):
+    q = weight(70, 528)
+    before = torch.get_num_threads()
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            for rows in (1, 7, 20):
+                x = torch.randn(rows, 528, generator=torch.Generator().manual_seed(2)).to(dtype)
+                torch.set_num_threads(1)
+                expected = call(x, q)
+                torch.set_num_threads(threads)
+                assert torch.equal(call(x, q), expected)
+    finally:
+        torch.set_num_threads(before)
