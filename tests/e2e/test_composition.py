@@ -1,0 +1,158 @@
+"""Every pair of methods, and all together: within the sum of the budgets, or refused with both names and the reason.
+
+THRESHER_UPDATE_DOCS=1 python -m pytest tests/e2e/test_composition.py   # writes the table in docs/composition.md
+"""
+
+import functools
+import itertools
+import os
+import re
+from pathlib import Path
+
+import captures
+import pytest
+import torch
+import zoo
+
+import thresher
+from thresher import backend
+from thresher.errors import ArgumentError, ThresherError
+from thresher.passes.base import PASSES
+from thresher.recipe import Recipe
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "composition.md"
+BEGIN, END = "<!-- table: written by tests/e2e/test_composition.py -->", "<!-- end of table -->"
+MODELS = {"Llama": "llama_reglu", "BERT": "bert"}
+METHODS = ("prepack", "transprune", "zipvl", "deft", "rsq", "nvfp4")
+HERE = tuple(m for m in METHODS if m in PASSES)
+PAIRS = list(itertools.combinations(HERE, 2))
+# Options at which the methods find something to do in models of width 32.
+OPTIONS = {
+    "prepack": True,
+    "transprune": {
+        "stages": ((1, 0.5),), "min_image_tokens": 1, "bucket": 1, "min_saving": 0.0, "image_span": (2, 9), "budget": 2.0
+    },
+    "zipvl": {"keep": 0.5, "recent": 2, "spread": 2, "sinks": 1, "bucket": 1, "min_saving": 0.0, "budget": 2.0},
+    "deft": {"min_bytes": 0},
+    "rsq": {"group_size": 32, "budget": 1.0},
+    "nvfp4": {"min_weights": 0, "budget": 1.0},
+}  # fmt: skip
+
+
+@functools.cache
+def statistics(name: str) -> str | None:
+    """What rsq reads: a tiny calibration, saved; None where this version cannot make it."""
+    if "rsq" not in PASSES or not hasattr(thresher, "quantize"):
+        return None
+    import tempfile
+
+    model, inputs = zoo.ZOO[name].build()
+    path = Path(tempfile.mkdtemp()) / "rsq.safetensors"
+    try:
+        thresher.quantize(model, [dict(inputs)], {"rsq": OPTIONS["rsq"]}).save(path)
+    except ThresherError:
+        return None  # what the pass then says stands in the table
+    return str(path)
+
+
+def recipe(names: tuple[str, ...], model: str) -> Recipe:
+    extra = {}
+    if "rsq" in names and statistics(MODELS[model]):
+        extra["stats"] = statistics(MODELS[model])
+    return Recipe.of({n: OPTIONS[n] for n in names}, **extra)
+
+
+@functools.cache
+def run(names: tuple[str, ...], model: str):
+    """(program, report), or the refusal."""
+    _, inputs = zoo.ZOO[MODELS[model]].build()
+    program = captures.of_zoo(MODELS[model], "export-dynamic")
+    try:
+        return backend.run_pipeline(program, recipe(names, model), captures.arguments(program, inputs))
+    except ArgumentError as refusal:
+        return refusal
+
+
+def check(outcome, names: tuple[str, ...]) -> None:
+    if isinstance(outcome, ArgumentError):
+        assert all(n in str(outcome) for n in names), f"the refusal does not name both: {outcome}"
+        return
+    _, report = outcome
+    assert [p.name for p in report.passes] == sorted(names, key=lambda n: PASSES[n].order)
+    for account in report.passes:
+        assert account.rolled_back is None, account.rolled_back
+        assert account.rewritten or account.missed, f"{account.name} looked at no site"
+        assert all(re.match(r"[A-Z(`\w].*[.!]$", m.reason, re.S) for m in account.missed)
+    assert report.error is not None and report.error <= report.budget
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_a_pair_composes_or_is_refused_whatever_its_order(pair, model):
+    first, second = run(pair, model), run(pair[::-1], model)
+    check(first, pair)
+    if not isinstance(first, ArgumentError):
+        assert first[0].text() == second[0].text()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_all_together_run_as_a_compiled_model(model):
+    outcome = run(HERE, model)
+    check(outcome, HERE)
+    if isinstance(outcome, ArgumentError):
+        return
+    network, inputs = zoo.ZOO[MODELS[model]].build()
+    network.config.use_cache = False
+    compiled = thresher.compile(network, inputs, recipe(HERE, model), target="reference")
+    certificate = compiled.certificate
+    assert certificate.holds
+    with torch.no_grad():
+        assert torch.isfinite(compiled(**inputs)[0]).all()
+
+
+def test_what_one_pass_took_the_next_does_not_take_again():
+    alone, (_, report) = run(("nvfp4",), "Llama")[1], run(("deft", "nvfp4"), "Llama")
+    assert len(report["deft"].rewritten) == 2
+    shared = set(alone["nvfp4"].rewritten) - set(report["nvfp4"].rewritten)
+    assert {s.rsplit(".", 1)[1] for s in shared} == {"down_proj", "up_proj"}  # sparse_mlp reads both
+
+
+def cell(outcome) -> str:
+    if isinstance(outcome, ArgumentError):
+        return f"refused: {outcome}"
+    _, report = outcome
+    parts = []
+    for p in report.passes:
+        reason = "" if p.rewritten or not p.missed else f" ({p.missed[0].reason})"
+        parts.append(f"{p.name} {len(p.rewritten)} of {len(p.rewritten) + len(p.missed)}{reason}")
+    size = "exact to rounding" if report.error < 1e-5 else f"{report.error:.1g}"
+    return "; ".join(parts) + f"; error {size}, budget {report.budget:.2g}"
+
+
+def table() -> str:
+    lines = ["| recipe | Llama | BERT |", "| --- | --- | --- |"]
+    for names in [*[(h,) for h in HERE], *PAIRS, HERE]:
+        cells = [cell(run(names, model)).replace("|", "\\|").replace("\n", " ") for model in MODELS]
+        lines.append(f"| {' + '.join(names) if names != HERE else 'all'} | {' | '.join(cells)} |")
+    missing = [m for m in METHODS if m not in HERE]
+    if missing:
+        lines += ["", f"Not in this version: {', '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def test_the_page_is_up_to_date():
+    written = PAGE.read_text()
+    before, _, rest = written.partition(BEGIN)
+    old, _, after = rest.partition(END)
+    new = table()
+    if os.environ.get("THRESHER_UPDATE_DOCS"):
+        PAGE.write_text(f"{before}{BEGIN}\n\n{new}\n\n{END}{after}")
+        return
+
+    def rows(text: str) -> list[str]:
+        """Without the measured errors, which differ from one processor to the next."""
+        return [re.sub(r"error [^,]*,", "error,", line) for line in text.strip().splitlines()]
+
+    assert rows(old) == rows(new), (
+        "run: THRESHER_UPDATE_DOCS=1 python -m pytest tests/e2e/test_composition.py"
+    )
