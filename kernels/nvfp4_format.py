@@ -91,8 +91,8 @@ def swizzle(scales: torch.Tensor) -> torch.Tensor:
     """
     rows, columns = scales.shape
     tall, wide = -(-rows // 128), -(-columns // 4)
-    full = torch.zeros(tall * 128, wide * 4, dtype=torch.uint8, device=scales.device)
-    full[:rows, :columns] = scales.view(torch.uint8)
+    short = (0, wide * 4 - columns, 0, tall * 128 - rows)
+    full = torch.nn.functional.pad(scales.view(torch.uint8), short)
     tiles = full.view(tall, 4, 32, wide, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(-1).view(scales.dtype)
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from thresher.errors import ArgumentError
-from thresher.kernels import native, nvfp4_cpu
+from thresher.kernels import native, nvfp4_cpu, nvfp4_cuda
 from thresher.kernels.nvfp4 import ACTIVATIONS, nvfp4_linear
 from thresher.kernels.nvfp4_quantize import MODES, NVFP4Weight, quantize
 
@@ -249,3 +251,30 @@ def test_threads_do_not_change_bits(threads):
                 assert torch.equal(call(x, q), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("m, n, k", [(5, 32, 96), (130, 144, 64)])
+def test_the_native_fp4_product_traces_without_a_gpu(m, n, k):
+    """One `_scaled_mm_v2` on FP4 operands, 1x16 scales in the 32_4_4 swizzle, padded with zeros."""
+
+    def operand(rows):
+        codes = torch.empty(rows, k // 2, dtype=torch.uint8, device="cuda")
+        scales = torch.empty(rows, k // 16, dtype=torch.float8_e4m3fn, device="cuda")
+        return codes, scales, torch.empty((), device="cuda")
+
+    def product(*tensors):
+        a, b = (NVFP4Weight(*three, k) for three in (tensors[:3], tensors[3:]))
+        return nvfp4_cuda.scaled_mm(a, b, torch.bfloat16)
+
+    with FakeTensorMode():
+        graph = make_fx(product)(*operand(m), *operand(n)).graph
+    (call_node,) = graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm_v2.default)
+    left, right, left_scales, recipe, layout, right_scales = call_node.args[:6]
+    result = call_node.meta["val"]
+    assert (tuple(result.shape), result.dtype, result.device.type) == ((m, n), torch.bfloat16, "cuda")
+    assert left.meta["val"].dtype == right.meta["val"].dtype == torch.float4_e2m1fn_x2
+    assert list(recipe) == [2, 0] and list(layout) == [1, 0]  # BlockWise1x16 and TensorWise; 32_4_4 and none
+    for scales, rows in ((left_scales, m), (right_scales, n)):
+        assert scales[0].meta["val"].numel() == -(-rows // 128) * -(-k // 64) * 512
+    pads = graph.find_nodes(op="call_function", target=torch.ops.aten.constant_pad_nd.default)
+    assert len(pads) == 2 and all(p.args[2] == 0 for p in pads)
