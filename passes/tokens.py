@@ -52,6 +52,11 @@ class Types:
             "none": "no token is an image's",
         }[self.kind]
 
+    def length(self, values: Sequence[Any], inputs: Sequence[Any]) -> int:
+        """Tokens in a row, from what `counts_program` and the caller give."""
+        known = [*values, *given_tokens.known(inputs).values()]
+        return int(known[0].shape[1]) if known else (self.span or (0, 0))[1]
+
     def flags(self, env: Mapping[Any, Any], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """image bool [B, n], and pad bool [B, n] or None. like: [B, n, ...]."""
         batch, tokens = like.shape[:2]
@@ -151,6 +156,27 @@ def counts_program(program: Program, types: Types) -> Program | None:
     """Computes what `Types.flags` needs from the caller's inputs: [source, padding mask] as far as present."""
     wanted = [n for n in (types.node, types.padding) if n is not None]
     return extract(program, program.placeholders, wanted) if wanted else None
+
+
+def image_counts(
+    types: Types, values: Sequence[Any], inputs: Sequence[Any]
+) -> tuple[list[int] | None, list[int]]:
+    """Image and padding tokens of each row; None when nobody says which these are."""
+    values = list(values)
+    env: dict[Any, Any] = {n: values.pop(0) for n in (types.node, types.padding) if n is not None}
+    given = given_tokens.known(inputs) if types.kind == "extra" else {}
+    if types.kind == "extra":
+        if "token_types" not in given:
+            return None, []
+        env["token_types"] = given["token_types"]
+    like = next(iter(env.values()), None)
+    if types.kind in ("span", "none") and like is None:
+        first, end = types.span or (0, 0)
+        return [end - first], [0]
+    assert like is not None
+    image, pad = types.flags(env, like)
+    pads = [0] * image.shape[0] if pad is None else pad.sum(1).tolist()
+    return image.sum(1).tolist(), pads
 
 
 def largest_tower(structure: Structure) -> Tower | None:

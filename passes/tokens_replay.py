@@ -259,17 +259,19 @@ class Replay:
             raise Stop(f"{node.name} has two sizes that cannot be told in advance")
         return wanted
 
-    def ahead(self, target: fx.Node, start: fx.Node, rows: torch.Tensor | None) -> Any:
-        """The value of a node further on, from `start` as it stands, for tokens `rows` [B, P] of the frame
-        only (None: all). Nothing is kept; `start` must be all the labelled data that `target` needs."""
+    def ahead(self, target: fx.Node, start: fx.Node, rows: torch.Tensor | None, given: Any = None) -> Any:
+        """The value of a node further on, for tokens `rows` [B, P] of the frame only (None: all of them).
+
+        start: all the labelled data that `target` needs. given: its value for those tokens, where it is not
+        the one at hand. Nothing is kept.
+        """
+        now = self.frame
         if rows is None:
-            frame = Frame(self.frame, None, self.frame.length)
-            frame.step, frame.paths = self.frame.step, dict(self.frame.paths)
-            frame.parent = self.frame.parent
-            frame.values = {start: self.env[start]}
+            frame = Frame(now.parent, now.step, now.length, paths=dict(now.paths))
+            frame.values = {start: self.now(start) if given is None else given}
         else:
-            frame = Frame(self.frame, rows, rows.shape[1])
-            frame.values = {start: pick(self.env[start], self.axes[start], rows)}
+            frame = Frame(now, rows, rows.shape[1])
+            frame.values = {start: pick(self.now(start), self.axes[start], rows) if given is None else given}
         self._fill(target, frame)
         return frame.values[target]
 

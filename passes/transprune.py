@@ -35,6 +35,7 @@ from .tokens import (
     counts_program,
     embeddings_fed,
     find_types,
+    image_counts,
     largest_tower,
     layer_flops,
     publish_image,
@@ -277,27 +278,6 @@ def drops_for(
         )
         found.append(max([spare // config.bucket * config.bucket, *found[-1:]]))
     return tuple(found)
-
-
-def image_counts(
-    types: Types, values: Sequence[Any], inputs: Sequence[Any]
-) -> tuple[list[int] | None, list[int]]:
-    """Image and padding tokens of each row; None when nobody says which these are."""
-    values = list(values)
-    env: dict[Any, Any] = {n: values.pop(0) for n in (types.node, types.padding) if n is not None}
-    given = given_tokens.known(inputs) if types.kind == "extra" else {}
-    if types.kind == "extra":
-        if "token_types" not in given:
-            return None, []
-        env["token_types"] = given["token_types"]
-    like = next(iter(env.values()), None)
-    if types.kind in ("span", "none") and like is None:
-        first, end = types.span or (0, 0)
-        return [end - first], [0]
-    assert like is not None
-    image, pad = types.flags(env, like)
-    pads = [0] * image.shape[0] if pad is None else pad.sum(1).tolist()
-    return image.sum(1).tolist(), pads
 
 
 def _drops_now(

@@ -93,16 +93,18 @@ def _both_kept(
         [t.shape[1] for t, s in zip(moved, short) if s is None or s.restored]
         + [int(k[s.kept].max()) + 1 for s, k in zip(short, kept) if s is not None]
     )
-    shared = torch.ones(moved[0].shape[0], whole, dtype=torch.bool, device=moved[0].device)
+    batch = moved[0].shape[0]
+    shared = torch.ones(batch, whole, dtype=torch.bool, device=moved[0].device)
     full = []
     for t, s, k in zip(moved, short, kept):
         if s is not None:
-            index = k[s.kept]
-            shared &= torch.zeros_like(shared).scatter_(1, index, True)
+            index = k[s.kept].where(k[s.kept] >= 0, whole)  # a place not used goes to a spare column
+            here = torch.zeros(batch, whole + 1, dtype=torch.bool, device=t.device).scatter_(1, index, True)
+            shared &= here[:, :whole]
             if not s.restored:
-                wide = t.new_zeros(t.shape[0], whole, *t.shape[2:])
-                wide[torch.arange(t.shape[0])[:, None], index] = t
-                t = wide
+                wide = t.new_zeros(batch, whole + 1, *t.shape[2:])
+                wide[torch.arange(batch, device=t.device)[:, None], index] = t
+                t = wide[:, :whole]
         full.append(t)
     return full[0][shared], full[1][shared]
 

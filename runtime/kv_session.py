@@ -66,6 +66,10 @@ class CallSession(Session):
             results = results[:-count]
         for index, name in self.plan.published.items():
             tokens.publish(results[index], self.extras[name])
+        for index, short in self.plan.shortened.items():
+            tokens.note(results[index], kept=self.extras[short.kept])
+        for index, name in self.plan.scored.items():
+            tokens.note(results[index], scores=self.extras[name])
         return results
 
     def wanted(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> Choices:

@@ -44,6 +44,7 @@ class Shortened:
 class CallPlan:
     """Held by a Program. choices: by pass. extra_inputs: inputs beyond the caller's, see `thresher.token_types`.
     extra_outputs: names of the trailing results that are not the caller's. shortened: by result.
+    scored: result, keys of a layer, -> the extra result with its tokens' importance.
     published: result, an embedding, -> the extra result that tells its image tokens (see `tokens.publish`).
     """
 
@@ -51,4 +52,5 @@ class CallPlan:
     extra_inputs: list[str] = field(default_factory=list)
     extra_outputs: list[str] = field(default_factory=list)
     shortened: dict[int, Shortened] = field(default_factory=dict)
+    scored: dict[int, str] = field(default_factory=dict)
     published: dict[int, str] = field(default_factory=dict)

@@ -81,3 +81,16 @@ def known(inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor) and value.dim() == 3 and value in _PUBLISHED:
             return {"token_types": _PUBLISHED[value]}
     return {}
+
+
+_ABOUT = WeakTensorKeyDictionary()
+
+
+def note(result: torch.Tensor, **facts: torch.Tensor) -> None:
+    """Remember what is known of a result: `kept` int64 [B, L], `scores` float [B, L]."""
+    _ABOUT[result] = {**_ABOUT.get(result, {}), **facts}
+
+
+def about(result: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a pruned program said about one of its results; empty for any other tensor."""
+    return dict(_ABOUT.get(result, {}))
