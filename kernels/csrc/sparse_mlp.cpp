@@ -3,9 +3,10 @@
 // Weights are neuron-major: row i holds what neuron i needs, so a neuron that is off costs nothing.
 // One call finds the neurons that any of its tokens keeps (the union), and adds their rows up.
 //
-// Every output column is one chain of fused multiply-adds over the neurons in ascending order,
-// whatever the batch, the thread count and the other neurons. A neuron whose coefficient is zero
-// leaves the chain's bits as they are, so skipping it equals running it, bit for bit.
+// Every output column is a sum over blocks of BLOCK neurons, each a chain of fused multiply-adds in
+// ascending order, whatever the batch, the thread count and the other neurons. A neuron whose coefficient
+// is zero leaves its chain's bits as they are, so skipping it equals running it, bit for bit. The blocks
+// keep chains short: one chain over all neurons has several times the rounding error of a dense product.
 #include <omp.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -23,6 +24,7 @@ namespace {
 constexpr int ROWS = 8;    // neurons per pass over the columns: as many streams as a cache has ways
 constexpr int TOKENS = 4;  // tokens per register tile
 constexpr int LINE = 64;   // bytes
+constexpr int64_t BLOCK = 512;  // neurons
 constexpr int64_t AHEAD = 64 << 10;  // bytes of weights that are asked for before they are needed
 
 constexpr int64_t SLACK = 16;  // what `scan` may write beyond the last index
@@ -68,23 +70,38 @@ INLINE void fetch(const W* const* later, int64_t col) {
             __builtin_prefetch(reinterpret_cast<const char*>(later[r] + col) + byte, 0, 2);
 }
 
-// The same as `tile` for one token and a whole pass: coefficients stay in registers.
-template <class W, int C>
-INLINE int64_t stream(const W* const* rows, const W* const* later, const float* coef, float* acc, int64_t begin,
+// The same as `tile` for one token: coefficients stay in registers.
+template <class W, int C, int N>
+int64_t stream(const W* const* rows, const W* const* later, const float* coef, float* acc, int64_t begin,
                       int64_t end) {
-    const W* row[ROWS];
-    vf k[ROWS];
-    UNROLL for (int r = 0; r < ROWS; ++r) row[r] = rows[r], k[r] = all(coef[r]);
+    const W* row[N];
+    vf k[N];
+    UNROLL for (int r = 0; r < N; ++r) row[r] = rows[r], k[r] = all(coef[r]);
     int64_t col = begin;
     for (; col + C * V <= end; col += C * V) {
         fetch<W, C * V>(later, col);
         vf sum[C];
         UNROLL for (int c = 0; c < C; ++c) sum[c] = widen(acc + col + c * V);
-        UNROLL for (int r = 0; r < ROWS; ++r)
+        UNROLL for (int r = 0; r < N; ++r)
             UNROLL for (int c = 0; c < C; ++c) sum[c] = multiply_add(k[r], widen(row[r] + col + c * V), sum[c]);
         UNROLL for (int c = 0; c < C; ++c) std::memcpy(acc + col + c * V, &sum[c], sizeof(vf));
     }
     return col;
+}
+
+template <class W, int C>
+int64_t stream(int n, const W* const* rows, const W* const* later, const float* coef, float* acc, int64_t begin,
+               int64_t end) {
+    switch (n) {
+        case 1: return stream<W, C, 1>(rows, later, coef, acc, begin, end);
+        case 2: return stream<W, C, 2>(rows, later, coef, acc, begin, end);
+        case 3: return stream<W, C, 3>(rows, later, coef, acc, begin, end);
+        case 4: return stream<W, C, 4>(rows, later, coef, acc, begin, end);
+        case 5: return stream<W, C, 5>(rows, later, coef, acc, begin, end);
+        case 6: return stream<W, C, 6>(rows, later, coef, acc, begin, end);
+        case 7: return stream<W, C, 7>(rows, later, coef, acc, begin, end);
+        default: return stream<W, C, 8>(rows, later, coef, acc, begin, end);
+    }
 }
 
 // Columns [begin, end) of T tokens for one pass of n rows. later: ROWS rows of a later pass to ask for.
@@ -93,7 +110,7 @@ void pass(const W* const* rows, const W* const* later, const float* coef, int n,
           int64_t begin, int64_t end) {
     constexpr int C = T <= 2 ? 4 : 2;
     int64_t col = begin;
-    if (n == ROWS && T == 1) col = stream<W, 2>(rows, later, coef, acc, begin, end);
+    if (T == 1) col = stream<W, 2>(n, rows, later, coef, acc, begin, end);
     if (n == ROWS)
         for (; col + C * V <= end; col += C * V) {
             if (T > 1) fetch<W, C * V>(later, col);
@@ -173,10 +190,10 @@ int64_t scan(const A* act, int64_t tokens, int64_t F, const float* threshold, bo
         if (count > limit) return -1;
     }
 #endif
-    constexpr int64_t BLOCK = 256;
-    uint8_t keep[BLOCK];
-    for (int64_t first = from; first < F; first += BLOCK) {
-        const int64_t size = std::min(BLOCK, F - first);
+    constexpr int64_t SOME = 256;
+    uint8_t keep[SOME];
+    for (int64_t first = from; first < F; first += SOME) {
+        const int64_t size = std::min(SOME, F - first);
         std::memset(keep, 0, sizeof keep);
         for (int64_t t = 0; t < tokens; ++t) {
             const A* a = act + t * F + first;
@@ -204,10 +221,10 @@ int64_t scan(const A* act, int64_t tokens, int64_t F, const float* threshold, bo
     return count;
 }
 
-// Columns [begin, end) of acc[tokens][D] += value^T * weight[index].
+// Columns [begin, end) of acc[tokens][D] = value^T * weight[index], a block of neurons after the other in `part`.
 template <class W>
 void add_rows(const Active& active, int64_t tokens, const W* weight, const float* scale, int64_t groups,
-              int64_t D, float* acc, int64_t begin, int64_t end) {
+              int64_t D, float* part, float* acc, int64_t begin, int64_t end) {
     const W *rows[ROWS], *later[ROWS];
     float coef[ROWS * TOKENS];
     const int64_t width = D / groups;
@@ -218,23 +235,32 @@ void add_rows(const Active& active, int64_t tokens, const W* weight, const float
         __builtin_prefetch(row, 0, 2);
         __builtin_prefetch(row + LINE, 0, 2);
     }
-    for (int64_t first = 0; first < active.count; first += ROWS) {
-        const int n = int(std::min<int64_t>(ROWS, active.count - first));
-        for (int r = 0; r < n; ++r) rows[r] = weight + active.index[first + r] * D;
-        for (int r = 0; r < ROWS; ++r)
-            later[r] = weight + active.index[std::min(first + ahead + r, active.count - 1)] * D;
-        for (int64_t g = begin / width; g * width < end; ++g) {
-            const int64_t from = std::max(begin, g * width), to = std::min(end, (g + 1) * width);
-            for (int64_t t = 0; t < tokens; t += TOKENS) {
-                const int some = int(std::min<int64_t>(TOKENS, tokens - t));
-                for (int r = 0; r < n; ++r) {
-                    const float s = scale ? scale[active.index[first + r] * groups + g] : 1.0f;
-                    for (int k = 0; k < some; ++k)
-                        coef[r * some + k] = active.value[(first + r) * tokens + t + k] * s;
+    for (int64_t t = 0; t < tokens; ++t) std::fill(acc + t * D + begin, acc + t * D + end, 0.0f);
+    for (int64_t first = 0; first < active.count;) {
+        const int64_t block = active.index[first] / BLOCK;
+        for (int64_t t = 0; t < tokens; ++t) std::fill(part + t * D + begin, part + t * D + end, 0.0f);
+        while (first < active.count && active.index[first] / BLOCK == block) {
+            int n = 1;
+            while (n < ROWS && first + n < active.count && active.index[first + n] / BLOCK == block) ++n;
+            for (int r = 0; r < n; ++r) rows[r] = weight + active.index[first + r] * D;
+            for (int r = 0; r < ROWS; ++r)
+                later[r] = weight + active.index[std::min(first + ahead + r, active.count - 1)] * D;
+            for (int64_t g = begin / width; g * width < end; ++g) {
+                const int64_t from = std::max(begin, g * width), to = std::min(end, (g + 1) * width);
+                for (int64_t t = 0; t < tokens; t += TOKENS) {
+                    const int some = int(std::min<int64_t>(TOKENS, tokens - t));
+                    for (int r = 0; r < n; ++r) {
+                        const float s = scale ? scale[active.index[first + r] * groups + g] : 1.0f;
+                        for (int k = 0; k < some; ++k)
+                            coef[r * some + k] = active.value[(first + r) * tokens + t + k] * s;
+                    }
+                    pass<W>(some, rows, t ? rows : later, coef, n, part + t * D, D, from, to);
                 }
-                pass<W>(some, rows, t ? rows : later, coef, n, acc + t * D, D, from, to);
             }
+            first += n;
         }
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t d = begin; d < end; ++d) acc[t * D + d] += part[t * D + d];
     }
 }
 
@@ -250,12 +276,12 @@ void down(const Active& active, int64_t tokens, const W* weight, const float* sc
           const O* bias, O* out, int threads) {
     const bool narrow = sizeof(O) != sizeof(float);
     float* acc = narrow ? scratch<float, 0>(tokens * D) : reinterpret_cast<float*>(out);
+    float* part = scratch<float, 3>(tokens * D);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t begin, end;
         share(D, omp_get_num_threads(), omp_get_thread_num(), &begin, &end);
-        for (int64_t t = 0; t < tokens; ++t) std::fill(acc + t * D + begin, acc + t * D + end, 0.0f);
-        add_rows(active, tokens, weight, scale, groups, D, acc, begin, end);
+        add_rows(active, tokens, weight, scale, groups, D, part, acc, begin, end);
         if (bias || narrow)
             for (int64_t t = 0; t < tokens; ++t)
                 for (int64_t d = begin; d < end; ++d)
