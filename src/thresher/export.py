@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,24 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from . import sessions
+from . import backend, capture, sessions
+from .api import _example as example
 from .certificate import plain
-from .errors import ArgumentError, ThresherError
+from .errors import ArgumentError, CaptureError, ThresherError
+from .lowering.onnx import Exported, require_onnx
+from .lowering.onnx import export as onnx_export
+from .lowering.onnx_check import compare
+from .lowering.reference import Reference
+from .lowering.target import Lowered
 from .program import Program, Weight
+from .recipe import Recipe
+from .report import Report, progress
 from .runtime import artifact
+from .runtime.compare import run_plainly
 from .runtime.freshness import Freshness
 from .runtime.loaded import Loaded
+from .runtime.packing import plan
+from .runtime.session import Session
 
 
 def save(
@@ -76,6 +89,160 @@ def save(
 def load(path: str | os.PathLike[str], target: str = "inductor", *, allow_compiled: bool = False) -> Loaded:
     """Load a saved model; call the result with the model's inputs. See `runtime.artifact.read`."""
     return artifact.read(path, target, allow_compiled=allow_compiled)
+
+
+def export_onnx(
+    model: torch.nn.Module | Program,
+    args: Mapping[str, Any] | Sequence[Any],
+    path: str | os.PathLike[str],
+    recipe: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    runtime: str = "ort",
+    body_only: bool = False,
+    accuracy_level: int = 0,
+    check: bool = True,
+    **options: Any,
+) -> Exported:
+    """Rewrite a model by a recipe and write it as ONNX; run the file on three input sizes and compare.
+
+    model: a module in eval mode, or a Program already rewritten. args: example inputs, as for `compile`; they
+        verify the passes and are the first size the file is run on.
+    recipe, options: as for `compile`. dynamic_shapes: as for torch.export; by default the first two dimensions
+        of every example input vary where the model allows it.
+    runtime, body_only, accuracy_level: see `lowering.onnx.export`.
+    check: run the file with ONNX Runtime or onnx.reference; the differences stand in the record.
+
+    Raises ThresherError for what cannot be exported.
+    """
+    require_onnx()
+    positional, named = example(args)
+    if isinstance(model, Program):
+        program, names, layout = model, None, model.packing
+        outside = layout.padded if layout is not None else program
+        given = [*positional, *named.values()]
+        inputs = [named.get(n, given[i]) for i, n in enumerate(outside.input_names)] if given else []
+    else:
+        steps = progress(("capture", "rewrite"), "exporting")
+        next(steps, None)
+        program, names, inputs = _captured(model, positional, named, dynamic_shapes)
+        next(steps, None)
+        with torch.no_grad():
+            program, report = backend.run_pipeline(program, Recipe.of(recipe, **options), inputs)
+        list(steps)
+        missed = [m.reason for p in report.passes for m in p.missed]
+        if report.passes and not report.rewritten:
+            warnings.warn(f"thresher rewrote nothing: {missed[0] if missed else 'no candidate site.'}",
+                          backend.ThresherWarning, stacklevel=2)  # fmt: skip
+    record = onnx_export(
+        program, path, runtime=runtime, body_only=body_only, accuracy_level=accuracy_level, output_names=names
+    )
+    if check and inputs:
+        record.differences, notes = compare(path, _calls(program, inputs, record, body_only))
+        record.notes += notes
+    return record
+
+
+def _captured(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[Program, list[str], list[Any]]:
+    """The model's Program, its results' names, and the example inputs in the order of its placeholders."""
+    shapes = dynamic_shapes
+    if shapes is None:
+        shapes = pytree.tree_map(_free, (args, kwargs))
+        shapes = {**dict(zip(_parameters(model), shapes[0])), **shapes[1]}
+    config = getattr(model, "config", None)
+    caching = getattr(config, "use_cache", None)
+    holds_cache = any(not isinstance(v, torch.Tensor) for v in (*args, *kwargs.values()))
+    try:
+        if caching and not holds_cache:
+            config.use_cache = False  # type: ignore[union-attr]
+        with torch.no_grad():
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as reason:
+        raise CaptureError(
+            f"torch.export cannot capture the model: {str(reason).splitlines()[0]}"
+        ) from reason
+    finally:
+        if caching and not holds_cache:
+            config.use_cache = caching  # type: ignore[union-attr]
+    spec = exported.call_spec.out_spec
+    program = capture.from_export(exported)
+    flat, _ = pytree.tree_flatten((args, kwargs))
+    return program, _flat_names(spec), [x for x in flat if isinstance(x, (torch.Tensor, int, float))]
+
+
+def _free(given: Any) -> dict[int, Any] | None:
+    """Both of the first two dimensions may vary, if the model lets them."""
+    if not isinstance(given, torch.Tensor):
+        return None
+    return {dim: torch.export.Dim.AUTO for dim in range(min(2, given.dim()))}
+
+
+def _parameters(model: torch.nn.Module) -> list[str]:
+    return list(inspect.signature(model.forward).parameters)
+
+
+def _calls(program: Program, inputs: Sequence[Any], record: Exported, body_only: bool) -> list[Any]:
+    """The example inputs at three sizes, with the Program's results."""
+    layout = program.packing
+    outside = layout.padded if layout is not None else program
+    calls = []
+    for sized in _sizes(outside, inputs):
+        mask = sized[layout.mask] != 0 if layout is not None else None
+        if layout is not None and body_only:
+            fields, results = packed_call(program, sized)
+            calls.append(({n: fields[n] for n in record.inputs}, results, None))
+            continue
+        with torch.no_grad():
+            results = run_plainly(program, sized, Reference())
+        calls.append((dict(zip(outside.input_names, sized, strict=True)), results, mask))
+    return calls
+
+
+def packed_call(program: Program, inputs: Sequence[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """What a packed program's body is given for a padded call, by name, and its results."""
+    seen: list[Any] = []
+
+    class Watched(Reference):
+        def lower(self, part: Program) -> Lowered:
+            lowered = super().lower(part)
+            if part is not program:
+                return lowered
+
+            def run(given: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
+                results = lowered.run(given, weights)
+                seen[:] = [list(given), results]
+                return results
+
+            return dataclasses.replace(lowered, run=run)
+
+    Session(program, Watched(), Reference(), Report("none"))(inputs, {})
+    if not seen:
+        raise ThresherError(
+            "The example call cannot be packed, so there is nothing to compare the body with."
+        )
+    fields = dict(zip(program.input_names, seen[0], strict=True))
+    layout = program.packing
+    fields.setdefault("columns", plan(inputs[layout.mask]).cols)
+    return fields, seen[1]
+
+
+def _sizes(program: Program, inputs: Sequence[Any]) -> list[list[Any]]:
+    """The inputs as given, then with each varying dimension larger and smaller, by repeating and cutting."""
+    found = []
+    for grow in (lambda n, _: n, lambda n, low: n + 3, lambda n, low: max(low, n // 2)):
+        sized = []
+        for place, tensor in zip(program.placeholders, inputs, strict=True):
+            known = place.meta["val"]
+            if isinstance(tensor, torch.Tensor):
+                for dim, size in enumerate(known.shape):
+                    if isinstance(size, torch.SymInt):
+                        new = grow(tensor.shape[dim], 2)
+                        tensor = tensor.index_select(dim, torch.arange(new) % tensor.shape[dim])
+            sized.append(tensor)
+        found.append(sized)
+    return found
 
 
 def _names(result: Any, results: Sequence[Any]) -> list[str]:
