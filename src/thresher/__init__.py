@@ -27,6 +27,7 @@ _PUBLIC = {
     "compile": "api",
     "density_loss": "density",
     "explain": "api",
+    "find_recipe": "auto",
     "export_onnx": "export",
     "load": "export",
     "nvfp4_training": "training",

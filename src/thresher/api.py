@@ -77,6 +77,7 @@ def compile(
     dynamic: bool | None = None,
     mode: str | None = None,
     target: str = "inductor",
+    search: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Compiled:
     """Compile a model for inference, verify it on the example, and raise when it cannot be done.
@@ -84,6 +85,8 @@ def compile(
     example_inputs: keyword arguments as a dict, or positional ones as a tuple. A mixed-length batch shows
         padding best. recipe, options: see `Recipe.of`. dynamic, mode: as in torch.compile.
     target: "inductor", or "reference" for plain PyTorch.
+    search: for recipe="auto", which tries recipes on this example: the arguments of `thresher.find_recipe`, such as
+        {"budget": 0.01, "metric": "perplexity", "state": "search.json"}.
 
     Where `torch.compile(backend="thresher")` would warn and run a graph as it was, this raises.
     """
@@ -96,6 +99,17 @@ def compile(
         raise ArgumentError(
             "model", "a model in training mode", "a model in eval mode", "Call model.eval() first."
         )
+    if recipe == "auto":
+        if options or not kwargs:
+            raise ArgumentError(
+                "recipe",
+                "'auto' with options of passes, or with positional example inputs",
+                "'auto' alone, with example_inputs as a dict",
+                "Pass the search's arguments in search={...}.",
+            )
+        from . import auto
+
+        recipe = auto.find_recipe(model, kwargs, target=target, **(search or {})).recipe
     chosen = Recipe.of(recipe, **options)
     call = torch.compile(
         model,

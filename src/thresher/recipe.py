@@ -44,11 +44,17 @@ def register(config: type[PassConfig]) -> type[PassConfig]:
 
 FRESHNESS = ("check", "repack", "trust")
 
-# What a preset switches on. `exact` is what a bare `backend="thresher"` means: rewrites that need
-# no calibration data and change nothing but rounding.
+# What a preset switches on; docs/recipes.md says for whom each is. `exact` is what a bare `backend="thresher"`
+# means: rewrites that need no calibration data and change nothing but rounding. 0.97 allows for the cost
+# model's error: a rewrite that is expected to change nothing is not worth a note.
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"prepack": True},
     "none": {},
+    "embed": {"prepack": True, "deft": True, "min_gain": 0.97},
+    "serve-throughput": {"causal_mask": True, "prepack": True, "deft": True, "min_gain": 0.97},
+    "serve-latency": {"prepack": True, "deft": True, "nvfp4": {"activations": "int16"}, "min_gain": 0.97},
+    "edge-cpu": {"prepack": True, "deft": True, "nvfp4": {"activations": "int8"}},
+    "blackwell": {"prepack": True, "nvfp4": {"activations": "nvfp4"}},
 }
 
 
@@ -115,6 +121,19 @@ class Recipe:
                 result[field.name] = dict(current) if field.name in ("require", "inductor") else current
         return result
 
+    def to_toml(self) -> str:
+        """A TOML file that `Recipe.of` turns back into this recipe."""
+        given = self.to_dict()
+        scalars = {k: v for k, v in given.items() if not isinstance(v, Mapping)}
+        lines = [f"{k} = {_toml(v)}" for k, v in scalars.items()]
+        if not self.passes:
+            lines.insert(0, 'recipe = "none"')
+        for name, options in given.items():
+            if isinstance(options, Mapping):
+                lines += ["", f"[{name}]", *(f"{json.dumps(k) if not k.isidentifier() else k} = {_toml(v)}"
+                                             for k, v in options.items() if v is not None)]  # fmt: skip
+        return "\n".join(lines).strip() + "\n"
+
     @classmethod
     def of(
         cls, spec: Recipe | str | Path | Mapping[str, Any] | PassConfig | None = None, **options: Any
@@ -138,6 +157,16 @@ class Recipe:
         else:
             merged = {"recipe": str(spec), **options}
         return _from_dict(merged)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return (
+        json.dumps(value) if isinstance(value, str) else repr(value)
+    )  # repr writes inf and nan as TOML does
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

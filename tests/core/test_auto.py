@@ -1,0 +1,161 @@
+"""recipe="auto": the fastest recipe within the budget, resumable, written out; presets and TOML examples load."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+import thresher
+from thresher import auto, backend, bench
+from thresher.errors import ArgumentError
+from thresher.recipe import PRESETS, Recipe
+
+assert backend
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
+RECIPES = {
+    "none": "none",
+    "exact": "exact",
+    "coarse": {"prepack": True, "nvfp4": {"min_weights": 0, "budget": 1.0}},
+    "no such site": {"prepack": {"mask": "other"}},
+}
+
+
+@pytest.fixture
+def model():
+    return zoo.ZOO["llama"].build()
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    """Recipes that take fixed times, and how often each was timed."""
+    asked = []
+
+    def fixed(model, inputs, recipe, target, rounds):
+        asked.append(recipe)
+        return {0: 1.0, 1: 1.5, 2: 3.0}[len(recipe.passes)]
+
+    monkeypatch.setattr(auto, "_time", fixed)
+    return asked
+
+
+def find(model, **options):
+    network, inputs = model
+    return thresher.find_recipe(network, inputs, recipes=RECIPES, target="reference", **options)
+
+
+def test_the_fastest_within_the_budget_wins_and_says_why_the_others_did_not(model, timings, tmp_path):
+    found = find(model, budget=1e-3, output=tmp_path / "r.toml")
+    assert found.name == "exact" and found.gain == 1.5 and abs(found.loss) < 1e-6
+    rows = {r.name: r for r in found.rows}
+    assert "above the budget" in rows["coarse"].reason and rows["coarse"].gain is None
+    assert "rewrites nothing" in rows["no such site"].reason
+    assert Recipe.of(tmp_path / "r.toml") == Recipe.of("exact")
+    assert "above the budget" in str(found)
+    assert find(model, budget=1e3).name == "coarse"
+
+
+def test_an_interrupted_search_goes_on(model, timings, tmp_path, monkeypatch):
+    state, judged = tmp_path / "s.json", []
+    real = auto._judge
+
+    def judge(network, inputs, name, recipe, metric):
+        judged.append(name)
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        return real(network, inputs, name, recipe, metric)
+
+    monkeypatch.setattr(auto, "_judge", judge)
+    with pytest.raises(KeyboardInterrupt):
+        find(model, budget=1e-3, state=state)
+    assert len(json.loads(state.read_text())["rows"]) == 2
+    found = find(model, budget=1e-3, state=state)
+    assert judged == ["none", "exact", "coarse", "coarse", "no such site"] and found.name == "exact"
+    assert len(timings) == 2  # none and exact once each
+
+
+def test_a_larger_budget_times_what_the_smaller_one_left_out(model, timings, tmp_path):
+    state = tmp_path / "s.json"
+    find(model, budget=1e-3, state=state)
+    assert find(model, budget=1e3, state=state).name == "coarse"
+
+
+def test_another_model_starts_anew(model, timings, tmp_path):
+    state = tmp_path / "s.json"
+    find(model, budget=1e-3, state=state)
+    network, inputs = model
+    with torch.no_grad():
+        network.lm_head.weight.mul_(1.5)
+    before = len(timings)
+    find((network, inputs), budget=1e-3, state=state)
+    assert len(timings) > before
+    state.write_text("{}")
+    with pytest.raises(ArgumentError, match="state"):
+        find(model, state=state)
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity", "cosine", None])
+def test_metrics_are_zero_for_the_model_itself_and_not_for_another(model, metric):
+    network, inputs = model
+    loss = auto._metric(metric, network, inputs)
+    assert abs(loss(network)) < 1e-5
+    other, _ = zoo.ZOO["llama"].build()
+    with torch.no_grad():
+        other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight))
+        other.model.norm.weight.mul_(-1)
+    assert abs(loss(other)) > 1e-2
+
+
+def test_a_metric_of_the_users_own(model, timings):
+    network, inputs = model
+
+    def agreement(call):
+        """Share of next tokens that are the model's own."""
+        with torch.no_grad():
+            same = bench.first_tensor(call(**inputs)).argmax(-1) == bench.first_tensor(
+                network(**inputs)
+            ).argmax(-1)
+        return float(same[inputs["attention_mask"].bool()].float().mean())
+
+    found = find(model, budget=0.0, metric=agreement)
+    assert found.name == "exact" and found.loss == 0.0
+
+
+def test_compile_takes_auto(model, monkeypatch):
+    network, inputs = model
+    asked = {}
+
+    def fake(model, example, **options):
+        asked.update(options)
+        return auto.Found(Recipe.of("exact"), "exact", 2.0, 0.0)
+
+    monkeypatch.setattr(auto, "find_recipe", fake)
+    compiled = thresher.compile(network, inputs, "auto", target="reference", search={"budget": 0.02})
+    assert compiled.recipe == Recipe.of("exact") and asked == {"target": "reference", "budget": 0.02}
+    with pytest.raises(ArgumentError, match="search="):
+        thresher.compile(network, inputs, "auto", prepack=True)
+
+
+def test_wrong_words(model):
+    with pytest.raises(ArgumentError, match="Did you mean 'perplexity'"):
+        find(model, metric="perplexiti")
+    with pytest.raises(ArgumentError, match="budget"):
+        find(model, budget=-1)
+    encoder = zoo.ZOO["bert"].build()
+    with pytest.raises(ArgumentError, match="without logits"):
+        find(encoder, metric="kl")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_recipe_that_survives_toml(name, tmp_path):
+    recipe = Recipe.of(name)
+    path = tmp_path / "r.toml"
+    path.write_text(dataclasses.replace(recipe, require=(), freshness="trust").to_toml())
+    assert Recipe.of(path) == dataclasses.replace(recipe, freshness="trust")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda p: p.stem)
+def test_every_example_recipe_loads(path):
+    assert Recipe.of(path).passes
