@@ -49,4 +49,4 @@ class collect:
         return self.sessions
 
     def __exit__(self, *_: object) -> None:
-        _LISTENERS.remove(self.sessions)
+        _LISTENERS[:] = [heard for heard in _LISTENERS if heard is not self.sessions]
