@@ -3,6 +3,10 @@
 Times are CPU milliseconds, the least of interleaved rounds, with bf16 activations, through
 `torch.ops.thresher.nvfp4_linear` as a graph calls it. Rows of torchao appear where it is installed.
 
+`--parts` runs some parts only: speed, cold, quantizer, search (times and errors), cast, modes (equality with
+oracles, minutes of integer arithmetic), triton (kernels compiled ahead of time for four GPU generations).
+The perplexity of a whole model is nvfp4_perplexity.py, training is nvfp4_training.py.
+
 Each form is called for 100 ms in a row, so a 9 MB NVFP4 weight stays in a last-level cache of 32 MB
 while the 34 MB of bf16 do not: that is part of the gain. From main memory no format of 4.5 bits can gain
 more than 16 / 4.5 = 3.56; the rows marked "cold" evict the caches before every call.
@@ -11,8 +15,11 @@ more than 16 / 4.5 = 3.56; the rows marked "cold" evict the caches before every 
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +34,7 @@ ROUNDED = ("exact", "int16", "int8")
 TARGETS = {"exact": ">= 2.5", "int16": ">= 4", "int8": ">= 6"}
 ERROR_TARGETS = {"exact": "<= 1e-6", "int16": "<= 3e-5", "int8": "<= 8e-3"}
 NO_TORCHAO = "torchao is not installed here: pip install --no-deps torchao==0.18.0"
+PARTS = ("speed", "cold", "quantizer", "search", "cast", "modes", "triton")
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 
 
@@ -74,6 +82,7 @@ def linear_speed(bench: Benchmark, n: int, k: int, rows: list[int], rounds: int)
         }
         for mode in ROUNDED:
             forms[f"nvfp4 {mode}"] = lambda x=x, mode=mode: our_linear(x, q, mode)
+        forms["nvfp4 exact, fp32 activations"] = lambda x=x32: our_linear(x, q, "exact")
         if torchao is not None and m == 1:
             forms["torchao compiled"] = lambda x=x: torchao(x)
         with torch.no_grad():
@@ -215,18 +224,66 @@ def modes(bench: Benchmark, count: int) -> None:
     bench.claim(name, wrong, "== 0")
 
 
+def triton_kernels(bench: Benchmark) -> None:
+    """Registers, spills and tensor-core instructions of every kernel, compiled without a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        bench.not_measured("Triton kernels ahead of time", "Triton is not installed here.")
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+    import triton_aot as aot
+
+    from thresher.kernels import nvfp4_cuda, nvfp4_triton
+
+    types = dict.fromkeys(("codes", "scales", "a"), "*u8") | dict.fromkeys(("x", "bias", "y"), "*bf16")
+    types |= {"global_scale": "*fp32", "alpha": "*fp32"}
+    fp4 = {"a_scales": "*fp8e4nv", "scales": "*fp8e4nv"}
+    worst = spills = 0
+    for capability in aot.TARGETS:
+        cases = [("gemv", nvfp4_triton.gemv, nvfp4_cuda.gemv_tile(), {})]
+        for rows in (16, 64, 4096):
+            tile = nvfp4_cuda.gemm_tile(rows, capability)
+            cases.append((f"gemm, {rows} rows", nvfp4_triton.gemm, tile, {}))
+        if capability >= 100:
+            cases.append(("gemm W4A4", nvfp4_triton.gemm_w4a4, nvfp4_cuda.w4a4_tile(), fp4))
+        for name, kernel, tile, changed in cases:
+            options = {k: tile[k] for k in ("num_warps", "num_stages") if k in tile}
+            constants = {k: v for k, v in tile.items() if k not in options} | {"HAS_BIAS": True}
+            names = [n for n in kernel.arg_names if n not in constants]
+            signature = {n: {**types, **changed}.get(n, "i32") for n in names}
+            aligned = [n for n in names if n not in ("M", "N", "blocks")]
+            binary = aot.compile_for(capability, kernel, signature, constants, aligned=aligned, **options)
+            found = aot.resources(binary)
+            bench.row(kernel=name, sm=capability, registers=found.registers, spills=found.spills + found.stack,
+                      shared=found.shared, mma=", ".join(found.mma))  # fmt: skip
+            worst, spills = (
+                max(worst, found.registers * (name != "gemm W4A4")),
+                spills + found.spills + found.stack,
+            )
+    bench.claim("Triton A16W4 kernels, sm_80 to sm_120: most registers of any", worst, "<= 168")
+    bench.claim("Triton kernels: local loads, stores and stack bytes", spills, "== 0")
+    without = [r for r in bench.rows if "sm" in r and "gemm" in r["kernel"] and not r["mma"]]
+    bench.claim("Triton GEMM kernels without a tensor-core instruction", len(without), "== 0")
+
+
 def main() -> None:
-    args = arguments(__doc__)
+    def add(parser: ArgumentParser) -> None:
+        parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+
+    args = arguments(__doc__, add)
     bench = Benchmark("nvfp4", args)
     rounds = 15 if args.quick else 25
-    linear_speed(bench, 4096, 4096, [1, 16, 64] if args.quick else [1, 2, 4, 8, 16, 32, 64, 256], rounds)
-    if not args.quick:
-        linear_speed(bench, 14336, 4096, [1], rounds)
-    cold_speed(bench, 4096, rounds)
-    quantizer_speed(bench, 4096, 3 if args.quick else 7)
-    scale_search(bench, 1024)
-    cast(bench, args.quick)
-    modes(bench, 1 << 20 if args.quick else 10 << 20)
+    parts: dict[str, Callable[[], Any]] = {
+        "speed": lambda: speed(bench, args.quick, rounds),
+        "cold": lambda: cold_speed(bench, 4096, rounds),
+        "quantizer": lambda: quantizer_speed(bench, 4096, 3 if args.quick else 7),
+        "search": lambda: scale_search(bench, 1024),
+        "cast": lambda: cast(bench, args.quick),
+        "modes": lambda: modes(bench, 1 << 20 if args.quick else 10 << 20),
+        "triton": lambda: triton_kernels(bench),
+    }
+    for name in PARTS:
+        if name in args.parts:
+            parts[name]()
     gpu = "This machine has no such GPU; the kernels are compiled ahead of time by the tests."
     for claim in ("GEMV against cuBLAS bf16", "GEMM, M <= 64", "GEMM, M >= 1024"):
         bench.not_measured(f"H200: {claim}", gpu)
@@ -235,6 +292,13 @@ def main() -> None:
             f"bytes of mode {tool}", "Checked against an oracle by tests/kernels/test_nvfp4_quantize.py."
         )
     bench.finish()
+
+
+def speed(bench: Benchmark, quick: bool, rounds: int) -> None:
+    rows = [1, 16, 64] if quick else [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    linear_speed(bench, 4096, 4096, rows, rounds)
+    if not quick:
+        linear_speed(bench, 14336, 4096, [1], rounds)
 
 
 if __name__ == "__main__":

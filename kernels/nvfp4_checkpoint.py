@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -147,7 +148,7 @@ def load(path: str | Path) -> dict[str, NVFP4Weight]:
         raise CheckpointError(f"{path} cannot be read: {error}. Fetch or write it again.") from error
 
 
-def from_torchao(tensor: torch.Tensor) -> NVFP4Weight:
+def from_torchao(tensor: Any) -> NVFP4Weight:
     """A torchao `NVFP4Tensor` weight [N, K]; codes and unswizzled scales are shared, not copied."""
     needed = ("qdata", "scale", "block_size", "is_swizzled_scales")
     if any(not hasattr(tensor, name) for name in needed) or tensor.dim() != 2:

@@ -13,8 +13,8 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -124,7 +124,9 @@ def quantize_checkpoint(
         raise ArgumentError("target", target, "another directory than the source's", "Choose a new one.")
     plans = [(shard, *read_header(shard)) for shard in shards]
     target.mkdir(parents=True, exist_ok=True)
-    quantized, kept, where = [], [], {}
+    quantized: list[str] = []
+    kept: list[str] = []
+    where: dict[str, str] = {}
     total = sum(e.end - e.begin for _, entries, _ in plans for e in entries)
     columns = (
         TextColumn("{task.description}"),
@@ -141,7 +143,7 @@ def quantize_checkpoint(
                 shard, target / shard.name, entries, metadata, chosen, mode, form, where
             ):
                 (quantized if entry.name in chosen else kept).append(entry.name)
-                if bar:
+                if bar is not None and task is not None:
                     bar.update(task, advance=entry.end - entry.begin, description=entry.name)
     if source.is_dir() and len(shards) > 1:
         size = sum((target / s.name).stat().st_size for s in shards)
@@ -203,7 +205,7 @@ def _write_shard(
         partial.unlink(missing_ok=True)
 
 
-def _slabs(read: BinaryIO, entry: Entry, row_bytes: int) -> Iterator[bytearray]:
+def _slabs(read: BufferedReader, entry: Entry, row_bytes: int) -> Iterator[bytearray]:
     """The tensor's bytes in pieces of whole rows."""
     step = max(1, _SLAB_BYTES // max(1, row_bytes)) * max(1, row_bytes)
     for begin in range(entry.begin, entry.end, step):
@@ -214,7 +216,7 @@ def _slabs(read: BinaryIO, entry: Entry, row_bytes: int) -> Iterator[bytearray]:
 
 
 def _quantize_entry(
-    entry: Entry, read: BinaryIO, write: BinaryIO, at: list[int], mode: str, form: str
+    entry: Entry, read: BufferedReader, write: BufferedWriter, at: list[int], mode: str, form: str
 ) -> None:
     dtype, columns = _DTYPES[entry.dtype], entry.shape[1]
 
@@ -235,7 +237,7 @@ def _quantize_entry(
         q = quantize(slab, mode=mode, amax=amax, name=entry.name)
         for i, part in enumerate((q.codes, q.block_scales.view(torch.uint8))):
             write.seek(at[i])
-            write.write(part.numpy())
+            write.write(part.numpy().data)
             at[i] += part.numel()
     if q is None:  # no rows
         q = quantize(torch.zeros(0, columns), mode=mode)

@@ -133,7 +133,8 @@ class NVFP4(Pass):
         structure = _structure(context)
         kept = kept_layers(structure, config.keep, context.notes)
         stats = context.stats.get(self.name, {})
-        fit, found = [], {}
+        fit: list[LinearSite] = []
+        found: dict[LinearSite, Match | Miss] = {}
         for site in structure.linears:
             reason = kept.get(site) or unfit(program, site, config)
             gain = predicted_gain(site, config.activations, context.device)

@@ -204,7 +204,7 @@ def restore(model: nn.Module) -> None:
     """Turn every NVFP4Linear back into nn.Linear, weights kept."""
     for module in model.modules():
         if isinstance(module, NVFP4Linear):
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
             for name in ("recipe", "signs"):
                 module.__dict__.pop(name, None)
 
@@ -238,7 +238,8 @@ def _kept(model: nn.Module, linears: dict[str, Any], keep: Sequence[str]) -> dic
 
 
 def _head(model: nn.Module, linears: dict[str, Any]) -> list[str]:
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    found = None if ask is None else ask()
     if found is not None:
         return [n for n, m in linears.items() if m is found]
     return [n for n in linears if n.rsplit(".", 1)[-1] in HEADS]
