@@ -1,17 +1,18 @@
 """Trains a small language model in bf16 and in emulated NVFP4, and compares the losses.
 
 A decoder of bytes (4 layers, width 96) learns Python's language reference; every run starts from the same
-weights and sees the same batches. The loss is that of text kept apart, averaged over the last quarter of
+weights and sees the same batches. The loss is that of text kept apart, averaged over the last eighth of
 training. Ablations leave out one part of the recipe each (arXiv 2509.25149, appendix E).
 
-At this size the parts of the recipe differ by less than two seeds do, but for the two that matter most:
-layers kept in high precision, and no stochastic rounding of activations and weights.
+"then a bf16 forward" is the paper's remedy for the gap that a falling learning rate opens: the last 18 % of
+the steps run the forward product in high precision.
 """
 
 from __future__ import annotations
 
 import time
 from argparse import ArgumentParser
+from dataclasses import replace
 
 import torch
 from _harness import Benchmark, arguments
@@ -20,19 +21,21 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import thresher
 from thresher import models
-from thresher.training import PAPER, TrainingRecipe
+from thresher.training import PAPER, TrainingRecipe, use_recipe
 
 WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 96, 4, 4, 64, 8
 RATE, WARM_UP = 2e-3, 50
 KEEP = ("head", "last")
+LATE, SWITCH = "nvfp4, then a bf16 forward", 0.82  # the paper's share of training before the switch
 RUNS: dict[str, tuple[TrainingRecipe | None, tuple[str, ...]]] = {
     "bf16": (None, ()),
     "nvfp4": (PAPER, KEEP),
+    "nvfp4, then a bf16 forward": (PAPER, KEEP),
+    "nvfp4, stochastic forward": (TrainingRecipe(stochastic_forward=True), KEEP),
     "nvfp4, all layers": (PAPER, ("head",)),
     "nvfp4, gradients to nearest": (TrainingRecipe(stochastic=False), KEEP),
     "nvfp4, no Hadamard transform": (TrainingRecipe(hadamard=False), KEEP),
     "nvfp4, weight scales of 1 x 16": (TrainingRecipe(tiled=False), KEEP),
-    "nvfp4, stochastic forward": (TrainingRecipe(stochastic_forward=True), KEEP),
 }
 
 
@@ -88,7 +91,7 @@ def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def train(name: str, steps: int, seed: int, log: list[dict[str, float]]) -> float:
-    """Loss on held-out text, the mean of eight readings over the last quarter of training."""
+    """Loss on held-out text, the mean of eight readings over the last eighth of training."""
     recipe, keep = RUNS[name]
     torch.manual_seed(seed)
     model = Decoder()
@@ -98,9 +101,11 @@ def train(name: str, steps: int, seed: int, log: list[dict[str, float]]) -> floa
     batches = torch.Generator().manual_seed(seed + 1)
     judged = windows(held, 64, torch.Generator().manual_seed(99))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
-    read = {steps - 1 - i * (steps // 32) for i in range(8)}
+    read = {steps - 1 - i * (steps // 64) for i in range(8)}
     readings = []
     for step in range(steps):
+        if name == LATE and step == int(SWITCH * steps):
+            use_recipe(model, replace(PAPER, forward=False))
         left = 1 - step / steps
         for group in optimizer.param_groups:
             group["lr"] = RATE * min((step + 1) / WARM_UP, 0.05 + 0.95 * left)
@@ -144,8 +149,11 @@ def main() -> None:
         bench.not_measured("loss gap of NVFP4 against bf16", "Left out by --quick: 100 steps say nothing.")
     else:
         bench.claim("loss gap of NVFP4 against bf16, percent", gap["nvfp4"], "<= 1.5")
-        for name in list(RUNS)[2:]:
-            bench.claim(f"{name}: loss above that of the whole recipe, percent", gap[name] - gap["nvfp4"], ">= 0")
+        bench.claim("loss gap with a bf16 forward for the last 18 %, percent", gap[LATE], "<= 1.5")
+        for name in [n for n in list(RUNS)[2:] if n != LATE]:
+            bench.claim(
+                f"{name}: loss above that of the whole recipe, percent", gap[name] - gap["nvfp4"], ">= 0"
+            )
     bench.finish()
 
 

@@ -77,6 +77,27 @@ def quantize(x: torch.Tensor, g: float, mode: str) -> tuple[torch.Tensor, torch.
     return codes, scales
 
 
+def fake_quantize(x: torch.Tensor, g: float, back: float, tiled: bool, seed: int) -> torch.Tensor:
+    """fp32 [R, K]: finite `x` rounded to NVFP4 and back, mode "thresher", for the tensor scale `g` = 1 / `back`.
+
+    tiled: one scale a 16 x 16 tile. seed: 0 rounds to nearest, any other stochastically.
+    """
+    x = x.detach().float().contiguous()
+    out = torch.empty_like(x)
+    native.load("nvfp4_quantize").nvfp4_round(
+        native.pointer(x),
+        _i64(x.shape[0]),
+        _i64(x.shape[1]),
+        ctypes.c_float(g),
+        ctypes.c_float(back),
+        int(tiled),
+        ctypes.c_uint64(seed),
+        native.pointer(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out` [N, 16 * B] fp32 filled with code * block scale, which is exact."""
     native.load("nvfp4_quantize").nvfp4_dequantize(

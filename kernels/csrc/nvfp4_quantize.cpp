@@ -226,6 +226,58 @@ void nvfp4_quantize(const void* x, int64_t rows, int64_t k, float g, int mode, i
   if (mode == kCompressedTensors) quantize_type<kCompressedTensors>(job, type);
 }
 
+// x [rows, k] finite, rounded to NVFP4 and back in mode kThresher with tensor scale g and its reciprocal `back`.
+// tiled: one scale for each 16 x 16 tile. seed: 0 rounds to nearest; otherwise stochastically, with a
+// generator that depends on the seed and the place alone.
+void nvfp4_round(const float* x, int64_t rows, int64_t k, float g, float back, int tiled, uint64_t seed, float* out,
+                 int threads) {
+  const int64_t blocks = (k + kBlock - 1) / kBlock, height = tiled ? kBlock : 1;
+  float factors[256], decoded[256];
+  for (int b = 0; b < 0x7F; b++) {
+    factors[b] = factor<kThresher>(e4m3(uint8_t(b)), g);
+    decoded[b] = e4m3(uint8_t(b)) * back;
+  }
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t top = 0; top < rows; top += height)
+    for (int64_t b = 0; b < blocks; b++) {
+      const int count = int(std::min<int64_t>(kBlock, k - b * kBlock)), tall = int(std::min(height, rows - top));
+      float values[kBlock][kBlock], largest = 0;
+      for (int i = 0; i < tall; i++) {
+        load_block<kFloat32>(x, (top + i) * k + b * kBlock, count, values[i]);
+        largest = std::max(largest, largest_of(values[i]));
+      }
+      const uint8_t scale = block_scale<kThresher, kFloat32>(largest, g);
+      for (int i = 0; i < tall; i++) {
+        float* v = values[i];
+        float noise[kBlock];
+        uint32_t bits[kBlock];
+        if (seed) {
+          const uint64_t start = seed + uint64_t((top + i) * blocks + b) * 8 * 0x9E3779B97F4A7C15ull;
+          for (int e = 0; e < 8; e++) {  // splitmix64, half a word an element
+            uint64_t z = start + uint64_t(e + 1) * 0x9E3779B97F4A7C15ull;
+            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+            z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+            z ^= z >> 31;
+            bits[2 * e] = uint32_t(z), bits[2 * e + 1] = uint32_t(z >> 32);
+          }
+          for (int e = 0; e < kBlock; e++) noise[e] = float(int32_t(bits[e] >> 8)) * 0x1p-24f;
+        }
+        float step[kBlock], steps[kBlock];
+        for (int e = 0; e < kBlock; e++) {
+          const float scaled = std::min(std::max(v[e] * factors[scale], -6.f), 6.f), size = std::fabs(scaled);
+          step[e] = size < 2 ? .5f : size < 4 ? 1.f : 2.f;
+          steps[e] = scaled * (size < 2 ? 2.f : size < 4 ? 1.f : .5f);  // exact; `nearbyint` ties to the even code
+        }
+        if (seed)
+          for (int e = 0; e < kBlock; e++) steps[e] = std::floor(steps[e] + noise[e]);
+        else
+          for (int e = 0; e < kBlock; e++) steps[e] = std::nearbyint(steps[e]);
+        for (int e = 0; e < kBlock; e++) v[e] = steps[e] * step[e] * decoded[scale];
+        std::memcpy(out + (top + i) * k + b * kBlock, v, size_t(count) * sizeof(float));
+      }
+    }
+}
+
 // out[r, k] = code * scale as fp32 (exact), for `rows` rows.
 void nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, float* out, int64_t rows, int64_t blocks,
                       int threads) {
