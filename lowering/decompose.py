@@ -189,6 +189,21 @@ def decompose(
     program.clean()
 
 
+def add_masks(program: Program) -> None:
+    """Turn bool attention masks into ones added to the scores, in place. TensorRT fuses attention under an
+    added mask into one kernel, and computes it in ten under a bool one."""
+    made: dict[Any, fx.Node] = {}
+    for node in program.nodes(torch.ops.aten.scaled_dot_product_attention.default):
+        position = 3 if len(node.args) > 3 else None
+        mask = node.args[3] if position else node.kwargs.get("attn_mask")
+        if not isinstance(mask, fx.Node) or value(mask).dtype != torch.bool:
+            continue
+        dtype = value(node.args[0]).dtype
+        if (mask, dtype) not in made:
+            made[mask, dtype] = trace_before(program, node, plain_ops.as_mask, [mask, dtype])
+        node.replace_input_with(mask, made[mask, dtype])
+
+
 def _rotate(program: Program, node: fx.Node, matrices: dict[Any, str]) -> None:
     """A Hadamard transform as a product with its matrix, which all transforms of that order share."""
     x, signs, block = node.args

@@ -22,7 +22,7 @@ from thresher.errors import ArgumentError, MissingDependencyError, ThresherError
 from thresher.layout import Gather, PackedLayout, Passed, PlanField
 from thresher.program import Program, value
 
-from .decompose import decompose, op_name, own_nodes, windowed
+from .decompose import add_masks, decompose, op_name, own_nodes, windowed
 
 RUNTIMES = ("portable", "ort", "ort-cuda", "tensorrt")
 QUANTIZED = ("wna16_linear", "nvfp4_linear")
@@ -134,6 +134,8 @@ class _Parts:
                     raise ThresherError(
                         f"{node.name} cannot be exported for {self.runtime}: {reason}."
                     ) from None
+        if self.runtime == "tensorrt":
+            add_masks(copy)
         columns = _columns(copy) if windowed(copy) else None
         decompose(copy, additive=self.runtime == "tensorrt", columns=columns)
         self.fields = list(copy.input_names)
@@ -213,7 +215,11 @@ def _translations() -> dict[Any, Any]:
     from onnxscript import opset23 as op
 
     def sort_stable(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-        count = op.Reshape(op.Gather(op.Shape(x), op.Constant(value_int=dim)), op.Constant(value_ints=[1]))
+        size = x.shape[dim] if x.shape is not None else None
+        if isinstance(size, int):
+            count = op.Constant(value_ints=[size])
+        else:
+            count = op.Reshape(op.Gather(op.Shape(x), op.Constant(value_int=dim)), op.Constant(value_ints=[1]))
         return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)  # equal values keep their order
 
     return {torch.ops.aten.sort.stable: sort_stable}

@@ -39,7 +39,7 @@ def visible(
         seen = seen & (distance >= 0)
     if window >= 0:
         seen = seen & (distance.abs() <= window)
-    return _as_mask(seen[None, None], dtype)
+    return as_mask(seen[None, None], dtype)
 
 
 def masked(mask, rows, cols, cu_seqlens, dtype: torch.dtype | None) -> torch.Tensor:
@@ -53,13 +53,13 @@ def masked(mask, rows, cols, cu_seqlens, dtype: torch.dtype | None) -> torch.Ten
     taken = taken.index_select(2, cols.long()).transpose(0, 1)[None]
     if mask.dtype == torch.bool:
         lone = filler[..., None]
-        return _as_mask((lone & itself) | (~lone & taken & same), dtype)
+        return as_mask((lone & itself) | (~lone & taken & same), dtype)
     outside = torch.full_like(taken, -torch.inf)
     kept = torch.where(filler[..., None], torch.where(itself, torch.zeros_like(taken), outside), taken)
     return torch.where(same, kept, outside)
 
 
-def _as_mask(seen: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def as_mask(seen: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if dtype is None:
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
