@@ -70,10 +70,10 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         return torch.randn(batch, n, heads, dim, generator=make).to(device, dtype).transpose(1, 2)
 
     def one(label, batch, heads, kv_heads, dim, dim_v, queries, sizes, tail, block=32, hidden=False):
-        pools = []
+        pools: list[torch.Tensor] = []
         for slots, bits in sizes:
-            pair = (tokens(batch, kv_heads, slots, d) for d in (dim, dim_v))
-            pools.extend(quantize(*pair, bits, block))
+            keys, values = (tokens(batch, kv_heads, slots, d) for d in (dim, dim_v))
+            pools.extend(quantize(keys, values, bits, block))
         visible = None
         if hidden:
             slots = sum(n for n, _ in sizes) + tail

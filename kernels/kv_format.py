@@ -173,8 +173,8 @@ def kv_quantize(k, v, bits, block):
 
 def quantize(k: torch.Tensor, v: torch.Tensor, bits: int, block: int) -> Pool:
     """A new pool of these tokens."""
-    parts = torch.ops.thresher.kv_quantize(k, v, bits, block)
-    return Pool(*parts, block_ends(k.shape[2], block, k.device))
+    k_codes, k_affine, v_codes, v_affine = torch.ops.thresher.kv_quantize(k, v, bits, block)
+    return Pool(k_codes, k_affine, v_codes, v_affine, block_ends(k.shape[2], block, k.device))
 
 
 def append(pool: Pool, new: Pool) -> Pool:
@@ -183,8 +183,10 @@ def append(pool: Pool, new: Pool) -> Pool:
         raise ArgumentError(
             "new", f"{new.bits} bits", f"{pool.bits} bits as the pool has", "Quantize it alike."
         )
-    joined = [torch.cat(pair, dim=2) for pair in zip(pool[:4], new[:4], strict=True)]
-    return Pool(*joined, torch.cat([pool.ends, new.ends + pool.slots]))
+    k_codes, k_affine, v_codes, v_affine = (
+        torch.cat(pair, dim=2) for pair in zip(pool[:4], new[:4], strict=True)
+    )
+    return Pool(k_codes, k_affine, v_codes, v_affine, torch.cat([pool.ends, new.ends + pool.slots]))
 
 
 def dequantize(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,7 +75,7 @@ def important_attention(q, k, v, index, scale):
     """
     _check(q, k, v, index)
     causal = torch.ones(index.shape[1], index.shape[1], dtype=torch.bool, device=q.device).tril()
-    picked = attend(*(_pick(t, index) for t in (q, k, v)), scale, mask=causal)
+    picked = attend(_pick(q, index), _pick(k, index), _pick(v, index), scale, mask=causal)
     return _spread(picked, index, empty_result(q, v))
 
 
@@ -83,7 +83,9 @@ def _important_attention_sdpa(q, k, v, index, scale):
     # Unused places are last, so causality alone keeps them out of every used place's view.
     _check(q, k, v, index)
     picked = scaled_dot_product_attention(
-        *(_pick(t, index) for t in (q, k, v)),
+        _pick(q, index),
+        _pick(k, index),
+        _pick(v, index),
         is_causal=True,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -57,7 +58,7 @@ def _run_cpp(q, k, v, cu_seqlens, scale, causal, window, softcap, mask=None, row
     cu_seqlens, out = cu_seqlens.contiguous(), defs.empty_result(q, v)
     sizes = (cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     strides = [stride for t in (q, k, v, out) for stride in t.stride()[1:3]]
-    given = (None, None, None)
+    given: tuple[Any, ...] = (None, None, None)
     if mask is not None:
         strides += [0 if mask.shape[d] == 1 and d < 2 else mask.stride(d) for d in range(4)]
         rows, cols = rows.long().contiguous(), cols.long().contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,13 +69,14 @@ def _varlen_torch(q, k, v, cu_seqlens, max_len, scale, causal, window_left, soft
 
     defs.check_shapes(q, k, v, cu_seqlens)
     q, k, v = (_unit_stride(t[0].transpose(0, 1)) for t in (q, k, v))  # [T, heads, width]
-    options = _batch_invariant()
+    options: dict[str, Any] = dict(_batch_invariant())
     if q.shape[1] != k.shape[1] and "enable_gqa" in _torch_varlen_options():
         options["enable_gqa"] = True
     window = (window_left, 0 if causal else window_left)
     result = varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, scale=scale, window_size=window, **options
     )
+    assert isinstance(result, torch.Tensor)  # a pair only where the log-sum-exp is asked for
     return result.unsqueeze(0).transpose(1, 2)
 
 
@@ -164,11 +166,11 @@ def launch(
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     cut = tiling(max(q.shape[3], v.shape[3]), q.dtype, mask is not None)
     if mask is None:
-        kind, strides = kernels.NO_MASK, (0, 0, 0, 0)
+        kind, strides = kernels.NO_MASK, [0, 0, 0, 0]
         mask = rows = cols = cu_seqlens  # never read
     else:
         kind = kernels.BOOL_MASK if mask.dtype == torch.bool else kernels.FLOAT_MASK
-        strides = tuple(0 if mask.shape[d] == 1 and d < 2 else mask.stride(d) for d in range(4))
+        strides = [0 if mask.shape[d] == 1 and d < 2 else mask.stride(d) for d in range(4)]
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     # Three TF32 products give fp32 its accuracy back, on tensor cores.
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -41,6 +41,8 @@ class MixedPrecisionCache(Cache):
     policy: what to keep and how; see `KVPolicy`.
     """
 
+    layers: list[KVLayer]  # type: ignore[assignment]
+
     def __init__(self, config: Any, policy: KVPolicy | None = None):
         self.config = config.get_text_config(decoder=True)
         self.policy = policy or KVPolicy()
@@ -80,7 +82,7 @@ class MixedPrecisionCache(Cache):
         layer.extend(key_states, value_states)
         if fused:
             keys = layer.tail_keys
-            keys.thresher_layer = layer  # how attention, which is given no cache, finds the rest
+            keys.thresher_layer = layer  # type: ignore[attr-defined]  # how attention, which is given no cache, finds the rest
             return keys, layer.tail_values
         keys, values = layer.restore()
         if layer.fresh >= self.policy.block:
@@ -124,11 +126,11 @@ def _attention(
     layer = getattr(key, "thresher_layer", None)
     if layer is None:  # no cache, or another one
         queries, keys = query.shape[2], key.shape[2]
-        padding = attention_mask is not None and attention_mask.dim() == 2
-        if padding or (attention_mask is None and 1 < queries < keys):
+        padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if padding is not None or (attention_mask is None and 1 < queries < keys):
             # PyTorch's own causal flag aligns the first query with the first key, not last with last.
             causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-            attention_mask = causal & attention_mask[:, None, None].bool() if padding else causal[None, None]
+            attention_mask = causal[None, None] if padding is None else causal & padding[:, None, None].bool()
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -65,6 +65,9 @@ class KVLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    keys: torch.Tensor  # buffers of the tail, which may be longer than it; None until the first tokens come
+    values: torch.Tensor
+    tail_places: torch.Tensor  # int32 [B, tail]
     is_croppable = False  # a rollback may reach into what is already compressed
 
     def __init__(self, policy: KVPolicy):
@@ -73,12 +76,11 @@ class KVLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.keys = self.values = None  # buffers of the tail, which may be longer than it
+        self.keys = self.values = self.tail_places = None  # type: ignore[assignment]
         self.is_initialized = False
         self.tail = self.fresh = self.seen = 0
         self.pools: list[Pool] = []
         self.places: list[torch.Tensor] = []  # int32 [B, slots], the position of each token, of each pool
-        self.tail_places: torch.Tensor | None = None
         self.gaps = False  # some slots hold no token: their position is -1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -264,8 +266,8 @@ class KVLayer(CacheLayerMixin):
         index = index + self.tail - self.fresh
         at = index[:, None, :, None]
         tails = (self.tail_keys, self.tail_values)
-        picked = (t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])) for t in tails)
-        return *picked, self.tail_places.gather(1, index)
+        keys, values = (t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])) for t in tails)
+        return keys, values, self.tail_places.gather(1, index)
 
     def _forget_fresh(self) -> None:
         """Drop the fresh tokens from the tail, and give back the room a long prompt took."""
@@ -286,7 +288,7 @@ class KVLayer(CacheLayerMixin):
         parts = [dequantize(pool) for pool in self.pools] + [(self.tail_keys, self.tail_values)]
         keys, values = (torch.cat([t.to(self.dtype) for t in side], 2) for side in zip(*parts, strict=True))
         order = self.positions.argsort(1)[:, None, :, None]
-        return tuple(t.gather(2, order.expand_as(t)) for t in (keys, values))
+        return keys.gather(2, order.expand_as(keys)), values.gather(2, order.expand_as(values))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; only those not compressed yet can be."""
@@ -299,13 +301,14 @@ class KVLayer(CacheLayerMixin):
                 "Keep a copy of the cache to go back further.",
             )
         self.tail, self.fresh, self.seen = self.tail - count, self.fresh - count, self.seen - count
-        self.tail_places = self.tail_places[:, : self.tail] if self.is_initialized else None
+        if self.is_initialized:
+            self.tail_places = self.tail_places[:, : self.tail]
 
     def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values, self.tail_places = map(change, (self.keys, self.values, self.tail_places))
             self.places = [change(t) for t in self.places]
-            self.pools = [Pool(*map(change, pool[:4]), pool.ends) for pool in self.pools]
+            self.pools = [Pool._make([*map(change, pool[:4]), pool.ends]) for pool in self.pools]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._each_row(lambda t: t.index_select(0, beam_idx.to(t.device)))
