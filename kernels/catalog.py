@@ -11,6 +11,7 @@ FAMILIES: tuple[str, ...] = (
     # one name a line, sorted
     "hadamard",
     "hadamard_cpu",
+    "hadamard_cuda",
     "kv_attention",
     "kv_cpu",
     "kv_cuda",
@@ -32,6 +33,7 @@ FAMILIES: tuple[str, ...] = (
     "varlen_cuda",
     "wna16",
     "wna16_cpu",
+    "wna16_cuda",
 )
 
 

@@ -232,9 +232,9 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid) -> Quantized:
 
 def output_error(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor) -> float:
     """Share of the layer's weighted output energy that is lost: tr(D H D^T) / tr(W H W^T), D = W - values."""
-    w, h = weight.double(), hessian.double()
-    lost = w - values.double()
-    return float(((lost @ h) * lost).sum() / ((w @ h) * w).sum().clamp_min(torch.finfo(torch.float64).tiny))
+    w, h = weight.float(), hessian.float()
+    lost = w - values.float()
+    return float(((lost @ h) * lost).sum() / ((w @ h) * w).sum().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _fit_all(grid: Grid, w: torch.Tensor, group: int) -> list[torch.Tensor]:

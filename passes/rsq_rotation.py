@@ -48,8 +48,11 @@ class Rotation:
         # The matrix is base (x) Sylvester; two small products cost a tenth of one with the whole.
         base = base_matrix(self.block).double().to(wide.device)
         two = sylvester(self.block // len(base)).double().to(wide.device)
-        blocks = wide.reshape(-1, len(base), len(two))
-        return (base.t() @ (blocks @ two)).reshape(wide.shape) / math.sqrt(self.block)
+        shape = wide.shape
+        wide = (wide.reshape(-1, len(two)) @ two).reshape(-1, len(base), len(two))
+        if len(base) > 1:
+            wide = (wide.transpose(1, 2).reshape(-1, len(base)) @ base).reshape(-1, len(two), len(base)).transpose(1, 2)
+        return wide.reshape(shape) / math.sqrt(self.block)
 
     def matrix(self) -> torch.Tensor:
         """float64 [order, order]."""
