@@ -29,6 +29,7 @@ from thresher.recipe import PassConfig
 
 from .attention_sites import attention_sites
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
+from .early_gather import gather_early
 from .extract import extract
 from .packed_body import Frontier, body_inputs, trace_body
 from .token_axes import BATCH, SEQUENCE, TOKENS, Stop, TokenAxes, hint, propagate
@@ -101,6 +102,9 @@ class Prepack(Pass):
     name, order, config_type, effect = "prepack", 10, PrepackConfig, EXACT
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        moved = gather_early(program)
+        if moved:
+            context.notes.append("the positions that are read are selected before the LM head, not after it.")
         try:
             return [Match(WHOLE, find(program, context.config))]
         except Decline as reason:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from typing import Any
 
 _RECENT: deque[weakref.ref[Any]] = deque(maxlen=64)
-_LISTENERS: list[list[Any]] = []
+
+
+class _Listeners(threading.local):
+    """A model is compiled in the thread that calls it: what other threads make meanwhile is not its own."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[Any]] = []
+
+
+_LISTENERS = _Listeners()
 _WATCHERS: list[list[tuple[Any, list[Any]]]] = []
 
 
 def remember(session: Any) -> None:
     _RECENT.append(weakref.ref(session))
-    for listener in _LISTENERS:
+    for listener in _LISTENERS.lists:
         listener.append(session)
 
 
@@ -45,8 +55,8 @@ class collect:
 
     def __enter__(self) -> list[Any]:
         self.sessions: list[Any] = []
-        _LISTENERS.append(self.sessions)
+        _LISTENERS.lists.append(self.sessions)
         return self.sessions
 
     def __exit__(self, *_: object) -> None:
-        _LISTENERS[:] = [heard for heard in _LISTENERS if heard is not self.sessions]
+        _LISTENERS.lists = [heard for heard in _LISTENERS.lists if heard is not self.sessions]
