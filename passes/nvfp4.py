@@ -7,9 +7,10 @@
               with B = ceil(in / 16). They are computed anew when the model's weight changes.
 
 Approximate: rounding moves each weight by about 9.5 % (root mean square) of the weights' own size, so
-`budget` is an option and the pipeline measures the result against it. Which layers stay as they are is
-`keep`, and `sensitive` on top of it: the share of weights whose rounding changes their own output most,
-measured on calibration data (see nvfp4_calibration.py).
+`budget` is an option and the pipeline measures the result against it. Memory shrinks in any case; a recipe
+that is after speed alone sets `min_gain`, and the pipeline's cost model leaves what would lose. Which layers
+stay as they are is `keep`, and `sensitive` on top of it: the share of weights whose rounding changes their
+own output most, measured on calibration data (see nvfp4_calibration.py).
 """
 
 from __future__ import annotations
@@ -29,10 +30,8 @@ from thresher.recipe import PassConfig
 from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .calibrate import Tap
 from .nvfp4_calibration import InputStatistics, most_sensitive
-from .nvfp4_cost import predicted_gain
 from .structure import LinearSite, Structure
 from .structure_linears import find_linears
-from .token_axes import hint
 
 ops = torch.ops.thresher
 MODES = ("thresher", "te", "torchao", "modelopt", "compressed_tensors")
@@ -57,8 +56,6 @@ class NVFP4Config(PassConfig):
         or "first:2" and "last" or "last:8" for so many layers at either end, or a glob on the module's name.
     sensitive: keep also the linears whose own output changes most, up to this share of all weights, 0 to 1.
     min_weights: leave smaller linears; below about 64 thousand weights the call costs more than it saves.
-    min_gain: leave linears whose predicted speed, against the linear as it was, is below this; 0 takes all,
-        since memory shrinks in any case.
     budget: largest accepted difference of any output on the example, relative to its largest value.
     """
 
@@ -70,7 +67,6 @@ class NVFP4Config(PassConfig):
     keep: tuple[str, ...] = ("head",)
     sensitive: float = 0.0
     min_weights: int = 1 << 16
-    min_gain: float = 0.0
     budget: float = 0.5
 
     def validate(self) -> None:
@@ -137,18 +133,11 @@ class NVFP4(Pass):
         found: dict[LinearSite, Match | Miss] = {}
         for site in structure.linears:
             reason = kept.get(site) or unfit(program, site, config)
-            gain = predicted_gain(site, config.activations, context.device)
-            if reason is None and gain < config.min_gain:
-                reason = (
-                    f"The cost model expects {gain:.2f} times the speed of the linear as it is, below "
-                    f"min_gain={config.min_gain:g}, at {rows_of(site)} rows."
-                )
             needs_data = config.input_scale == "calibrated" or config.sensitive > 0
             if reason is None and needs_data and site.fqn not in stats:
                 reason = NEEDS_DATA
             if reason is None:
                 fit.append(site)
-                context.predicted[site.fqn] = gain
             else:
                 found[site] = Miss(site.fqn, reason)
         if config.sensitive:
@@ -157,8 +146,6 @@ class NVFP4(Pass):
             if site not in found:
                 scale = stats[site.fqn]["amax"] / 2688 if config.input_scale == "calibrated" else None
                 found[site] = Match(site.fqn, Found(site, scale), claims=_claims(program, site))
-            else:
-                context.predicted.pop(site.fqn, None)
         context.notes.extend(
             _size_notes(program, [m.data.site for m in found.values() if isinstance(m, Match)])
         )
@@ -216,14 +203,6 @@ def kept_layers(
         for site in chosen:
             kept.setdefault(site, f"It is kept in high precision by keep={word!r}.")
     return kept
-
-
-def rows_of(site: LinearSite) -> int:
-    """How many rows the linear multiplies at the sizes it was captured with."""
-    rows = 1
-    for size in value(site.x).shape[:-1]:
-        rows *= hint(size)
-    return rows
 
 
 def unfit(program: Program, site: LinearSite, config: NVFP4Config) -> str | None:
