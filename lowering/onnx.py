@@ -219,7 +219,9 @@ def _translations() -> dict[Any, Any]:
         if isinstance(size, int):
             count = op.Constant(value_ints=[size])
         else:
-            count = op.Reshape(op.Gather(op.Shape(x), op.Constant(value_int=dim)), op.Constant(value_ints=[1]))
+            count = op.Reshape(
+                op.Gather(op.Shape(x), op.Constant(value_int=dim)), op.Constant(value_ints=[1])
+            )
         return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)  # equal values keep their order
 
     return {torch.ops.aten.sort.stable: sort_stable}

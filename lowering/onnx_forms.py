@@ -62,7 +62,7 @@ class Forms:
         codes = bitpack.unpack(self._tensor(codes_node), bits, inputs)
         scales = self._tensor(scales_node)
         zeros = self._tensor(zeros_node) if zeros_node is not None else None
-        reason = _no_nbits(self.runtime, inputs, bits, group, self.accuracy_level)
+        reason = no_nbits(self.runtime, inputs, bits, group, self.accuracy_level)
         if reason is None:
             self._nbits(node, codes, scales, zeros, bits, group)
         else:
@@ -295,7 +295,7 @@ def _dequantized(
     return symbolic("DequantizeLinear", [codes, wide], blocks, dtype=dtype, shape=(outputs, columns))
 
 
-def _no_nbits(runtime: str, inputs: int, bits: int, group: int, accuracy_level: int) -> str | None:
+def no_nbits(runtime: str, inputs: int, bits: int, group: int, accuracy_level: int) -> str | None:
     """Why a weight does not become MatMulNBits, or None."""
     if not runtime.startswith("ort"):
         return "It is an operator of ONNX Runtime alone."

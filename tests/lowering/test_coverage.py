@@ -1,0 +1,65 @@
+"""What a target will make of a program is known before it is built, and agrees with what is then built."""
+
+import blocks
+import captures
+import pytest
+import zoo
+
+from thresher import backend
+from thresher.errors import ArgumentError, ThresherError
+from thresher.lowering import onnx
+from thresher.lowering.coverage import TARGETS, coverage
+from thresher.recipe import Recipe
+
+
+def packed():
+    program = captures.of_zoo("llama", "export-dynamic")
+    _, inputs = zoo.ZOO["llama"].build()
+    return backend.run_pipeline(program, Recipe.of("exact"), captures.arguments(program, inputs))[0]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_packed_program(target):
+    found = coverage(packed(), target)
+    assert not found.refused
+    assert [e.operator for e in found.entries if e.operator.startswith("thresher")] == [
+        "thresher.varlen_attention.default"
+    ] * 2
+    assert found.others > 100 and 0.9 < found.native <= 1
+    assert all(e.reason.endswith(".") for e in found.entries if e.how != "native")
+    assert target in str(found)
+    if target == "tensorrt":
+        assert found.entries[-1].operator == "pack and unpack"
+
+
+def test_an_unrewritten_program_is_native_everywhere():
+    for target in TARGETS:
+        found = coverage(captures.of_zoo("llama", "export-dynamic"), target)
+        assert found.native == 1 and not found.entries
+
+
+def test_refusals_are_what_building_refuses(tmp_path):
+    base, _ = blocks.half()
+    weight_only, both = blocks.nvfp4(base, "exact"), blocks.nvfp4(base)
+    assert {e.how for e in coverage(both, "tensorrt").entries} == {"native"}
+    refused = coverage(weight_only, "tensorrt").refused
+    assert len(refused) == 7 and all("expands" in e.reason for e in refused)
+    assert {e.how for e in coverage(weight_only, "onnx-ort").entries} == {"fallback"}
+    assert {e.how for e in coverage(blocks.int4(base), "onnx-ort").entries} == {"native"}
+    assert {e.how for e in coverage(blocks.int4(base), "onnx-portable").entries} == {"decomposed"}
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(ArgumentError, match="Did you mean 'tensorrt'"):
+        coverage(captures.of_zoo("llama", "export-dynamic"), "tensort")
+
+
+def test_a_fixed_scale_is_missing_before_and_while_exporting(tmp_path):
+    base, _ = blocks.half()
+    program = blocks.nvfp4(base)
+    for node in program.nodes():
+        if "nvfp4" in str(node.target):
+            node.update_arg(4, None)
+    assert len(coverage(program, "tensorrt").refused) == 7
+    with pytest.raises(ThresherError, match="Calibrate"):
+        onnx.export(program, tmp_path / "m.onnx", runtime="tensorrt")
