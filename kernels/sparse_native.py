@@ -34,6 +34,10 @@ _DOWN = (_P, _I, _L, _L, _L, _P, _I, _P, _I, _P, _L, _P, _P, _L, _I)
 _MLP = (_P, _P, _I, _L, _L, _L, _L, _P, _I, _P, _I, _P, _P, _I, _P, _P, _L, _P, _P, _L, _I)
 
 
+_DENSE = (_P, _L, _L, _L, _P, _P, _P, _I)
+_MOST_DENSE_TOKENS = 32  # above, PyTorch's product wins in spite of reordering the weight
+
+
 def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -138,12 +142,23 @@ def _multiplies_bf16() -> bool:
 def matmul(
     h: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`h @ dequantized(weight) + bias` by PyTorch's own product, from the neuron-major copy; [..., D].
+    """`h @ dequantized(weight) + bias` with every neuron read, from the neuron-major copy; [..., D].
+
+    By PyTorch's own product, but for a few bf16 tokens on CPUs that multiply bf16.
 
     A weight that the CPU cannot multiply as it is kept is widened to fp32 a slab at a time.
     """
     neurons, features = weight.shape
     flat = h.reshape(-1, neurons)
+    if weight.dtype == h.dtype == torch.bfloat16 and 0 < flat.shape[0] <= _MOST_DENSE_TOKENS:
+        out = torch.empty(flat.shape[0], features, dtype=h.dtype)
+        flat = flat.contiguous()
+        done = _function("thresher_dense_bf16", _DENSE, _I)(
+            flat.data_ptr(), flat.shape[0], neurons, features, weight.data_ptr(), _pointer(bias), out.data_ptr(),
+            _threads(flat.shape[0] * neurons * features),
+        )  # fmt: skip
+        if done:
+            return out.view(*h.shape[:-1], features)
     if weight.dtype == h.dtype and (h.dtype == torch.float32 or _multiplies_bf16()):
         out = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
     else:

@@ -264,9 +264,10 @@ void add_rows(const Active& active, int64_t tokens, const W* weight, const float
     }
 }
 
-// A thread's share of `total`, in whole cache lines of fp32.
-INLINE void share(int64_t total, int threads, int thread, int64_t* begin, int64_t* end) {
-    const int64_t unit = LINE / sizeof(float), units = (total + unit - 1) / unit;
+// A thread's share of `total`, in units: whole cache lines of fp32.
+INLINE void share(int64_t total, int threads, int thread, int64_t* begin, int64_t* end,
+                  int64_t unit = LINE / sizeof(float)) {
+    const int64_t units = (total + unit - 1) / unit;
     *begin = std::min(total, units * thread / threads * unit);
     *end = std::min(total, units * (thread + 1) / threads * unit);
 }
@@ -360,6 +361,82 @@ int64_t run_mlp(const A* gate, const A* x, int64_t tokens, int64_t F, int64_t K,
     return count;
 }
 
+#if defined(__AVX512BF16__)
+constexpr int64_t PAIRS = 32;  // of neurons per block; a block's rows stay in the L2 cache
+constexpr int BATCH = 12;      // tokens whose sums stay in registers
+
+// 32 columns of T tokens: sums of products of neuron pairs, in the order the interleaving leaves them.
+template <int T>
+INLINE void dense_tile(const bf16* weight, int64_t D, int64_t neurons, const uint32_t* coef, int64_t tokens, float* acc,
+                       int64_t ld) {
+    __m512 low[T], high[T];
+    _Pragma("GCC unroll 16") for (int t = 0; t < T; ++t) {
+        low[t] = _mm512_loadu_ps(acc + t * ld);
+        high[t] = _mm512_loadu_ps(acc + t * ld + V);
+    }
+    const __m512i none = _mm512_setzero_si512();
+    for (int64_t n = 0; n < neurons; n += 2) {
+        const __m512i a = _mm512_loadu_si512(weight + n * D);
+        const __m512i b = n + 1 < neurons ? _mm512_loadu_si512(weight + (n + 1) * D) : none;
+        const __m512bh lower = (__m512bh)_mm512_unpacklo_epi16(a, b), upper = (__m512bh)_mm512_unpackhi_epi16(a, b);
+        const uint32_t* pair = coef + n / 2 * tokens;
+        _Pragma("GCC unroll 16") for (int t = 0; t < T; ++t) {
+            const __m512bh k = (__m512bh)_mm512_set1_epi32(int(pair[t]));
+            low[t] = _mm512_dpbf16_ps(low[t], lower, k);
+            high[t] = _mm512_dpbf16_ps(high[t], upper, k);
+        }
+    }
+    _Pragma("GCC unroll 16") for (int t = 0; t < T; ++t) {
+        _mm512_storeu_ps(acc + t * ld, low[t]);
+        _mm512_storeu_ps(acc + t * ld + V, high[t]);
+    }
+}
+
+// out[t] = act[t] . weight + bias with every neuron read, D a multiple of 32. Where a weight of this layout
+// meets several tokens, PyTorch reorders it at every call, which costs twice the product.
+void dense(const bf16* act, int64_t tokens, int64_t F, int64_t D, const bf16* weight, const bf16* bias, bf16* out,
+           int threads) {
+    constexpr int64_t COLS = 2 * V;
+    float* acc = scratch<float, 0>(tokens * D);
+    const int64_t all_pairs = (F + 1) / 2;
+    uint32_t* coef = scratch<uint32_t, 4>(all_pairs * tokens);
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t n = 0; n < F; n += 2)
+            coef[n / 2 * tokens + t] =
+                act[t * F + n].bits | (n + 1 < F ? uint32_t(act[t * F + n + 1].bits) << 16 : 0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t begin, end;
+        share(D, omp_get_num_threads(), omp_get_thread_num(), &begin, &end, COLS);
+        for (int64_t t = 0; t < tokens; ++t) std::fill(acc + t * D + begin, acc + t * D + end, 0.0f);
+        for (int64_t first = 0; first < F; first += 2 * PAIRS) {
+            const int64_t neurons = std::min(2 * PAIRS, F - first), later = std::min(2 * PAIRS, F - first - neurons);
+            for (int64_t col = begin; col < end; col += COLS) {
+                const bf16* block = weight + first * D + col;
+                for (int64_t n = 0; n < later; ++n) __builtin_prefetch(block + (neurons + n) * D, 0, 2);
+                for (int64_t t = 0; t < tokens; t += BATCH) {
+                    const uint32_t* k = coef + first / 2 * tokens + t;
+                    float* sums = acc + t * D + col;
+                    switch (std::min<int64_t>(BATCH, tokens - t)) {
+#define TILE(T) case T: dense_tile<T>(block, D, neurons, k, tokens, sums, D); break
+                        TILE(1); TILE(2); TILE(3); TILE(4); TILE(5); TILE(6);
+                        TILE(7); TILE(8); TILE(9); TILE(10); TILE(11); TILE(12);
+#undef TILE
+                    }
+                }
+            }
+        }
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t col = begin; col < end; col += COLS)
+                for (int64_t c = 0; c < COLS; ++c) {
+                    // column c was summed in half (c / 4) % 2, at place c % 4 of group c / 8
+                    const int64_t at = col + (c / 4) % 2 * V + c / 8 * 4 + c % 4;
+                    put(out + t * D + col + c, acc[t * D + at] + (bias ? one(bias[col + c]) : 0.0f));
+                }
+    }
+}
+#endif
+
 // Calls f(weight pointer type, activation pointer type) for the two type tags.
 template <class F>
 int64_t with_types(int act, int weight, F f) {
@@ -398,6 +475,19 @@ extern "C" int64_t thresher_sparse_mlp(const void* gate, const void* x, int act_
                        up_scale, (const A*)up_bias, up_relu, (decltype(w))weight, scale, groups, (const A*)bias,
                        (A*)out, limit, threads);
     });
+}
+
+// act [tokens, F] . weight [F, D] + bias, all bf16. False where this CPU or this shape has no kernel.
+extern "C" int thresher_dense_bf16(const void* act, int64_t tokens, int64_t F, int64_t D, const void* weight,
+                                   const void* bias, void* out, int threads) {
+#if defined(__AVX512BF16__)
+    if (D % (2 * V) == 0) {
+        dense((const bf16*)act, tokens, F, D, (const bf16*)weight, (const bf16*)bias, (bf16*)out, threads);
+        return true;
+    }
+#endif
+    (void)act, (void)tokens, (void)F, (void)D, (void)weight, (void)bias, (void)out, (void)threads;
+    return false;
 }
 
 // Asks the system for large pages under a weight: a row that was not read lately then costs one

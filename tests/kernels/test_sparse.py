@@ -87,12 +87,27 @@ def test_a_token_does_not_depend_on_its_batch_or_the_thread_count(dtype, up_act,
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", [0.05, 1.0])
 @pytest.mark.parametrize("tokens", [1, 16])
-def test_no_less_exact_than_twice_the_dense_product(tokens):
-    act, weight = _case(tokens, 4096, 256, 0.3, torch.bfloat16)
+def test_no_less_exact_than_twice_the_dense_product(tokens, density, dtype):
+    act, weight = _case(tokens, 4096, 256, density, dtype)
     exact = act.double() @ weight.double()
     dense = torch.nn.functional.linear(act, weight.t().contiguous())
     assert (_down(act, weight).double() - exact).norm() <= 2 * (dense.double() - exact).norm()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 12, 13, 32, 33])
+@pytest.mark.parametrize(("neurons", "features"), [(128, 64), (131, 96), (77, 45)])
+def test_the_dense_product_of_a_neuron_major_weight(dtype, tokens, neurons, features):
+    act, weight = _case(tokens, neurons, features, 1.0, dtype)
+    bias = torch.randn(features).to(dtype)
+    exact = act.double() @ weight.double() + bias.double()
+    ours = sparse_native.matmul(act, weight, None, bias)
+    dense = torch.nn.functional.linear(act, weight.t().contiguous(), bias)
+    assert (ours.double() - exact).norm() <= 1.2 * (dense.double() - exact).norm() + 1e-5
 
 
 @needs_native
