@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from thresher.layout import Gather, PackedLayout, Passed, PlanField, Scatter, Visibility
+from thresher.layout import Gather, PackedLayout, Packing, Passed, PlanField, Scatter, Visibility
 
 from .program_json import ArtifactError, decode, encode
 
@@ -46,6 +46,7 @@ def encode_layout(layout: PackedLayout, hold: Callable[[torch.Tensor], int]) -> 
         "masks": list(layout.masks),
         "proven": layout.proven,
         "bounded": layout.reclassify is not None,
+        "packing": asdict(layout.packing),
         **{name: encode(part, hold) if part is not None else None for name, part in parts.items()},
     }
 
@@ -68,6 +69,7 @@ def decode_layout(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Packe
         masks=tuple(data["masks"]),
         reclassify=_unknown if data["bounded"] else None,
         proven=data["proven"],
+        packing=Packing(**data.get("packing", {})),
     )
 
 
