@@ -15,6 +15,7 @@ using namespace nvfp4;
 
 constexpr int kWide = 16, kWideGroup = 256;  // blocks and weights of a group
 constexpr int kMostRows = 5;                 // more accumulators than for two times five would spill
+constexpr int64_t kCache = 16 << 20;         // bytes of weights that a last-level cache is taken to hold
 constexpr int64_t kStrip = 64;               // weight rows that stay in the L2 cache for all activations
 
 // Lane j of 128-bit quarter L holds blocks 2L, 2L + 1, 8 + 2L, 9 + 2L: what the shuffles leave.
@@ -82,7 +83,14 @@ void tile(const Bf16Product& t, const uint16_t* laid, int64_t n, int64_t first) 
     scales[r] = t.scales + (n + r) * t.blocks;
   }
   const int64_t whole = t.blocks / kWide, rest = t.blocks % kWide;
+  // the weights of the next rows: the hardware does not follow from one row into the next
+  constexpr int64_t ahead = 8192;
   for (int64_t g = 0; g < whole; g++) {
+    for (int r = 0; r < NB; r++) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes[r] + ahead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes[r] + ahead + 64), _MM_HINT_T0);
+      if (g % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(scales[r] + ahead / 8), _MM_HINT_T0);
+    }
     group(codes, scales, g);
     for (int r = 0; r < NB; r++) codes[r] += 128, scales[r] += kWide;
   }
@@ -102,7 +110,9 @@ void tile(const Bf16Product& t, const uint16_t* laid, int64_t n, int64_t first) 
 template <int MB>
 void strip(const Bf16Product& t, const uint16_t* laid, int64_t first, int64_t begin, int64_t end) {
   int64_t n = begin;
-  for (; n + 2 <= end; n += 2) tile<2, MB>(t, laid, n, first);
+  // from main memory one stream of weights is faster than two, and multiplying is not what takes the time
+  const bool far = MB == 1 && t.n * t.blocks * 9 > kCache;
+  for (; n + 2 <= end && !far; n += 2) tile<2, MB>(t, laid, n, first);
   for (; n < end; n++) tile<1, MB>(t, laid, n, first);
 }
 

@@ -155,6 +155,9 @@ bool run_row(Path& path, const uint8_t* codes, const uint8_t* scales, int64_t bl
   for (int64_t g = 0; g < whole; g++) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + g * kLanes));
     largest = _mm_max_epu8(largest, bytes);
+    // the hardware does not follow from one row into the next
+    _mm_prefetch(reinterpret_cast<const char*>(codes + g * 64 + 4096), _MM_HINT_T0);
+    if (g % 8 == 0) _mm_prefetch(reinterpret_cast<const char*>(scales + g * kLanes + 512), _MM_HINT_T0);
     path.group(codes + g * 64, bytes, g);
   }
   if (rest) {
