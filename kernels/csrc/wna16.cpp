@@ -81,6 +81,8 @@ void widen(const Weight& w, int64_t row, float* scale, float* shift) {
         for (int64_t g = 0; g < w.groups; ++g) shift[g] = scale[g] * w.midpoint;
 }
 
+#include "wna16_avx512.h"
+
 struct Input {
     const float* x;     // [m, stride], zero-padded to whole vectors
     const float* sums;  // [m, groups]: the sum of x over each group
@@ -203,6 +205,7 @@ extern "C" void wna16_linear_f32(const float* x, const uint8_t* codes, const voi
                                  int64_t groups, int bits, int scale_kind, int threads) {
     const Weight w = weight(codes, scales, zeros, scale_kind, n, k, words, groups, bits);
     const int64_t stride = (k + kLanes - 1) / kLanes * kLanes;
+    const float* const given = x;
     std::vector<float> padded, sums(m * groups);
     if (stride != k) {
         padded.resize(m * stride);
@@ -217,6 +220,13 @@ extern "C" void wna16_linear_f32(const float* x, const uint8_t* codes, const voi
             for (int64_t v = begin; v < end; ++v) acc += load(x + i * stride + v * kLanes);
             sums[i * groups + g] = sum(acc);
         }
+#if defined(WNA16_AVX512)
+    if (bits == 2) wide::linear<2>(w, given, sums.data(), m, bias, out, threads);
+    if (bits == 3) wide::linear<3>(w, given, sums.data(), m, bias, out, threads);
+    if (bits == 4) wide::linear<4>(w, given, sums.data(), m, bias, out, threads);
+    if (bits == 8) wide::linear<8>(w, given, sums.data(), m, bias, out, threads);
+    return;
+#endif
     const Input in{x, sums.data(), stride};
     if (bits == 2) linear<2>(w, in, m, bias, out, threads);
     if (bits == 3) linear<3>(w, in, m, bias, out, threads);
