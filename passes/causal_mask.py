@@ -26,7 +26,8 @@ from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
 from .extract import extract
-from .structure_masks import read_masks
+from .pattern import match
+from .structure_masks import _BEFORE, _NEAR, _conditions
 from .token_axes import hint
 from .visibility import MASKED, attention
 
@@ -87,11 +88,11 @@ def why_not_causal(program: Program, mask: fx.Node) -> str | None:
             f"Its mask depends on the values of {reads[0]}, so it may hide more than later tokens. "
             f"Call the model without {reads[0]} where no row is padded."
         )
-    seen = read_masks([mask], False)
-    if seen.window >= 0:
-        return f"Its mask is a window of {seen.window + 1} tokens."
-    if seen.kind == "bidirectional":
-        return "Its mask hides nothing that comes later."
+    for condition in _conditions(mask):  # one by one: a window may be wider than any size tried below
+        if before := match(_BEFORE, condition):
+            return f"Its mask is a window of {before['width']} tokens."
+        if near := match(_NEAR, condition):
+            return f"Its mask is a window of {near['reach']} tokens to either side."
     rows, columns = value(mask).shape[-2:]
     fixed = isinstance(rows, int) and isinstance(columns, int)
     for length in (

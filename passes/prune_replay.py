@@ -47,10 +47,15 @@ class _Builder:
         self.state: State | None = None
         self.full: torch.Tensor | None = None
         self.frames: list[Frame] = []
+        self.packed = program.packing is not None
+        if self.packed:
+            self.names = []
 
-    def replay(self, env: dict[fx.Node, Any], extra: Mapping[str, Any]) -> list[Any]:
+    def replay(self, env: dict[Any, Any], extra: Mapping[str, Any]) -> list[Any]:
         axes, types = self.found.axes, self.found.types
         self.shortened, self.state, self.full, self.frames = {}, None, None, []
+        self.real: torch.Tensor | None = None
+        self.wanted: torch.Tensor | None = None
         replay = Replay(axes, {**env, **extra}, None)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
@@ -59,7 +64,7 @@ class _Builder:
                 replay.compute(node)
             if node in self.cuts:
                 self._cut(node, *self.cuts[node], replay, types)
-        kept = [frame.since(replay.root) for frame in self.frames]
+        kept = [] if self.packed else [frame.since(replay.root) for frame in self.frames]
         return [*(self._result(i, n, replay) for i, n in enumerate(self.results)), *kept]
 
     def _cut(self, node: fx.Node, stage: int, after: int, replay: Replay, types: Types) -> None:
@@ -73,6 +78,8 @@ class _Builder:
             first = self.config.accumulate_from or after
             self.scorer = Scorer(self.config, self.layers, first)
             self.state = State(image, pad, position, replay.env.get("token_scores"))
+            if self.packed:
+                self.state.offsets = replay.env[self.found.offsets]
         state = self.state
         drops = self.found.drops
         going = drops[stage] - (drops[stage - 1] if stage else 0)
@@ -87,15 +94,43 @@ class _Builder:
             )  # fmt: skip
             evenly = (keep.clamp_min(0) * round(self.config.reserve * 1024)) // 1024
             protected = protected | spread(evenly, state.image)
-        index = torch.ops.thresher.topk_sorted(score, protected, state.pad, length - going, None)
+        if state.offsets is None:
+            index = torch.ops.thresher.topk_sorted(score, protected, state.pad, length - going, None)
+        else:
+            index = self._choose_packed(stage, score, protected, length - going, state)
         if self.config.restore == "passthrough":
-            self.full = (
-                hidden
-                if self.full is None
-                else put(self.full, replay.axes[node], replay.frame.since(replay.root), hidden)
-            )
-        self.frames.append(replay.narrow(index, length - going))
+            at = replay.frame.since(replay.root)
+            whole = self.full is None or at is None
+            self.full = hidden if whole else put(self.full, replay.axes[node], at, hidden)  # type: ignore[arg-type]
+        frame = replay.narrow(index, length - going)
+        frame.offsets, frame.real = state.offsets, self.real
+        self.frames.append(frame)
         state.narrow(index)
+
+    def _choose_packed(
+        self, stage: int, score: Any, protected: Any, count: Any, state: State
+    ) -> torch.Tensor:
+        """The best tokens of each sequence, in `count` places; those left over are a sequence of their own."""
+        offsets = state.offsets
+        assert offsets is not None
+        if self.wanted is None:
+            images = state.image[0].long().cumsum(0)
+            ends = torch.cat([images.new_zeros(1), images])[offsets.long()]
+            self.images, self.lengths = ends.diff(), offsets.diff().long()
+            self.wanted = self.lengths
+        keep = self.found.stages[stage][1]
+        gone = torch.floor((1 - keep) * self.images.double() + 1e-6).long()
+        gone = torch.minimum(gone, (self.images - 1).clamp_min(0))
+        counts = self.lengths - torch.where(self.images < self.config.min_image_tokens, 0, gone)
+        spare = counts.new_zeros((offsets.shape[0] - 1 - counts.shape[0],))  # fillers of the stage before
+        index, ends = torch.ops.thresher.topk_segments(
+            score[0], protected[0], offsets, torch.cat([counts, spare]), count
+        )
+        last = torch.full_like(ends[:1], 1) * count
+        ends = ends[: self.lengths.shape[0] + 1]
+        self.real = torch.arange(index.shape[0], device=index.device) < ends[-1]
+        state.offsets = torch.cat([ends, last.to(ends.dtype)])
+        return index[None]
 
     def _restored(self, node: fx.Node, replay: Replay) -> Any:
         """A labelled value with all tokens' places."""
@@ -119,5 +154,7 @@ class _Builder:
             return replay.env[node]
         dim = labels.index(SEQUENCE)
         restored = value(node).dim() == 3 and self.config.restore != "none"
+        if self.packed:
+            return self._restored(node, replay)
         self.shortened[index] = (dim, self.names[self.frames.index(home)], restored)
         return self._restored(node, replay) if restored else replay.env[node]

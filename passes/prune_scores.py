@@ -32,7 +32,7 @@ class State:
 
     image, pad: bool [B, n]; pad None when no token is padding. position: int64 [B, n] in the whole sequence.
     given: the caller's scores. moved: transition variation summed over layers so far; None before the first.
-    scored: layers it covers.
+    scored: layers it covers. offsets: int32, where each packed sequence begins and ends; None without packing.
     """
 
     image: torch.Tensor
@@ -41,6 +41,7 @@ class State:
     given: torch.Tensor | None = None
     moved: torch.Tensor | None = None
     scored: set[int] = field(default_factory=set)
+    offsets: torch.Tensor | None = None
 
     def narrow(self, index: torch.Tensor) -> None:
         """Keep tokens `index` [B, L] only."""
@@ -52,6 +53,8 @@ class State:
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """starts, lengths int64 [B, 1] of the real tokens in each row."""
         batch, tokens = self.position.shape
+        if self.offsets is not None:
+            return self.offsets[:-1].long()[None], self.offsets.diff().long()[None]
         if self.pad is None:
             starts = self.position.new_zeros((batch, 1))
             return starts, torch.full_like(starts, 1) * tokens
@@ -59,7 +62,10 @@ class State:
         return real.argmax(1, keepdim=True), real.sum(1, keepdim=True)
 
     def segments(self) -> torch.Tensor | None:
-        """int32 [B, n] for `probe_scores`: 0 for real tokens, -1 for padding."""
+        """int32 [B, n] for `probe_scores`: the packed sequence, or 0; -1 for padding. None where all is one."""
+        if self.offsets is not None:
+            place = torch.arange(self.position.shape[1], device=self.offsets.device)
+            return torch.bucketize(place, self.offsets[1:], right=True, out_int32=True)[None]
         return None if self.pad is None else -self.pad.to(torch.int32)
 
 
@@ -87,6 +93,12 @@ class Scorer:
                 change = replay.now(branch.post_norm.output if branch.post_norm else branch.site.output)
                 size, cosine = torch.ops.thresher.token_transition(x, change)
                 one = torch.ops.thresher.transition_score(size, cosine, state.image, self.config.mode)
+                if state.offsets is not None:  # the softmax ran over all sequences; share it out
+                    ones = torch.ones_like(size)
+                    turn = torch.ops.thresher.transition_score(ones, cosine, state.image, self.config.mode)
+                    segment = state.segments().long()  # type: ignore[union-attr]
+                    total = turn.new_zeros((1, state.offsets.shape[0])).scatter_add(1, segment, turn)
+                    one = one / total.gather(1, segment).clamp_min(1e-12)
                 state.moved = one if state.moved is None else state.moved + one
         assert state.moved is not None
         return state.moved
@@ -101,14 +113,17 @@ class Scorer:
         q = replay.ahead(site.q.result, layer.input, rows.clamp_min(0))
         k = replay.ahead(site.k.result, layer.input, None)
         sums, _ = torch.ops.thresher.probe_scores(q, k, rows, state.segments(), site.scale)
-        return sums / (rows >= 0).sum(1, keepdim=True).clamp_min(1)
+        asked = (rows >= 0).unflatten(1, (-1, count)).sum(2)  # of each sequence
+        segment = state.segments() if state.offsets is not None else None
+        asked = asked if segment is None else asked.gather(1, segment.long().clamp_max(asked.shape[1] - 1))
+        return sums / asked.clamp_min(1)
 
     def last_paid(self, after: int, replay: Replay, state: State) -> torch.Tensor:
         """Attention from the last token in the layer before the cut."""
         site = self.layers[after - 1].attention
         assert site is not None
         starts, lengths = state.rows()
-        last = starts + lengths - 1
+        last = torch.where(lengths > 0, starts + lengths - 1, -1)
         q = pick(replay.env[site.q.result], _HEADS, last.clamp_min(0))
         return torch.ops.thresher.probe_scores(
             q, replay.env[site.k.result], last, state.segments(), site.scale

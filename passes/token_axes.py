@@ -373,6 +373,8 @@ def _regroup_one(rows: list[tuple[str | None, int]], columns: list[int], axes: T
     named = [label for label, _ in rows if label is not None]
     wide = sum(label is not None or size != 1 for label, size in rows)
     kept = [d for d, size in enumerate(columns) if size != 1]
+    if len(named) == 1 and not kept and len(rows) == len(columns) == 1:
+        return list(named)  # one row only: its dimension of size 1 stays itself
     if not named:
         given: list[str] = []
     elif wide == 1 and len(kept) == 1:

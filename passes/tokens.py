@@ -79,9 +79,9 @@ class Types:
         return (image if pad is None else image & ~pad), pad
 
 
-def find_types(program: Program, config: Any, tower: Tower, inputs: Sequence[Any] | None) -> Types:
-    """The best source of token types for a tower. Raises Decline for options that cannot be followed."""
-    sizes = [hint(s) for s in value(tower.layers[0].input).shape[:2]]
+def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequence[Any] | None) -> Types:
+    """The best source of token types for `sizes` [batch, tokens]. Raises Decline for options that cannot be followed."""
+    sizes = list(sizes)
     named = {
         name: place
         for place, name in zip(program.placeholders, program.input_names)

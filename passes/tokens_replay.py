@@ -21,7 +21,7 @@ from thresher.capture import assemble
 from thresher.program import Program, module_fqn, value
 
 from .extract import is_computed
-from .token_axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
+from .token_axes import BATCH, RULES, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
 from .visibility import attention
 
 aten = torch.ops.aten
@@ -65,7 +65,8 @@ def retrace(
 
 def call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     """A node's value as the program has it."""
-    args, kwargs = (fx.node.map_arg(a, lambda n: env[n]) for a in (node.args, node.kwargs))
+    args: Any = fx.node.map_arg(node.args, lambda n: env[n])
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: env[n])
     with fx.traceback.set_current_meta(node):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -88,10 +89,30 @@ def needed(axes: TokenAxes, node: fx.Node, argument: fx.Node) -> Labels:
     )
 
 
+def packed_attention() -> Any:
+    """The operator of attention over packed sequences."""
+    return torch.ops.thresher.varlen_attention.default
+
+
+def follow_packed_attention() -> None:
+    """Let `token_axes` follow tokens through attention over packed sequences."""
+
+    def rule(node: fx.Node, axes: TokenAxes) -> Labels:
+        expected = (BATCH, None, SEQUENCE, None)
+        if any(axes.get(a) != expected for a in node.args[:3]):
+            raise Stop("attends over another layout than [1, heads, tokens, head_dim]")
+        if node.args[7] != -1:
+            raise Stop("has a window, which counts tokens that would be gone")
+        return expected
+
+    RULES.setdefault(packed_attention(), rule)
+
+
 def check(program: Program, axes: TokenAxes) -> None:
     """Raise Stop unless everything the labelled nodes read can be fitted to fewer tokens."""
+    attentions = (aten.scaled_dot_product_attention.default, packed_attention())
     for node in axes.labels:
-        if node.op != "call_function" or node.target is aten.scaled_dot_product_attention.default:
+        if node.op != "call_function" or node.target in attentions:
             continue
         for argument in node.all_input_nodes:
             if is_computed(argument) and argument not in axes:
@@ -129,7 +150,9 @@ class Frame:
     """One choice of tokens, and the values computed for it.
 
     parent, step: this frame's tokens are `step` int64 [B, L] of the parent's; None for all tokens.
-    length: L. values: of labelled nodes computed here. fitted: values of elsewhere, picked for these tokens.
+    length: L. offsets: int32, where packed sequences begin and end, or None. real: bool [L], false for
+    places that hold a token only to fill up, or None. values: of labelled nodes computed here. fitted:
+    values of elsewhere, picked for these tokens.
     """
 
     parent: Frame | None
@@ -138,6 +161,8 @@ class Frame:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     fitted: dict[Any, Any] = field(default_factory=dict)
     paths: dict[int, torch.Tensor] = field(default_factory=dict)
+    offsets: torch.Tensor | None = None
+    real: torch.Tensor | None = None
 
     def since(self, other: Frame) -> torch.Tensor | None:
         """Which of another, earlier frame's tokens are this one's, int64 [B, L]; None for all."""
@@ -155,7 +180,7 @@ class Replay:
     env: values of nodes that are the same for every choice of tokens. axes: labels from the first boundary on.
     """
 
-    def __init__(self, axes: TokenAxes, env: dict[fx.Node, Any], length: Any):
+    def __init__(self, axes: TokenAxes, env: dict[Any, Any], length: Any):
         self.axes, self.env = axes, env
         self.root = self.frame = Frame(None, None, length)
         self.home: dict[fx.Node, Frame] = {}
@@ -177,6 +202,12 @@ class Replay:
         """Compute one node from values fitted to a frame."""
         if node not in self.axes or frame.step is None:
             return call(node, self.env if frame is self.root else {**self.env, **frame.values})
+        if node.target is packed_attention():
+            given = {
+                n: self.fit(n, node, frame) if n in self.axes else self.env[n] for n in node.all_input_nodes
+            }
+            given[node.all_input_nodes[3]] = frame.offsets
+            return call(node, given)
         if node.target is aten.scaled_dot_product_attention.default:
             given = {n: self.fit(n, node, frame) for n in node.all_input_nodes}
             mask = attention(node).mask
@@ -187,7 +218,7 @@ class Replay:
         if node.target in _SHAPED or node.target is aten.expand.default:
             target = aten.expand.default if node.target is aten.expand.default else aten.reshape.default
             with fx.traceback.set_current_meta(node):
-                return target(given[node.args[0]], self._shape(node, frame))
+                return target(given[node.all_input_nodes[0]], self._shape(node, frame))
         return call(node, given)
 
     def fit(self, argument: fx.Node, reader: fx.Node, frame: Frame) -> Any:
@@ -252,7 +283,7 @@ class Replay:
             elif label is None and isinstance(size, int):
                 wanted.append(size)
             elif label == BATCH:
-                wanted.append(size if isinstance(size, int) else frame.step.shape[0])
+                wanted.append(size if isinstance(size, int) or frame.step is None else frame.step.shape[0])
             else:
                 wanted.append(-1)
         if wanted.count(-1) > 1:
@@ -305,6 +336,10 @@ class Replay:
             return known
         if BATCH not in labels:
             raise Stop(f"{module_fqn(node) or node.name} has no batch dimension to put tokens back into")
+        if home.real is not None:  # fillers leave nothing behind
+            real = home.real.reshape([-1 if label == SEQUENCE else 1 for label in labels])
+            left = torch.zeros_like(known) if base is None else pick(base, labels, index)
+            known = torch.where(real, known, left)
         if base is None:
             shape = list(known.shape)
             shape[labels.index(SEQUENCE)] = self.root.length

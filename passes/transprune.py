@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
+from torch import fx
+
 from thresher import tokens as given_tokens
 from thresher.call_plan import CallPlan, Choice, Shortened
 from thresher.errors import ArgumentError, unknown_key
@@ -41,7 +43,7 @@ from .tokens import (
     publish_image,
     whole,
 )
-from .tokens_replay import check
+from .tokens_replay import check, follow_packed_attention, packed_attention
 
 RESTORE = ("zeros", "passthrough", "none")
 MODES = ("paper", "official_code")
@@ -128,13 +130,18 @@ class TransPruneConfig(PassConfig):
 
 @dataclass
 class Found:
-    """What `match` worked out. stages: those inside the model. drops: tokens gone behind each."""
+    """What `match` worked out. stages: those inside the model. drops: tokens gone behind each.
+
+    offsets: of a packed program's sequences. counted: where token types come from in the caller's inputs.
+    """
 
     tower: Tower
     types: Types
     axes: TokenAxes
     stages: tuple[tuple[int, float], ...]
     drops: tuple[int, ...]
+    offsets: fx.Node | None = None
+    counted: Any = None
 
 
 @register_pass
@@ -149,10 +156,8 @@ class TransPrune(Pass):
         if context.config.choice is not None and not any(context.config.choice) and not context.config.always:
             return whole("", "No token may be left out in calls of this kind.")
         fed = embeddings_fed(program)
-        if fed and not context.structure().layers:
+        if fed and context.structure and not context.structure().layers:
             return [Match("the graph that puts image features in", fed)]
-        if program.packing is not None:
-            return whole("", "The program is packed; put token pruning into a recipe without prepack.")
         for node, _, reason in candidates(program):
             if reason is None:
                 make_causal(node)
@@ -170,13 +175,23 @@ class TransPrune(Pass):
 
     def _match(self, program: Program, context: Context, tower: Tower, stages: Any) -> Match:
         config = context.config
-        types = find_types(program, config, tower, context.inputs)
+        packed = program.packing is not None
+        sizes = [hint(s) for s in value(tower.layers[0].input).shape[:2]]
+        types = find_types(program, config, sizes, None if packed else context.inputs)
         start = tower.layers[stages[0][0]].input
         if value(start).dim() != 3:
             raise Decline(
                 f"The hidden state has {value(start).dim()} dimensions, not [batch, tokens, width]."
             )
+        offsets, counted = None, types
+        if packed:
+            offsets, counted = _packed(program, config, types)
+            follow_packed_attention()
         axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
+        if packed and any(n in axes and value(n).dim() != 3 for n in program.outputs):
+            raise Decline(
+                "The program is packed and returns keys and values, which cannot be unpacked once pruned."
+            )
         for layer in tower.layers[stages[0][0] :]:
             if layer.output not in axes:
                 why = axes.stopped.get(layer.output, "it does not depend on the layers before")
@@ -186,7 +201,7 @@ class TransPrune(Pass):
         check(program, axes)
         drops = config.choice
         if drops is None:
-            drops = _drops_now(program, types, config, stages, context, hint(value(start).shape[1]))
+            drops = _drops_now(program, counted, config, stages, context, hint(value(start).shape[1]))
         if not any(drops) and not config.always:
             raise Decline(
                 f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
@@ -195,7 +210,7 @@ class TransPrune(Pass):
         _expect(context, tower, stages, drops, hint(value(start).shape[1]))
         context.notes.append(f"{types.describe()}; tokens left out behind layer " + ", ".join(
             f"{after}: {drop}" for (after, _), drop in zip(stages, drops)) + ".")  # fmt: skip
-        return Match(_site(tower, stages), Found(tower, types, axes, stages, drops))
+        return Match(_site(tower, stages), Found(tower, types, axes, stages, drops, offsets, counted))
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         if isinstance(match.data, dict):
@@ -203,11 +218,12 @@ class TransPrune(Pass):
             return
         found: Found = match.data
         config = context.config
-        asked = counts_program(program, found.types)
-        stages = found.stages
+        counted: Types = found.counted
+        asked = counts_program(_padded(program), counted)
+        stages, packed = found.stages, program.packing is not None
 
         def decide(values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
-            return drops_for(found.types, config, stages, values, inputs)
+            return drops_for(counted, config, stages, values, inputs, packed)
 
         extra = []
         if found.types.kind == "extra":
@@ -262,22 +278,42 @@ def drops_for(
     stages: Sequence[tuple[int, float]],
     values: Sequence[Any],
     inputs: Sequence[Any],
+    packed: bool = False,
 ) -> tuple[int, ...]:
-    """How many tokens every row can spare behind each stage. values: of `counts_program`."""
+    """How many tokens every row can spare behind each stage; of packed rows, how many all can spare together.
+
+    values: of `counts_program`.
+    """
     image, pads = image_counts(types, values, inputs)
     if image is None:
         return (0,) * len(stages)
     found: list[int] = []
     for _, keep in stages:
-        spare = min(
-            (
-                pad
-                + (0 if count < config.min_image_tokens else min(count - 1, floor((1 - keep) * count + 1e-6)))
-            )
-            for count, pad in zip(image, pads)
-        )
+        going = [
+            0 if count < config.min_image_tokens else min(count - 1, floor((1 - keep) * count + 1e-6))
+            for count in image
+        ]
+        spare = sum(going) if packed else min(go + pad for go, pad in zip(going, pads))
         found.append(max([spare // config.bucket * config.bucket, *found[-1:]]))
     return tuple(found)
+
+
+def _padded(program: Program) -> Program:
+    """The program that takes the caller's inputs as they are."""
+    return program if program.packing is None else program.packing.padded
+
+
+def _packed(program: Program, config: TransPruneConfig, types: Types) -> tuple[fx.Node, Types]:
+    """Offsets of a packed program's sequences, and where types come from in the caller's inputs."""
+    if types.kind != "ids":
+        raise Decline("The program is packed, and image tokens are found in it by image_token_id only.")
+    sites = program.nodes(packed_attention())
+    if not sites:
+        raise Decline("The program is packed, and its attention takes masks.")
+    padded = program.packing.padded
+    tokens = padded.placeholders[program.packing.tokens]
+    counted = find_types(padded, config, [hint(s) for s in value(tokens).shape[:2]], None)
+    return sites[0].all_input_nodes[3], counted
 
 
 def _drops_now(
@@ -286,10 +322,9 @@ def _drops_now(
     if context.inputs is None:
         context.notes.append("without example inputs, half of the tokens are taken for an image's.")
         return tuple(floor((1 - k) * length / 2) // config.bucket * config.bucket for _, k in stages)
-    asked = counts_program(program, types)
-    return drops_for(
-        types, config, stages, asked.run(*context.inputs) if asked is not None else [], context.inputs
-    )
+    asked = counts_program(_padded(program), types)
+    values = asked.run(*context.inputs) if asked is not None else []
+    return drops_for(types, config, stages, values, context.inputs, program.packing is not None)
 
 
 def _expect(context: Context, tower: Tower, stages: Any, drops: Sequence[int], length: int) -> None:

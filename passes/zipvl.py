@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,8 +128,8 @@ class ZipVL(Pass):
             if site is None or _why_not(layer) is not None:
                 continue
             pair = Pair(context.config, site.scale)
-            found.append(Tap(f"{site.fqn}.queries", site.q.result, lambda p=pair: p.side("q")))
-            found.append(Tap(site.fqn, site.k.result, lambda p=pair: p.side("k")))
+            found.append(Tap(f"{site.fqn}.queries", site.q.result, partial(pair.side, "q")))
+            found.append(Tap(site.fqn, site.k.result, partial(pair.side, "k")))
         return found
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
@@ -146,17 +147,18 @@ class ZipVL(Pass):
                 raise Decline(
                     f"The hidden state has {value(start).dim()} dimensions, not [batch, tokens, width]."
                 )
-            types = find_types(program, config, tower, context.inputs)
+            types = find_types(program, config, [hint(s) for s in value(start).shape[:2]], context.inputs)
             axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
             protected = self._protected(program, types, context)
         except (Decline, Stop) as reason:
             return [Miss(layer.fqn, str(reason)) for layer in tower.layers]
         length = hint(value(start).shape[1])
-        good, misses = [], []
+        good: list[tuple[LayerSite, float | None]] = []
+        misses: list[Match | Miss] = []
         for layer in tower.layers[config.first_layer - 1 :]:
-            reason = _why_not(layer) or self._why_dense(layer, axes, length, protected, context)
-            if reason is not None:
-                misses.append(Miss(layer.attention.fqn if layer.attention else layer.fqn, reason))
+            why = _why_not(layer) or self._why_dense(layer, axes, length, protected, context)
+            if why is not None:
+                misses.append(Miss(layer.attention.fqn if layer.attention else layer.fqn, why))
             else:
                 good.append((layer, self._share(layer, context)))
         if not good:

@@ -70,7 +70,7 @@ class _Builder:
         self.inner = {s.node: s for s in self.shares if not (projections and not s.fused)}
         self.chosen: dict[AttentionSite, _Chosen] = {}
 
-    def replay(self, env: dict[fx.Node, Any], extra: Mapping[str, Any]) -> list[Any]:
+    def replay(self, env: dict[Any, Any], extra: Mapping[str, Any]) -> list[Any]:
         self.chosen, self.done = {}, Done()
         replay = Replay(self.plan.axes, {**env, **extra}, None)
         start = self.plan.tower.layers[0].input
@@ -182,7 +182,7 @@ class _Builder:
         results = []
         for index, node in enumerate(self.results):
             site = owner.get(node) if isinstance(node, fx.Node) else None
-            result = replay.env[node] if isinstance(node, fx.Node) else node
+            result: Any = replay.env[node] if isinstance(node, fx.Node) else node
             if site is not None and self.config.kv == "drop":
                 at = self.chosen[site].index
                 result = pick(result, _HEADS, at if self.counts is None else at.clamp_min(0))

@@ -36,6 +36,7 @@ _PUBLIC = {
     "quantize": "quantization",
     "relufy": "density",
     "save": "export",
+    "token_types": "tokens",
 }
 __all__ = ["__version__", "reports", *_PUBLIC]
 

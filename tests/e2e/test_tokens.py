@@ -1,0 +1,177 @@
+"""Token passes on whole models: vision-language models as Hugging Face has them, generation, second turns."""
+
+import pytest
+import torch
+import zoo
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import thresher
+from thresher.runtime.kv_cache import MixedPrecisionCache
+from thresher.runtime.kv_layer import KVPolicy
+from thresher.runtime.kv_prefill import generate, prefill
+from thresher.sessions import collect
+
+IMAGE = 96
+PRUNE = dict(min_image_tokens=2, bucket=1, min_saving=-1.0)
+ZIP = dict(keep=0.4, recent=4, spread=4, bucket=4, min_saving=-9.0)
+WHOLE = KVPolicy(bits=None, important=1.0, drop=True)  # full precision, each layer at its own length
+
+
+def _llama(layers=3):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        initializer_range=0.15,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return _llama()
+
+
+def _prompt(batch=2, tokens=48):
+    ids = torch.randint(1, IMAGE, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    ids[:, 4:36] = IMAGE
+    return ids
+
+
+def _compile(model, inputs, **recipe):
+    torch._dynamo.reset()
+    return thresher.compile(model, inputs, target="reference", **recipe)
+
+
+def _pruning(**options):
+    return dict(transprune={**PRUNE, "image_token_id": IMAGE, **options})
+
+
+@pytest.mark.filterwarnings("ignore::thresher.ThresherWarning")
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@torch.no_grad()
+def test_vision_language_models_as_they_are(name):
+    model, inputs = zoo.ZOO[name].build()
+    inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    expected = model(**inputs).logits
+    torch._dynamo.reset()
+    options = {"transprune": dict(PRUNE, stages=((1, 0.5),)), "target": "reference"}
+    compiled = torch.compile(model, backend="thresher", options=options)
+    with collect() as made:
+        out = compiled(**inputs)
+    (report,) = [s.report["transprune"] for s in made if "kept.1" in getattr(s, "extras", {})]
+    assert report.rewritten
+    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    assert lengths == [12, 10], "two of four image tokens are gone behind the first layer"
+    assert out.logits.shape == expected.shape
+    assert out.logits[:, -1].isfinite().all()
+    alike = dict(options, transprune=dict(PRUNE, stages=((1, 1.0),), always=True))
+    torch._dynamo.reset()
+    same = torch.compile(model, backend="thresher", options=alike)(**inputs).logits
+    torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_behind_a_prefill_that_kept_all_is_the_models_own(llama):
+    ids = _prompt()
+    expected = llama.generate(ids, max_new_tokens=8, do_sample=False)
+    inputs = dict(input_ids=ids)
+    call = _compile(llama, {**inputs, "use_cache": True}, **_pruning(stages=((1, 1.0),), always=True))
+    cache = MixedPrecisionCache(llama.config, WHOLE)
+    assert torch.equal(generate(llama, call, inputs, cache, max_new_tokens=8, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("restore", ["zeros", "none"])
+@torch.no_grad()
+def test_a_second_turn_of_several_tokens_on_the_pruned_cache(llama, restore):
+    """Right-aligned, at the positions the unpruned prompt leaves off."""
+    ids, more = _prompt(), _prompt()[:, 38:45]
+    call = _compile(
+        llama, dict(input_ids=ids, use_cache=True), **_pruning(stages=((1, 0.25),), restore=restore)
+    )
+    cache = MixedPrecisionCache(llama.config, WHOLE)
+    out = prefill(call, dict(input_ids=ids), cache)
+    assert cache.lengths == [48, 24, 24] and cache.get_seq_length() == 48
+    past = out.past_key_values
+    inner, hidden = llama.model, llama.model.embed_tokens(more)
+    rotary = inner.rotary_emb(hidden, torch.arange(48, 55)[None])
+    for index, layer in enumerate(inner.layers):
+        held = past.layers[index].keys.shape[2]
+        mask = torch.ones(7, held + 7, dtype=torch.bool).tril(held)[None, None]
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=past)
+    expected = llama.lm_head(inner.norm(hidden))
+    llama.set_attn_implementation("thresher_kv")
+    try:
+        actual = llama(more, past_key_values=cache).logits
+    finally:
+        llama.set_attn_implementation("sdpa")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv, lengths", [("drop", [55 - 28] * 3), ("quantize", [55] * 3)])
+@torch.no_grad()
+def test_generation_behind_zipvl(llama, kv, lengths):
+    """v2 forgets what is unimportant; v1 keeps it at fewer bits, as the cache's policy says."""
+    ids = _prompt()
+    options = dict(ZIP, kv=kv, image_token_id=IMAGE, keep=0.1)
+    call = _compile(llama, dict(input_ids=ids, use_cache=True), zipvl=options)
+    cache = MixedPrecisionCache(llama.config, WHOLE if kv == "drop" else KVPolicy(important=0.5, block=16))
+    text = generate(llama, call, dict(input_ids=ids), cache, max_new_tokens=8, do_sample=False)
+    assert text.shape == (2, 56) and cache.get_seq_length() == 55
+    assert cache.lengths == lengths
+    if kv == "quantize":
+        assert [pool.bits for pool in cache.layers[0].pools] == [4, 2]
+
+
+@torch.no_grad()
+def test_with_quantized_weights(llama):
+    """Later passes rewrite the pruned program's linears."""
+    ids = _prompt()
+    inputs = dict(input_ids=ids, use_cache=False)
+    pruned = _compile(llama, inputs, **_pruning(stages=((1, 0.5),), policy="uniform"))
+    call = _compile(llama, inputs, **_pruning(stages=((1, 0.5),), policy="uniform"), nvfp4=True, verify=False)
+    assert call.report["transprune"].rewritten and call.report["nvfp4"].rewritten
+    expected, actual = pruned(**inputs).logits, call(**inputs).logits
+    assert torch.equal(actual == 0, expected == 0), "the same tokens are left out"
+    kept = expected != 0
+    assert torch.nn.functional.cosine_similarity(actual[kept], expected[kept], dim=0) > 0.9
+
+
+@pytest.mark.parametrize("policy", ["transprune", "fastv"])
+@torch.no_grad()
+def test_with_prepacking_each_row_is_pruned_as_alone(llama, policy):
+    """Budgets, probes and softmax of each packed sequence are its own."""
+    ids = _prompt(3)
+    mask = torch.ones_like(ids)
+    ids[1, 4:20] = 7  # 16 image tokens instead of 32
+    mask[0, 44:] = 0
+    recipe = _pruning(stages=((1, 0.5), (2, 0.25)), policy=policy, instruction=4)
+    inputs = dict(input_ids=ids, attention_mask=mask, use_cache=False)
+    call = _compile(llama, inputs, prepack=True, **recipe)
+    reports = {p.name: p for p in call.report.passes}
+    assert reports["prepack"].rewritten and reports["transprune"].rewritten, reports
+    packed = call(**inputs).logits
+    for row in range(3):
+        alone = dict(input_ids=ids[row : row + 1, mask[row].bool()], use_cache=False)
+        expected = _compile(llama, alone, **recipe)(**alone).logits
+        torch.testing.assert_close(packed[row : row + 1, mask[row].bool()], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_agrees(llama):
+    ids = _prompt()
+    inputs = dict(input_ids=ids, use_cache=False)
+    recipe = _pruning(stages=((1, 0.5),))
+    expected = _compile(llama, inputs, **recipe)(**inputs).logits
+    torch._dynamo.reset()
+    actual = thresher.compile(llama, inputs, **recipe)(**inputs).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
