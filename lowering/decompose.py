@@ -11,7 +11,6 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from thresher.errors import ThresherError
-from thresher.hadamard import matrix
 from thresher.kernels.varlen_attention import varlen_attention_masked
 from thresher.ops import NAMESPACE
 from thresher.program import Program, Weight, fake_like, value
@@ -205,18 +204,21 @@ def add_masks(program: Program) -> None:
 
 
 def _rotate(program: Program, node: fx.Node, matrices: dict[Any, str]) -> None:
-    """A Hadamard transform as a product with its matrix, which all transforms of that order share."""
+    """A Hadamard transform as products with its factors, which all transforms of that order share."""
     x, signs, block = node.args
     wide = torch.promote_types(value(x).dtype, torch.float32)
-    if (block, wide) not in matrices:
-        made = program.get_weight(Weight(f"hadamard.{block}", matrix(block, wide)), node)  # type: ignore[arg-type]
-        matrices[block, wide] = str(made.target)
-    else:
-        with program.graph.inserting_before(node):
-            made = program.graph.create_node("get_attr", matrices[block, wide])
-        made.meta["val"] = fake_like(program.weights[str(made.target)].tensor, node)
-
-    result = trace_before(program, node, plain_ops.rotate, [x, signs, made])
+    held = []
+    for number, factor in enumerate(plain_ops.factors(block, wide)):  # type: ignore[arg-type]
+        key = (block, wide, number)
+        if key not in matrices:
+            made = program.get_weight(Weight(f"hadamard.{block}.{number}", factor), node)
+            matrices[key] = str(made.target)
+        else:
+            with program.graph.inserting_before(node):
+                made = program.graph.create_node("get_attr", matrices[key])
+            made.meta["val"] = fake_like(factor, node)
+        held.append(made)
+    result = trace_before(program, node, plain_ops.rotate, [x, signs, *held])
     node.replace_all_uses_with(result)
     program.graph.erase_node(node)
 

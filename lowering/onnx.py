@@ -74,6 +74,7 @@ def export(
     runtime: str = "ort",
     body_only: bool = False,
     accuracy_level: int = 0,
+    table_bits: int = 0,
     output_names: Sequence[str] | None = None,
     opset: int = OPSET,
 ) -> Exported:
@@ -84,6 +85,7 @@ def export(
     body_only: of a packed program write the body alone; its inputs are already packed tensors and
         `cu_seqlens`, to be made by the caller with thresher.runtime.packing. TensorRT needs it, having no NonZero.
     accuracy_level: of `MatMulNBits`: 0 computes in fp32, 4 rounds activations to int8, several times faster.
+    table_bits: 8 stores embedding tables, and a head that shares one, in 8 bits, for "ort" and "ort-cuda".
 
     Raises ArgumentError for an unknown runtime, ThresherError for what cannot be exported.
     """
@@ -94,12 +96,14 @@ def export(
         raise ArgumentError(
             "accuracy_level", accuracy_level, "0 to 4", "4 is fastest, 0 and 1 compute in fp32."
         )
+    if table_bits not in (0, 8) or (table_bits and not runtime.startswith("ort")):
+        raise ArgumentError("table_bits", f"{table_bits} for {runtime}", "0, or 8 for ort and ort-cuda", "Leave it out.")
     layout: PackedLayout | None = program.packing
     if runtime == "tensorrt" and layout is not None and not body_only:
         raise ArgumentError("body_only", body_only, "True for a packed program and TensorRT",
                             "TensorRT has no NonZero: pack and unpack outside, as the runtime does.")  # fmt: skip
     started = time.perf_counter()
-    parts = _Parts(runtime, accuracy_level, opset)
+    parts = _Parts(runtime, accuracy_level, opset, table_bits)
     if layout is None or body_only:
         model = parts.convert(program, "body")
         _label_sizes(model, program if layout is None else None)
@@ -112,8 +116,8 @@ def export(
 class _Parts:
     """Converts the parts of one export; collects what they say."""
 
-    def __init__(self, runtime: str, accuracy_level: int, opset: int):
-        self.runtime, self.accuracy_level, self.opset = runtime, accuracy_level, opset
+    def __init__(self, runtime: str, accuracy_level: int, opset: int, table_bits: int):
+        self.runtime, self.accuracy_level, self.opset, self.table_bits = runtime, accuracy_level, opset, table_bits
         self.notes: list[str] = []
         self.functions: set[str] = set()
         self.fields: list[str] = []
@@ -134,6 +138,8 @@ class _Parts:
                     raise ThresherError(
                         f"{node.name} cannot be exported for {self.runtime}: {reason}."
                     ) from None
+        if self.table_bits:
+            forms.tables()
         if self.runtime == "tensorrt":
             add_masks(copy)
         columns = _columns(copy) if windowed(copy) else None

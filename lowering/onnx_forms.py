@@ -23,6 +23,7 @@ from .decompose import trace_before
 
 RUNTIMES = ("portable", "ort", "ort-cuda", "tensorrt")
 symbolic = torch.onnx.ops.symbolic
+_TABLE_BLOCK = 32
 FLOAT8E4M3FN, FLOAT4E2M1 = 17, 23  # numbers of onnx.TensorProto.DataType
 
 
@@ -132,6 +133,51 @@ class Forms:
             return y if bias is None else y + bias
 
         self._emit_nodes(node, form, x, bias, held)
+
+    # -- tables -----------------------------------------------------------------------------------
+
+    def tables(self) -> None:
+        """Store embedding tables in 8 bits, and compute the head that shares one from the same codes.
+
+        Codes [V, blocks, 32] around 128 with one fp32 scale a block: what `MatMulNBits` reads, and a row of it
+        is gathered and scaled for the embedding.
+        """
+        embedding, linear = torch.ops.aten.embedding.default, torch.ops.aten.linear.default
+        tables = {str(n.args[0].target) for n in self.program.nodes(embedding) if self._large(n.args[0])}  # type: ignore[union-attr]
+        for name in sorted(tables):
+            weight = self.program.weights[name]
+            blocks = weight.tensor.detach().float().unflatten(1, (-1, _TABLE_BLOCK))
+            scales = blocks.abs().amax(-1) / 127
+            codes = ((blocks / scales.clamp_min(1e-30)[..., None]).round() + 128).clamp(0, 255).to(torch.uint8)
+            first = next(n for n in self.program.nodes(embedding) if getattr(n.args[0], "target", None) == name)
+            held = [self._keep(first, "table", codes), self._keep(first, "table_scales", scales.flatten())]
+            for node in [n for n in self.program.nodes(embedding, linear) if name in {getattr(a, "target", None) for a in n.args}]:
+                self._read_table(node, weight.fqn, held)
+
+    def _read_table(self, node: fx.Node, fqn: str, held: list[fx.Node]) -> None:
+        rows, blocks = value(held[0]).shape[:2]
+        attributes = {"K": blocks * _TABLE_BLOCK, "N": rows, "bits": 8, "block_size": _TABLE_BLOCK, "accuracy_level": 4}
+
+        def look_up(index: Any, codes: Any, scales: Any) -> Any:
+            taken = codes[index].to(scales.dtype) - 128
+            return (taken * scales.view(rows, blocks)[index][..., None]).flatten(-2)
+
+        def head(x: Any, bias: Any, *table: Any) -> Any:
+            shape = (*x.shape[:-1], rows)
+            y = symbolic("com.microsoft::MatMulNBits", [x, *table], attributes, dtype=x.dtype, shape=shape, version=1)
+            return y if bias is None else y + bias
+
+        if node.target is torch.ops.aten.embedding.default:
+            made = trace_before(self.program, node, look_up, [node.args[1], *held])
+        else:
+            made = trace_before(self.program, node, head, [node.args[0], (*node.args, None)[2], *held])
+        self._note(f"{fqn} is stored in 8 bits in blocks of {_TABLE_BLOCK}, which the program does not say.")
+        node.replace_all_uses_with(made)
+        self.program.graph.erase_node(node)
+
+    def _large(self, node: Any) -> bool:
+        weight = self.program.weight(node)
+        return weight is not None and weight.tensor.shape[0] >= 1024 and weight.tensor.shape[1] % _TABLE_BLOCK == 0
 
     # -- NVFP4 ------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from thresher.hadamard import matrix as order
+from thresher.hadamard import base_matrix, check_order, sylvester
 from thresher.kernels import nvfp4_format, sparse_down
 from thresher.kernels.nvfp4 import INT_LIMITS
 from thresher.kernels.nvfp4_quantize import MODES
@@ -92,16 +92,26 @@ def important_attention(q, k, v, index, scale):
     return important.reference(q, k, v, index, scale).contiguous()
 
 
-def rotate(x: torch.Tensor, signs: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
-    """`hadamard` with its matrix at hand."""
-    block = matrix.shape[0]
-    signed = x.to(matrix.dtype) if signs is None else x.to(matrix.dtype) * signs.to(matrix.dtype)
-    blocks = signed.reshape(*x.shape[:-1], x.shape[-1] // block, block)
-    return (blocks @ matrix).reshape(x.shape).to(x.dtype)
+def rotate(x: torch.Tensor, signs: torch.Tensor | None, base: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+    """`hadamard` with its two Kronecker factors at hand, scaled: two small products and not one large."""
+    order, two = base.shape[0], power.shape[0]
+    signed = x.to(base.dtype) if signs is None else x.to(base.dtype) * signs.to(base.dtype)
+    blocks = signed.reshape(*x.shape[:-1], x.shape[-1] // (order * two), order, two)
+    blocks = blocks @ power if two > 1 else blocks
+    blocks = base.t() @ blocks if order > 1 else blocks
+    return blocks.reshape(x.shape).to(x.dtype)
+
+
+def factors(block: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The orthogonal factors of `hadamard.matrix(block)`: Paley's [m, m] and Sylvester's [2^k, 2^k]."""
+    _, two = check_order("block", block)
+    parts = (base_matrix(block), sylvester(two))
+    base, power = ((p.double() / p.shape[0] ** 0.5).to(dtype) for p in parts)
+    return base, power
 
 
 def hadamard(x, signs, block):
-    return rotate(x, signs, order(block, torch.promote_types(x.dtype, torch.float32)))
+    return rotate(x, signs, *factors(block, torch.promote_types(x.dtype, torch.float32)))
 
 
 def round_e2m1(x: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,7 @@ def export_onnx(
     runtime: str = "ort",
     body_only: bool = False,
     accuracy_level: int = 0,
+    table_bits: int = 0,
     check: bool = True,
     **options: Any,
 ) -> Exported:
@@ -110,7 +111,7 @@ def export_onnx(
         verify the passes and are the first size the file is run on.
     recipe, options: as for `compile`. dynamic_shapes: as for torch.export; by default the first two dimensions
         of every example input vary where the model allows it.
-    runtime, body_only, accuracy_level: see `lowering.onnx.export`.
+    runtime, body_only, accuracy_level, table_bits: see `lowering.onnx.export`.
     check: run the file with ONNX Runtime or onnx.reference; the differences stand in the record.
 
     Raises ThresherError for what cannot be exported.
@@ -135,8 +136,9 @@ def export_onnx(
             warnings.warn(f"thresher rewrote nothing: {missed[0] if missed else 'no candidate site.'}",
                           backend.ThresherWarning, stacklevel=2)  # fmt: skip
     record = onnx_export(
-        program, path, runtime=runtime, body_only=body_only, accuracy_level=accuracy_level, output_names=names
-    )
+        program, path, runtime=runtime, body_only=body_only, accuracy_level=accuracy_level,
+        table_bits=table_bits, output_names=names,
+    )  # fmt: skip
     if check and inputs:
         record.differences, notes = compare(path, _calls(program, inputs, record, body_only))
         record.notes += notes
