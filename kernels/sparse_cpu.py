@@ -32,7 +32,7 @@ def _accepts_mlp(
 
 def _limit(tau: float, bmax: int, act: torch.Tensor, weight: torch.Tensor, width: int) -> int:
     """The largest union, in neurons, that runs sparse; -1 for none, not even an empty one."""
-    neurons, features = weight.shape
+    neurons, features = weight.shape[0], down_defs.features_of(weight)
     tokens = math.prod(act.shape[:-1])
     if tokens > bmax:
         return -1

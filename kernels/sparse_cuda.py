@@ -39,6 +39,8 @@ def _supported() -> str | None:
 def _refuses(act, weight, scale, *others) -> str | None:
     if act.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"The Triton kernels compute fp32, bf16 and fp16 activations, not {act.dtype}."
+    if weight.dtype == torch.uint8:
+        return "The Triton kernels read int8 and unquantized weights, not 4-bit codes."
     if not all(t is None or t.is_contiguous() for t in (weight, scale, *others)):
         return "The Triton kernels read contiguous weights, scales, biases and thresholds only."
     groups = 1 if scale is None else scale.numel() // max(1, scale.shape[0])

@@ -7,8 +7,9 @@ no memory traffic. The dense fallback reads the same copy. A neuron is *kept* fo
 `!(|a| <= threshold)`; so written, a NaN is kept and reaches the output. Without a threshold exactly
 the zeros are dropped, which changes no result. Tokens of one call share the union of what they keep.
 
-weight      act's dtype; or int8 with `scale`, fp32 [F] or [F, groups] with the groups along D, so
-            that dropping a neuron drops its scales too
+weight      act's dtype; or with `scale`, fp32 [F] or [F, groups] with the groups along D, so that
+            dropping a neuron drops its scales too: int8, or uint8 [F, D / 2] of 4-bit codes less 8,
+            two a byte, the first in the low half
 threshold   None (zero), or fp32 [] or [F]; never negative
 tau         largest union density, 0 to 1, at which the sparse kernel runs; negative: measured on the
             machine that runs the call (`sparse_tune`), so a saved program carries no machine's number
@@ -39,13 +40,21 @@ def kept(act: torch.Tensor, threshold: torch.Tensor | None) -> torch.Tensor:
     return torch.where(act.float().abs() <= threshold, torch.zeros_like(act), act)
 
 
+def features_of(weight: torch.Tensor) -> int:
+    """D, the number of outputs of a neuron-major weight in any format."""
+    return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+
+
 def dequantized(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The weight in `dtype`: `weight[i, d] * scale[i, d // (D / groups)]`, the product taken in fp32."""
+    """The weight in `dtype`: `code[i, d] * scale[i, d // (D / groups)]`, the product taken in fp32."""
     if scale is None:
         return weight.to(dtype)
-    rows, cols = weight.shape
+    codes = weight
+    if weight.dtype == torch.uint8:
+        codes = torch.stack((weight & 15, weight >> 4), -1).flatten(1).to(torch.int8) - 8
+    rows, cols = codes.shape
     groups = scale.numel() // max(rows, 1)
-    wide = weight.float().view(rows, groups, -1) * scale.view(rows, groups, 1)
+    wide = codes.float().view(rows, groups, -1) * scale.view(rows, groups, 1)
     return wide.view(rows, cols).to(dtype)
 
 
@@ -60,21 +69,23 @@ def check_weight(
             f"[{neurons}, features], one row a neuron",
             "Pass the weight neuron-major: the transpose of a down projection's nn.Linear weight.",
         )
-    if (scale is None and weight.dtype != dtype) or (scale is not None and weight.dtype != torch.int8):
+    quantized = (torch.int8, torch.uint8)
+    if (scale is None and weight.dtype != dtype) or (scale is not None and weight.dtype not in quantized):
         raise ArgumentError(
             name,
             f"{weight.dtype} {'without' if scale is None else 'with'} a scale, for {dtype} activations",
-            f"{dtype}, or torch.int8 with a scale",
+            f"{dtype}, or torch.int8 with a scale, or torch.uint8 (4-bit codes) with a scale",
             "Convert the weight, or pass the scale it was quantized with.",
         )
     if scale is not None:
-        rows, cols = weight.shape
+        rows, cols = weight.shape[0], features_of(weight)
         groups = scale.numel() // max(rows, 1)
-        if scale.dtype != torch.float32 or scale.shape[0] != rows or groups == 0 or cols % groups:
+        uneven = groups == 0 or cols % groups or (weight.dtype == torch.uint8 and cols // groups % 2)
+        if scale.dtype != torch.float32 or scale.shape[0] != rows or uneven:
             raise ArgumentError(
                 f"{name}'s scale",
-                f"{scale.dtype} {tuple(scale.shape)} for a weight of {tuple(weight.shape)}",
-                "fp32 [F] or [F, groups], with the groups dividing the columns",
+                f"{scale.dtype} {tuple(scale.shape)} for a weight of {(rows, cols)}",
+                "fp32 [F] or [F, groups], with the groups dividing the columns, evenly sized for 4-bit codes",
                 "Quantize each neuron's row by itself, in equal groups along the row.",
             )
 
@@ -104,7 +115,7 @@ def check_bias(bias: torch.Tensor | None, features: int, dtype: torch.dtype, nam
 
 
 def _fake(act, weight, scale, bias, threshold, tau, bmax, site):
-    return act.new_empty((*act.shape[:-1], weight.shape[1]))
+    return act.new_empty((*act.shape[:-1], features_of(weight)))
 
 
 def activations(lead, neurons, density, device, dtype, generator):
@@ -114,9 +125,12 @@ def activations(lead, neurons, density, device, dtype, generator):
     return act.to(device=device, dtype=dtype)
 
 
-def quantized(rows, cols, groups, device, generator):
-    """A random int8 weight [rows, cols] and its scales [rows, groups] ([rows] for one group)."""
-    weight = torch.randint(-127, 128, (rows, cols), dtype=torch.int8, generator=generator)
+def quantized(rows, cols, groups, device, generator, bits=8):
+    """A random int8 weight [rows, cols], or 4-bit codes, and its scales [rows, groups] ([rows] for one group)."""
+    if bits == 4:
+        weight = torch.randint(0, 256, (rows, cols // 2), dtype=torch.uint8, generator=generator)
+    else:
+        weight = torch.randint(-127, 128, (rows, cols), dtype=torch.int8, generator=generator)
     scale = torch.rand(rows, groups, generator=generator) / 64 + 1e-3
     return weight.to(device), (scale[:, 0] if groups == 1 else scale).contiguous().to(device)
 
@@ -125,12 +139,23 @@ def _inputs(device, dtype):
     g = torch.Generator().manual_seed(0)
 
     def sample(
-        label, lead, neurons, features, density, *, groups=0, bias=False, threshold=None, tau=1.0, bmax=16
+        label,
+        lead,
+        neurons,
+        features,
+        density,
+        *,
+        groups=0,
+        bits=8,
+        bias=False,
+        threshold=None,
+        tau=1.0,
+        bmax=16,
     ):
         act = activations(lead, neurons, density, device, dtype, g)
         scale = None
         if groups:
-            weight, scale = quantized(neurons, features, groups, device, g)
+            weight, scale = quantized(neurons, features, groups, device, g, bits)
         else:
             weight = torch.randn(neurons, features, generator=g).to(device, dtype)
         b = torch.randn(features, generator=g).to(device, dtype) if bias else None
@@ -151,6 +176,9 @@ def _inputs(device, dtype):
         sample("int8, union of 7", (7,), 256, 136, 0.1, groups=1, bias=True),
         sample("int8 in groups", (1,), 130, 96, 0.3, groups=3),
         sample("int8 above bmax", (17,), 64, 48, 0.3, groups=2),
+        sample("int4 in groups", (1,), 130, 96, 0.3, groups=3, bits=4, bias=True),
+        sample("int4, odd groups of tokens", (6,), 96, 74, 0.3, groups=1, bits=4),
+        sample("int4 above tau", (4,), 96, 128, 0.9, groups=2, bits=4, tau=0.1),
         sample("no token", (0,), 64, 32, 0.5),
     ]
 
@@ -171,4 +199,4 @@ def check(act, weight, scale, bias, threshold) -> None:
     """Raise ArgumentError unless the tensors of one call fit each other."""
     check_weight("weight", weight, scale, act.dtype, act.shape[-1])
     check_threshold(threshold, act.shape[-1])
-    check_bias(bias, weight.shape[1], act.dtype)
+    check_bias(bias, features_of(weight), act.dtype)

@@ -47,6 +47,11 @@ def check(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, th
             "up_scale", f"shape {tuple(up_scale.shape)}", "[F]", "Use one scale for each neuron."
         )
     down.check_weight("weight", weight, scale, gate.dtype, neurons)
+    if torch.uint8 in (weight.dtype, up_weight.dtype):
+        raise ArgumentError(
+            "weight", "4-bit codes", "fp or int8 weights",
+            "Use sparse_down for a 4-bit down projection: an up projection's rows have no outputs to group along.",
+        )  # fmt: skip
     if weight.dtype != up_weight.dtype:
         raise ArgumentError(
             "weight", weight.dtype, f"{up_weight.dtype}, like up_weight", "Quantize both weights, or neither."

@@ -17,7 +17,7 @@ from . import native
 from . import sparse_down as defs
 
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 _ZERO = torch.zeros(1)
 _SLAB = 1 << 21  # weights widened at a time for a product in fp32: 8 MiB
 _MIN_WORK = 1 << 19  # multiply-adds; below it a second thread costs more than it saves
@@ -65,7 +65,7 @@ def down(
 ) -> tuple[torch.Tensor | None, int]:
     """(result [..., D], neurons in the union); (None, -1) when the union exceeds `limit` neurons."""
     act = act.contiguous()
-    neurons, features = weight.shape
+    neurons, features = weight.shape[0], defs.features_of(weight)
     tokens = math.prod(act.shape[:-1])
     out = torch.empty((*act.shape[:-1], features), dtype=act.dtype)
     limits = _ZERO if threshold is None else threshold
@@ -148,7 +148,7 @@ def matmul(
 
     A weight that the CPU cannot multiply as it is kept is widened to fp32 a slab at a time.
     """
-    neurons, features = weight.shape
+    neurons, features = weight.shape[0], defs.features_of(weight)
     flat = h.reshape(-1, neurons)
     if weight.dtype == h.dtype == torch.bfloat16 and 0 < flat.shape[0] <= _MOST_DENSE_TOKENS:
         out = torch.empty(flat.shape[0], features, dtype=h.dtype)

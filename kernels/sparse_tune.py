@@ -103,8 +103,11 @@ def measure(site: Site, tokens: int) -> float:
 
 def _weights(site: Site, generator: torch.Generator):
     def one(cols: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight = torch.empty(site.neurons, cols, dtype=site.weight_dtype)
+        four = site.weight_dtype == torch.uint8
+        weight = torch.empty(site.neurons, cols // 2 if four else cols, dtype=site.weight_dtype)
         sparse_native.large_pages(weight)
+        if four:
+            return weight.random_(0, 256, generator=generator), torch.full((site.neurons,), 0.01)
         if site.weight_dtype == torch.int8:
             return weight.random_(-127, 128, generator=generator), torch.full((site.neurons,), 0.01)
         return weight.uniform_(-1, 1, generator=generator), None

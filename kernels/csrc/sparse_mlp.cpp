@@ -29,7 +29,42 @@ constexpr int64_t AHEAD = 64 << 10;  // bytes of weights that are asked for befo
 
 constexpr int64_t SLACK = 16;  // what `scan` may write beyond the last index
 
-enum Type { F32 = 0, BF16 = 1, I8 = 2 };
+enum Type { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
+
+// A place in a row of weights, counted in columns.
+template <class W>
+struct Row {
+    const W* place;
+    static constexpr int BITS = 8 * sizeof(W);
+    INLINE Row operator+(int64_t columns) const { return {place + columns}; }
+    INLINE vf wide() const { return widen(place); }
+    INLINE float at(int64_t column) const { return one(place[column]); }
+    INLINE const char* bytes() const { return reinterpret_cast<const char*>(place); }
+};
+
+// Two columns a byte, the first in the low half, each the code less 8. Only even numbers of columns are added.
+struct i4 {
+    uint8_t pair;
+};
+template <>
+struct Row<i4> {
+    const i4* place;
+    static constexpr int BITS = 4;
+    INLINE Row operator+(int64_t columns) const { return {place + columns / 2}; }
+    INLINE float at(int64_t column) const { return float((place[column / 2].pair >> (column % 2 * 4)) & 15) - 8; }
+    INLINE const char* bytes() const { return reinterpret_cast<const char*>(place); }
+    INLINE vf wide() const {
+#if defined(__AVX512F__)
+        const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(place)), low = _mm_set1_epi8(15);
+        const __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+        return (vf)_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), _mm512_set1_epi32(8)));
+#else
+        vf v;
+        for (int i = 0; i < V; ++i) v[i] = at(i);
+        return v;
+#endif
+    }
+};
 
 // Working memory number K of this thread, kept between calls: a fresh block this large would be
 // returned to the system after each call and cost a page fault for every page of the next.
@@ -43,14 +78,14 @@ E* scratch(int64_t size) {
 // Columns [col, col + C * V) of T tokens: acc[t] += sum over n rows of coef[r][t] * row[r].
 // N fixes n at compile time.
 template <class W, int T, int C, int N>
-INLINE void tile(const W* const* rows, const float* coef, int n, float* acc, int64_t ld, int64_t col) {
+INLINE void tile(const Row<W>* rows, const float* coef, int n, float* acc, int64_t ld, int64_t col) {
     vf sum[T][C];
     UNROLL for (int t = 0; t < T; ++t)
         UNROLL for (int c = 0; c < C; ++c) sum[t][c] = widen(acc + t * ld + col + c * V);
     UNROLL for (int r = 0; r < (N ? N : n); ++r) {
         vf w[C];
         UNROLL for (int c = 0; c < C; ++c) {
-            w[c] = widen(rows[r] + col + c * V);
+            w[c] = (rows[r] + (col + c * V)).wide();
             IN_REGISTER(w[c]);
         }
         UNROLL for (int t = 0; t < T; ++t)
@@ -64,17 +99,17 @@ INLINE void tile(const W* const* rows, const float* coef, int n, float* acc, int
 // Asks for COLS columns of the rows of a later pass. Rows lie apart, and the CPU's own prefetcher finds a row
 // only after its first lines have missed: at 5 % density that is a third of the time.
 template <class W, int COLS>
-INLINE void fetch(const W* const* later, int64_t col) {
+INLINE void fetch(const Row<W>* later, int64_t col) {
     UNROLL for (int r = 0; r < ROWS; ++r)
-        UNROLL for (int byte = 0; byte < COLS * int(sizeof(W)); byte += LINE)
-            __builtin_prefetch(reinterpret_cast<const char*>(later[r] + col) + byte, 0, 2);
+        UNROLL for (int byte = 0; byte < COLS * Row<W>::BITS / 8; byte += LINE)
+            __builtin_prefetch((later[r] + col).bytes() + byte, 0, 2);
 }
 
 // The same as `tile` for one token: coefficients stay in registers.
 template <class W, int C, int N>
-int64_t stream(const W* const* rows, const W* const* later, const float* coef, float* acc, int64_t begin,
+int64_t stream(const Row<W>* rows, const Row<W>* later, const float* coef, float* acc, int64_t begin,
                       int64_t end) {
-    const W* row[N];
+    Row<W> row[N];
     vf k[N];
     UNROLL for (int r = 0; r < N; ++r) row[r] = rows[r], k[r] = all(coef[r]);
     int64_t col = begin;
@@ -83,14 +118,14 @@ int64_t stream(const W* const* rows, const W* const* later, const float* coef, f
         vf sum[C];
         UNROLL for (int c = 0; c < C; ++c) sum[c] = widen(acc + col + c * V);
         UNROLL for (int r = 0; r < N; ++r)
-            UNROLL for (int c = 0; c < C; ++c) sum[c] = multiply_add(k[r], widen(row[r] + col + c * V), sum[c]);
+            UNROLL for (int c = 0; c < C; ++c) sum[c] = multiply_add(k[r], (row[r] + (col + c * V)).wide(), sum[c]);
         UNROLL for (int c = 0; c < C; ++c) std::memcpy(acc + col + c * V, &sum[c], sizeof(vf));
     }
     return col;
 }
 
 template <class W, int C>
-int64_t stream(int n, const W* const* rows, const W* const* later, const float* coef, float* acc, int64_t begin,
+int64_t stream(int n, const Row<W>* rows, const Row<W>* later, const float* coef, float* acc, int64_t begin,
                int64_t end) {
     switch (n) {
         case 1: return stream<W, C, 1>(rows, later, coef, acc, begin, end);
@@ -106,7 +141,7 @@ int64_t stream(int n, const W* const* rows, const W* const* later, const float* 
 
 // Columns [begin, end) of T tokens for one pass of n rows. later: ROWS rows of a later pass to ask for.
 template <class W, int T>
-void pass(const W* const* rows, const W* const* later, const float* coef, int n, float* acc, int64_t ld,
+void pass(const Row<W>* rows, const Row<W>* later, const float* coef, int n, float* acc, int64_t ld,
           int64_t begin, int64_t end) {
     constexpr int C = T <= 2 ? 4 : 2;
     int64_t col = begin;
@@ -121,13 +156,13 @@ void pass(const W* const* rows, const W* const* later, const float* coef, int n,
     for (; col < end; ++col)
         for (int t = 0; t < T; ++t) {
             float sum = acc[t * ld + col];
-            for (int r = 0; r < n; ++r) sum = multiply_add(coef[r * T + t], one(rows[r][col]), sum);
+            for (int r = 0; r < n; ++r) sum = multiply_add(coef[r * T + t], rows[r].at(col), sum);
             acc[t * ld + col] = sum;
         }
 }
 
 template <class W>
-void pass(int tokens, const W* const* rows, const W* const* later, const float* coef, int n, float* acc,
+void pass(int tokens, const Row<W>* rows, const Row<W>* later, const float* coef, int n, float* acc,
           int64_t ld, int64_t begin, int64_t end) {
     switch (tokens) {
         case 1: return pass<W, 1>(rows, later, coef, n, acc, ld, begin, end);
@@ -225,13 +260,14 @@ int64_t scan(const A* act, int64_t tokens, int64_t F, const float* threshold, bo
 template <class W>
 void add_rows(const Active& active, int64_t tokens, const W* weight, const float* scale, int64_t groups,
               int64_t D, float* part, float* acc, int64_t begin, int64_t end) {
-    const W *rows[ROWS], *later[ROWS];
+    Row<W> rows[ROWS], later[ROWS];
     float coef[ROWS * TOKENS];
+    const Row<W> first_row{weight};
     const int64_t width = D / groups;
-    const int64_t row_bytes = std::max<int64_t>(1, (end - begin) * sizeof(W));
+    const int64_t row_bytes = std::max<int64_t>(1, (end - begin) * Row<W>::BITS / 8);
     const int64_t ahead = ROWS * std::clamp<int64_t>(AHEAD / (ROWS * row_bytes), 1, 8);
     for (int64_t n = 0; n < std::min(ahead, active.count); ++n) {
-        const char* row = reinterpret_cast<const char*>(weight + active.index[n] * D + begin);
+        const char* row = (first_row + (active.index[n] * D + begin)).bytes();
         __builtin_prefetch(row, 0, 2);
         __builtin_prefetch(row + LINE, 0, 2);
     }
@@ -242,9 +278,9 @@ void add_rows(const Active& active, int64_t tokens, const W* weight, const float
         while (first < active.count && active.index[first] / BLOCK == block) {
             int n = 1;
             while (n < ROWS && first + n < active.count && active.index[first + n] / BLOCK == block) ++n;
-            for (int r = 0; r < n; ++r) rows[r] = weight + active.index[first + r] * D;
+            for (int r = 0; r < n; ++r) rows[r] = first_row + active.index[first + r] * D;
             for (int r = 0; r < ROWS; ++r)
-                later[r] = weight + active.index[std::min(first + ahead + r, active.count - 1)] * D;
+                later[r] = first_row + active.index[std::min(first + ahead + r, active.count - 1)] * D;
             for (int64_t g = begin / width; g * width < end; ++g) {
                 const int64_t from = std::max(begin, g * width), to = std::min(end, (g + 1) * width);
                 for (int64_t t = 0; t < tokens; t += TOKENS) {
@@ -444,6 +480,8 @@ int64_t with_types(int act, int weight, F f) {
     if (act == F32 && weight == I8) return f((const int8_t*)0, (const float*)0);
     if (act == BF16 && weight == BF16) return f((const bf16*)0, (const bf16*)0);
     if (act == BF16 && weight == I8) return f((const int8_t*)0, (const bf16*)0);
+    if (act == F32 && weight == I4) return f((const i4*)0, (const float*)0);
+    if (act == BF16 && weight == I4) return f((const i4*)0, (const bf16*)0);
     return -2;
 }
 
@@ -471,7 +509,11 @@ extern "C" int64_t thresher_sparse_mlp(const void* gate, const void* x, int act_
                                        int64_t groups, const void* bias, void* out, int64_t limit, int threads) {
     return with_types(act_type, weight_type, [&](auto w, auto a) {
         typedef std::remove_const_t<std::remove_pointer_t<decltype(a)>> A;
-        return run_mlp((const A*)gate, (const A*)x, tokens, F, K, D, threshold, each, (decltype(w))up_weight,
+        typedef std::remove_const_t<std::remove_pointer_t<decltype(w)>> W;
+        if constexpr (std::is_same<W, i4>::value)
+            return -2;  // an up projection has no outputs to lay groups along
+        else
+            return run_mlp((const A*)gate, (const A*)x, tokens, F, K, D, threshold, each, (decltype(w))up_weight,
                        up_scale, (const A*)up_bias, up_relu, (decltype(w))weight, scale, groups, (const A*)bias,
                        (A*)out, limit, threads);
     });
