@@ -60,9 +60,10 @@ def cpu_features() -> frozenset[str]:
 
 @functools.cache
 def _compiler_version(path: str) -> str:
-    return subprocess.run(
-        [path, "--version"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()[0]
+    done = subprocess.run([path, "--version"], capture_output=True, text=True)
+    if done.returncode or not done.stdout:
+        raise RuntimeError(f"The compiler {path} does not answer to --version. Set CXX to one that works.")
+    return done.stdout.splitlines()[0]
 
 
 def _build(source: Path, target: Path, compiler_path: str) -> None:

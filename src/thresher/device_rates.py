@@ -114,8 +114,11 @@ def _nvfp4(mode: str) -> Callable[[int, int], Callable[[], Any]]:
 _LINEARS: dict[str, Callable[[int, int], Callable[[], Any]]] = {
     "linear.float32": _linear(torch.float32),
     "linear.bfloat16": _linear(torch.bfloat16),
+    "wna16_linear.3": _wna16(3),
     "wna16_linear.4": _wna16(4),
+    "wna16_linear.8": _wna16(8),
     "nvfp4_linear.exact": _nvfp4("exact"),
+    "nvfp4_linear.int16": _nvfp4("int16"),
     "nvfp4_linear.int8": _nvfp4("int8"),
 }
 

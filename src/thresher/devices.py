@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError, unknown_key
+from .errors import ArgumentError, ThresherError, unknown_key
 
 FORMAT = "thresher-device-1"
 
@@ -195,10 +195,16 @@ def cpu_path(cache: Path) -> Path:
 def save_cpu(device: Device, cache: Path) -> Path:
     """Keep a measured CPU; whole or not at all."""
     path = cpu_path(cache)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(device.to_dict(), indent=1))
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(device.to_dict(), indent=1))
+        partial.replace(path)
+    except OSError as reason:
+        raise ThresherError(
+            f"The calibration cannot be kept in {path}: {reason.strerror}. Name a directory that can be written "
+            "in THRESHER_CACHE_DIR."
+        ) from None
     this_cpu.cache_clear()
     return path
 
