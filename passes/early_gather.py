@@ -57,9 +57,11 @@ def _of_positions(node: fx.Node) -> bool:
 
 
 def _swap(program: Program, node: fx.Node, source: fx.Node) -> fx.Node:
+    select: Any = node.target
+    alike: Any = source.target
     with program.graph.inserting_before(node):
-        first = program.graph.call_function(node.target, (source.args[0], *node.args[1:]), dict(node.kwargs))
-        then = program.graph.call_function(source.target, (first, *source.args[1:]), dict(source.kwargs))
+        first = program.graph.call_function(select, (source.args[0], *node.args[1:]), dict(node.kwargs))
+        then = program.graph.call_function(alike, (first, *source.args[1:]), dict(source.kwargs))
     first.meta, then.meta = dict(node.meta), dict(source.meta)
     with program.fake_mode():
         for new in (first, then):

@@ -224,7 +224,7 @@ def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: A
             q,
             k,
             v,
-            env[site.mask],
+            env[site.mask],  # type: ignore[index]
             given["rows"],
             given["columns"],
             given["cu_seqlens"],
@@ -283,7 +283,7 @@ def _unrepeated(node: fx.Node, axes: TokenAxes) -> fx.Node:
 
 def _symbol(mode: FakeTensorMode, example: int, name: str) -> Any:
     """A fresh symbolic size of at least 2."""
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     tensor = mode.from_tensor(
         torch.empty(max(2, example), device="meta"), symbolic_context=context, source=ConstantSource(name)
     )

@@ -334,9 +334,9 @@ def cut(
         packing=packing(program, found, config),
     )
     resizable = {
-        n: found.probes[found.sites[n].mask]
+        n: found.probes[mask]
         for n, v in found.visibilities.items()
-        if v.kind != "generic"  # type: ignore[index]
+        if v.kind != "generic" and (mask := found.sites[n].mask) is not None
     }
     if any(p.resizable() for p in resizable.values()):
         names = {n: module_fqn(n) or n.name for n in resizable}

@@ -254,7 +254,7 @@ def _permute(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = _first(node, labels)
     rank = len(of_x)
     if node.target is aten.permute.default:
-        return tuple(of_x[d] for d in node.args[1])  # type: ignore[union-attr]
+        return tuple(of_x[d] for d in sequence_of(node.args[1]))
     order = list(range(rank))
     a, b = (0, 1) if node.target is aten.t.default else (_dim(node, d, rank) for d in node.args[1:3])  # type: ignore[arg-type]
     if node.target is aten.movedim.int:

@@ -90,7 +90,7 @@ class MaskProbe:
     def evaluate(self, real: torch.Tensor) -> torch.Tensor:
         """The mask for a bool [rows, length] padding mask; the sizes must be those captured unless symbolic."""
         bound = self._bind(real.shape)
-        inputs = []
+        inputs: list[Any] = []
         for index, place in enumerate(self.program.placeholders):
             known = value(place)
             if index == self.position:

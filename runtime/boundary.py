@@ -33,7 +33,7 @@ def argument(
         return {"cu_seqlens": packing.cu_seqlens, "max_len": packing.max_len, "rows": packing.rows,
                 "columns": columns, "segments": packing.segments}[where.name]  # fmt: skip
     tensor = sources[where.origin][where.index]
-    if isinstance(where, Passed):
+    if isinstance(where, Passed) or where.sequence is None:
         return tensor
     if where.batch == where.sequence:  # batch and sequence in one dimension
         return tensor.index_select(where.sequence, packing.idx)
