@@ -1,0 +1,391 @@
+"""What every method's rewrite becomes on every target, and how far the result is from the Program.
+
+A matrix of models x methods x targets, each cell a pass with difference, build time and size, or the reason why
+not; ONNX against Program; a 4-bit decode step against fp32 in ONNX Runtime; a warm start; save and load.
+
+    python benchmarks/lowering.py [--quick] [--json PATH] [--layers N] [--only matrix,decode,...] [--minutes M]
+
+--layers cuts the models in the matrix to their first N layers (2 with --quick): the same operators, sooner done.
+--minutes stops building further cells; they are recorded as not run. TensorRT cells need tensorrt-rtx, or
+THRESHER_RTX_PYTHON naming a Python that has it, and use the models in half precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _decode
+import torch
+from _harness import Benchmark, arguments
+
+import thresher
+from thresher import backend, export, models
+from thresher.errors import ThresherError
+from thresher.lowering import tensorrt
+from thresher.lowering.coverage import coverage
+from thresher.lowering.inductor import Inductor
+from thresher.lowering.onnx_check import difference
+from thresher.lowering.reference import Reference
+from thresher.program import Program, value
+from thresher.recipe import Recipe
+from thresher.report import Report
+from thresher.runtime import artifact
+from thresher.runtime.session import Session
+
+METHODS: dict[str, Any] = {
+    "none": "none",
+    "prepack": {"prepack": True},
+    "rsq int4": None,  # the operator that RSQ's pass emits, on weights rounded to nearest: see _decode
+    "nvfp4": {"nvfp4": True},
+    "deft": {"deft": True},
+    "zipvl": {"zipvl": True},
+    "transprune": {"transprune": True},
+}
+EXACT = {"none", "prepack"}
+SECTIONS = ("matrix", "decode", "warm", "artifact", "tensorrt")
+
+
+class Skip(Exception):
+    """Why a cell is not filled, as a sentence."""
+
+
+def main() -> None:
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--layers", type=int, default=0)
+        parser.add_argument("--only", default=",".join(SECTIONS))
+        parser.add_argument("--minutes", type=float, default=600)
+
+    args = arguments(__doc__, more)
+    if args.quick:
+        args.layers = args.layers or 2
+    bench = Benchmark("lowering", args)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for section in args.only.split(","):
+            {"matrix": matrix, "decode": decode, "warm": warm, "artifact": saved, "tensorrt": engines}[
+                section
+            ](bench, folder, args)
+    bench.not_measured("an engine's speed and numbers; TensorRT proper; FX to engine", tensorrt.UNVERIFIED)
+    bench.finish()
+
+
+def cut(model: torch.nn.Module, layers: int) -> torch.nn.Module:
+    """The model with its first layers only; 0 keeps all."""
+    if layers:
+        stack = model.model if hasattr(model, "model") else model.encoder
+        name = "layers" if hasattr(stack, "layers") else "layer"
+        setattr(stack, name, getattr(stack, name)[:layers])
+        model.config.num_hidden_layers = layers
+    return model
+
+
+def matrix(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
+    deadline = time.monotonic() + 60 * args.minutes
+    worst = {"exact": 0.0, "approximate": 0.0}
+    for name in ("minilm", "smollm2"):
+        model, tokenizer = models.load(name)
+        model = cut(model, args.layers)
+        batch = dict(models.mixed_length_batch(tokenizer, 4, max_len=32))
+        plain, _, inputs = export._captured(model, (), batch, None)
+        for method, recipe in METHODS.items():
+            program, reason = rewrite(plain, recipe, inputs, method)
+            made = cells(program, plain, inputs, (name, args.layers, method, recipe), folder)
+            for target, build in made.items():
+                cell = dict(
+                    section="matrix", model=name, layers=args.layers or "all", method=method, target=target
+                )
+                if program is None:
+                    bench.row(**cell, result=f"not applicable: {reason}")
+                    continue
+                if time.monotonic() > deadline:
+                    bench.row(**cell, result="not run: the time given by --minutes was up")
+                    continue
+                started, cpu = time.perf_counter(), spent()
+                try:
+                    found = build()
+                except (Skip, ThresherError) as refusal:
+                    bench.row(**cell, result=f"no: {str(refusal)[:300]}")
+                    continue
+                result = found.pop("result", "pass")
+                bench.row(**cell, result=result, **found, build_s=round(time.perf_counter() - started, 1),
+                          cpu_s=round(spent() - cpu, 1))  # fmt: skip
+                if target.startswith("onnx") and "difference" in found:
+                    kind = "exact" if method in EXACT else "approximate"
+                    worst[kind] = max(worst[kind], found["difference"])
+    if any(r.get("target") == "onnx-ort" and "difference" in r for r in bench.rows):
+        bench.claim(
+            "ONNX against Program, fp32, exact recipes: largest relative difference",
+            worst["exact"],
+            "<= 1e-5",
+        )
+        bench.claim(
+            "ONNX against Program, approximate recipes: largest relative difference",
+            worst["approximate"],
+            "<= 1e-4",
+        )
+
+
+def cells(
+    program: Any, plain: Program, inputs: list[Any], case: Any, folder: Path
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What fills each target's cell of one case (model, layers, method, recipe)."""
+    return {
+        "reference": lambda: reference(program, plain, inputs),
+        "artifact": lambda: file(program, inputs, folder),
+        "onnx-ort": lambda: exported(program, inputs, folder, "ort"),
+        "onnx-portable": lambda: exported(program, inputs, folder, "portable"),
+        "tensorrt-rtx sm120": lambda: engine(*case, folder, "SM120"),
+        "inductor": lambda: compiled(program, inputs),
+    }
+
+
+def rewrite(plain: Program, recipe: Any, inputs: list[Any], method: str) -> tuple[Program | None, str]:
+    """The program after one method, or None and the reason why nothing was rewritten."""
+    if method == "none":
+        return plain, ""
+    if recipe is None:
+        return _decode.rounded_to_4_bits(plain), ""
+    try:
+        with torch.no_grad():
+            program, report = backend.run_pipeline(plain, Recipe.of(recipe), inputs)
+    except ThresherError as reason:
+        return None, str(reason)[:300]
+    if not report.rewritten:
+        return None, next((m.reason for p in report.passes for m in p.missed), "no candidate site")[:300]
+    return program, ""
+
+
+def run(program: Program, inputs: list[Any], target: Any = None) -> list[Any]:
+    with torch.no_grad():
+        return Session(program, target or Reference(), Reference(), Report("benchmark"))(inputs, {})
+
+
+def apart(actual: list[Any], expected: list[Any], program: Program, inputs: list[Any]) -> float:
+    """Largest relative difference at real tokens."""
+    layout = program.packing
+    real = inputs[layout.mask] != 0 if layout is not None else None
+    pairs = [
+        (a, e) for a, e in zip(actual, expected) if isinstance(e, torch.Tensor) and e.is_floating_point()
+    ]
+    return max(difference(a, e, real)[1] for a, e in pairs)
+
+
+def reference(program: Program, plain: Program, inputs: list[Any]) -> dict[str, Any]:
+    """The method's own cost in accuracy, against the model as it was."""
+    return {"difference": apart(run(program, inputs), run(plain, inputs), program, inputs)}
+
+
+def compiled(program: Program, inputs: list[Any]) -> dict[str, Any]:
+    return {"difference": apart(run(program, inputs, Inductor()), run(program, inputs), program, inputs)}
+
+
+def file(program: Program, inputs: list[Any], folder: Path) -> dict[str, Any]:
+    path = artifact.write(program, folder / "m.thresher", longest=256)
+    layout = program.packing
+    names = (layout.padded if layout is not None else program).input_names
+    results = list(artifact.read(path, "reference")(**dict(zip(names, inputs, strict=True))).values())
+    same = all(
+        torch.equal(a, b) for a, b in zip(results, run(program, inputs)) if isinstance(a, torch.Tensor)
+    )
+    if not same:
+        raise ThresherError("The loaded program gives other bits.")
+    return {"difference": 0.0, "bytes": path.stat().st_size, "result": "pass, bit-equal"}
+
+
+def exported(program: Program, inputs: list[Any], folder: Path, runtime: str) -> dict[str, Any]:
+    quantized = {e.operator for e in coverage(program, "onnx-portable").entries} & {
+        "thresher.wna16_linear.default", "thresher.nvfp4_linear.default"}  # fmt: skip
+    if runtime == "portable" and not quantized:
+        return {"result": "pass: the same file as onnx-ort, which has standard operators only"}
+    record = thresher.export_onnx(program, inputs, folder / "m.onnx", runtime=runtime)
+    if not record.differences:
+        raise Skip("; ".join(record.notes))
+    return {"difference": record.worst, "bytes": record.bytes, "engine": record.differences[0]["engine"]}
+
+
+def engine(name: str, layers: int, method: str, recipe: Any, folder: Path, sm: str) -> dict[str, Any]:
+    """An engine from the same method on the model in half precision: TensorRT has no fp32 attention operator."""
+    reason = tensorrt.unavailable()
+    if reason is not None:
+        raise Skip(reason)
+    model, tokenizer = models.load(name)
+    model = cut(model, layers).half()
+    batch = dict(models.mixed_length_batch(tokenizer, 4, max_len=32))
+    plain, _, inputs = export._captured(model, (), batch, None)
+    program, reason = rewrite(plain, recipe, inputs, method)
+    if program is None:
+        raise Skip(f"in half precision: {reason}")
+    refused = coverage(program, "tensorrt").refused
+    if refused:
+        raise Skip(f"coverage says so before building: {refused[0].reason}")
+    ranges = {}
+    for place, given in zip(program.placeholders, program.input_names):
+        known = value(place)
+        if isinstance(known, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in known.shape):
+            ranges[given] = [[s if isinstance(s, int) else n if i or known.dim() == 1 else k for i, s in enumerate(known.shape)]
+                             for n, k in ((8, 1), (32, 4), (64, 8))]  # fmt: skip
+    if program.packing is not None:
+        ranges["cu_seqlens"] = [[2], [5], [9]]
+    built = tensorrt.lower(program, folder, sm, ranges)
+    fused = built.count("_gemm_mha_v2")
+    return {"bytes": built.bytes, "result": f"pass: {len(built.kernels)} kernels, {fused} fused attentions, "
+            f"{len(built.promised)} low-precision products as promised"}  # fmt: skip
+
+
+def decode(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
+    model, _ = models.smollm2()
+    label = "SmolLM2-135M" if not args.quick else "SmolLM2 cut to 2 layers"
+    _decode.run(bench, folder, cut(model, 2 if args.quick else 0), label, rounds=3 if args.quick else 9)
+
+
+def warm(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
+    """MiniLM compiled in two processes that share a cache."""
+    cache = folder / "cache"
+    found = []
+    for turn in ("cold", "warm"):
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        command = [sys.executable, __file__, "--compile-once", str(args.layers)]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if ran.returncode:
+            bench.not_measured("second-process warm start", ran.stderr.strip()[-300:])
+            return
+        found.append(json.loads(ran.stdout.strip().splitlines()[-1]))
+        bench.row(section="warm", model="minilm", form=turn, **found[-1])
+    cold, again = found
+    bench.claim(
+        "second-process warm start: lowering, CPU time over the cold one",
+        again["lowering_cpu_s"] / cold["lowering_cpu_s"],
+        "<= 0.15",
+    )
+    bench.claim(
+        "second-process warm start: whole compile, CPU time over the cold one",
+        again["whole_cpu_s"] / cold["whole_cpu_s"],
+        "<= 0.15",
+    )
+    bench.claim("second-process warm start: recompiled graphs", again["misses"] + again["bypasses"], "== 0")
+
+
+def compile_once(layers: int) -> None:
+    """Print what one compilation of MiniLM costs; run in a process of its own."""
+    from torch._dynamo.utils import counters
+
+    torch.set_num_threads(1)
+    model, tokenizer = models.load("minilm")
+    batch = dict(models.mixed_length_batch(tokenizer, 8, max_len=64))
+    lowering, once = [0.0], Inductor._compile
+
+    def timed(self, *arguments):
+        start = spent()
+        made = once(self, *arguments)
+        lowering[0] += spent() - start
+        return made
+
+    Inductor._compile = timed  # type: ignore[method-assign]
+    start = spent()
+    thresher.compile(cut(model, layers), batch, "exact", dynamic=True)
+    seen = counters["inductor"]
+    print(json.dumps({
+        "lowering_cpu_s": lowering[0], "whole_cpu_s": spent() - start, "hits": seen["fxgraph_cache_hit"],
+        "misses": seen["fxgraph_cache_miss"], "bypasses": seen["fxgraph_cache_bypass"],
+    }))  # fmt: skip
+
+
+def spent() -> float:
+    """CPU seconds of this process and of the children it waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usages)
+
+
+def saved(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
+    """SmolLM2, packed, saved here and loaded in a process of its own."""
+    model, tokenizer = models.load("smollm2")
+    model = cut(model, 2 if args.quick else 0)
+    model.config.use_cache = False
+    batch = dict(models.mixed_length_batch(tokenizer, 2, max_len=24))
+    made = thresher.compile(model, batch, "exact", target="reference", dynamic=True)
+    started = time.perf_counter()
+    path = thresher.save(made, folder / "smollm2.thresher", example_inputs=batch, longest=128)
+    seconds = time.perf_counter() - started
+    expected = made(**batch).logits
+    torch.save({"inputs": batch, "logits": expected}, folder / "expected")
+    script = (
+        "import sys, json, time, torch, thresher\nimport thresher.export\ntorch.set_num_threads(1)\n"
+        "t = time.perf_counter(); c = time.process_time()\n"
+        "m = thresher.load(sys.argv[1], target='reference')\n"
+        "found = dict(load_s=time.perf_counter() - t, load_cpu_s=time.process_time() - c)\n"
+        "given = torch.load(sys.argv[2])\n"
+        "same = torch.equal(m(**given['inputs']).logits, given['logits'])\n"
+        "print(json.dumps({**found, 'bit_equal': same, 'transformers': 'transformers' in sys.modules}))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(path), str(folder / "expected")], capture_output=True, text=True
+    )
+    if ran.returncode:
+        bench.not_measured("save -> load -> run", ran.stderr.strip()[-300:])
+        return
+    found = json.loads(ran.stdout.strip().splitlines()[-1])
+    bench.row(section="artifact", model="smollm2", layers=model.config.num_hidden_layers, bytes=path.stat().st_size,
+              save_s=round(seconds, 1), **found)  # fmt: skip
+    label = "SmolLM2" if not args.quick else "SmolLM2 cut to 2 layers"
+    bench.claim(f"save -> load -> run: {label} bit-equal in a process without transformers",
+                float(found["bit_equal"] and not found["transformers"]), "== 1")  # fmt: skip
+    bench.claim(f"{label}: load, wall s", found["load_s"], "<= 2")
+
+
+def engines(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
+    """The engines that the tests build: both capabilities, all graphs."""
+    reason = tensorrt.unavailable()
+    if reason is not None:
+        bench.not_measured("TensorRT-RTX builds of all listed graphs", reason)
+        return
+    root = Path(__file__).resolve().parents[1] / "tests"
+    sys.path.insert(0, str(root / "support"))
+    spec = importlib.util.spec_from_file_location("test_tensorrt", root / "lowering" / "test_tensorrt.py")
+    assert spec is not None and spec.loader is not None
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    graphs = cases.exported(folder)
+    started, built = time.perf_counter(), 0
+    for sm in ("SM89", "SM120"):
+        for name, (path, profiles) in graphs.items():
+            row = dict(
+                section="tensorrt", model="one Llama layer", method=name, target=f"tensorrt-rtx {sm.lower()}"
+            )
+            try:
+                made = tensorrt.build(path, folder / "plan", sm, profiles)
+            except ThresherError as refusal:
+                expected = (name, sm) == ("nvfp4", "SM89")
+                built += expected
+                text = "SM 8.9 has no FP4" if expected else str(refusal)[:300]
+                bench.row(**row, result=f"no: {text}")
+                continue
+            built += 1
+            low = sorted({t for types in made.promised.values() for t in types})
+            bench.row(**row, result="pass", bytes=made.bytes, build_s=round(made.seconds, 2), kernels=len(made.kernels),
+                      fused_attentions=made.count("_gemm_mha_v2"), operand_types=", ".join(low) or "half")  # fmt: skip
+    bench.claim("TensorRT-RTX: graphs as listed, both capabilities", float(built), f"== {2 * len(graphs)}")
+    bench.claim("TensorRT-RTX: all builds together, wall s", time.perf_counter() - started, "<= 180")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--compile-once"]:
+        compile_once(int(sys.argv[2]))
+    else:
+        main()

@@ -1,0 +1,72 @@
+"""Programs cut into parts for engines and parts for PyTorch compute what they computed whole."""
+
+import captures
+import pytest
+import torch
+import zoo
+
+from thresher import backend
+from thresher.errors import MissingDependencyError
+from thresher.lowering import torch_tensorrt
+from thresher.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def body():
+    program = captures.of_zoo("llama", "export-dynamic")
+    _, inputs = zoo.ZOO["llama"].build()
+    return backend.run_pipeline(
+        program, Recipe.of("exact", verify=False), captures.arguments(program, inputs)
+    )[0]
+
+
+def test_our_operators_stay_in_pytorch_and_the_rest_becomes_engines(body):
+    built = []
+
+    def build(part, inputs):
+        built.append((part, inputs))
+        return part
+
+    lowered = torch_tensorrt.TorchTensorRT(build).lower(body)
+    assert len(built) == 3  # before, between and behind two attentions
+    assert not any("thresher" in str(n.target) for part, _ in built for n in part.graph.nodes)
+    assert all(len(inputs) == sum(n.op == "placeholder" for n in part.graph.nodes) for part, inputs in built)
+    tokens = 17
+    given = []
+    for place, name in zip(body.placeholders, body.input_names):
+        known = place.meta["val"]
+        if name == "cu_seqlens":
+            given.append(torch.tensor([0, 5, 17], dtype=torch.int32))
+        elif name == "max_len":
+            given.append(12)
+        elif known.dtype == torch.int64:
+            given.append(torch.randint(3, 90, (1, tokens)))
+        else:
+            given.append(torch.randn([s if isinstance(s, int) else tokens for s in known.shape]))
+    weights = [body.weights[n].tensor for n in lowered.weights]
+    for actual, expected in zip(lowered.run(given, weights), body.run(*given), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_short_stretches_stay_with_their_neighbours():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    o, aten = torch.ops.thresher, torch.ops.aten
+    y = graph.call_function(o.hadamard.default, (x, None, 4))
+    y = graph.call_function(aten.relu.default, (y,))
+    y = graph.call_function(o.hadamard.default, (y, None, 4))
+    for _ in range(3):
+        y = graph.call_function(aten.sigmoid.default, (y,))
+    graph.output((y,))
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    divided, parts = torch_tensorrt.cut(module)
+    assert [(p.where, len(p.operators)) for p in parts] == [("torch", 3), ("engine", 3)]
+    given = torch.randn(3, 4)
+    assert torch.equal(divided(given)[0], module(given)[0])
+
+
+def test_without_the_package_it_says_which(monkeypatch, body):
+    monkeypatch.setattr(torch_tensorrt.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in torch_tensorrt.TorchTensorRT().supports(body)
+    with pytest.raises(MissingDependencyError, match="torch-tensorrt"):
+        torch_tensorrt.TorchTensorRT().lower(body)
