@@ -202,7 +202,7 @@ class TransPrune(Pass):
         drops = config.choice
         if drops is None:
             drops = _drops_now(program, counted, config, stages, context, hint(value(start).shape[1]))
-        if not any(drops) and not config.always:
+        if types.kind == "none" or (not any(drops) and not config.always):
             raise Decline(
                 f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
                 f" every row, of which a multiple of {config.bucket} must go."

@@ -30,6 +30,7 @@ import torch
 
 import thresher
 from thresher import compat
+from thresher.call_plan import refuse_to_keep
 from thresher.errors import ArgumentError
 from thresher.kernels import catalog
 from thresher.layout import PackedLayout
@@ -72,6 +73,7 @@ def write(
         batches run padded after loading.
     """
     target = Path(path)
+    refuse_to_keep(program, "program")
     catalog.load()
     layout: PackedLayout | None = program.packing
     pool = Pool()

@@ -25,11 +25,11 @@ MOST = 16  # programs kept for one captured graph
 class CallSession(Session):
     """Runs the program that fits a call. extras: the last call's results beyond the caller's, by name.
 
-    rebuild: a session for other choices; without it calls that differ are refused by KeyError.
+    rebuild: a session for other choices, from the inputs of a call that made them; without it such calls fail.
     ran: how often each choice ran.
     """
 
-    def __init__(self, *args: Any, rebuild: Callable[[Choices], Session] | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, rebuild: Callable[[Choices, Sequence[Any]], Session] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.rebuild = rebuild
         self.plan: CallPlan = self.program.calls
@@ -47,7 +47,7 @@ class CallSession(Session):
         self.ran[tuple(n for _, value in sorted(wanted.items()) for n in value)] += 1
         if wanted == self.made:
             return self.run_made(inputs, weights)
-        variant = self._variant(wanted)
+        variant = self._variant(wanted, inputs)
         if isinstance(variant, CallSession):
             results = variant.run_made(inputs, weights)
             self.extras = variant.extras
@@ -84,7 +84,7 @@ class CallSession(Session):
             found[name] = choice.decide(values, inputs)
         return found
 
-    def _variant(self, wanted: Choices) -> Session:
+    def _variant(self, wanted: Choices, inputs: Sequence[Any]) -> Session:
         key = tuple(sorted(wanted.items()))
         with self._lock:
             if key not in self.variants:
@@ -93,7 +93,7 @@ class CallSession(Session):
                     key = tuple(sorted(wanted.items()))
                 if key not in self.variants:
                     assert self.rebuild is not None
-                    self.variants[key] = self.rebuild(wanted)
+                    self.variants[key] = self.rebuild(wanted, inputs)
                     self.counters.lowered += 1
             return self.variants[key]
 

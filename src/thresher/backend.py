@@ -112,13 +112,13 @@ def _session(
     if rewritten.calls is None:
         return Session(rewritten, target, Reference(), report, recipe.freshness)
 
-    def rebuild(choices: dict[str, tuple[int, ...]]) -> Session:
+    def rebuild(choices: dict[str, tuple[int, ...]], inputs: Sequence[Any]) -> Session:
         passes = tuple(
             dataclasses.replace(c, choice=choices[c.name]) if c.name in choices else c for c in recipe.passes
         )
-        other = dataclasses.replace(recipe, passes=passes, require=())
+        other = dataclasses.replace(recipe, passes=passes, require=(), verify=False)
         with without_fake_mode(), torch.no_grad():
-            again, account = run_pipeline(program, other, None)
+            again, account = run_pipeline(program, other, inputs)
         account.target = target.name
         return _session(again, program, other, target, account)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import ArgumentError
 from .program import Program
 
 
@@ -54,3 +55,15 @@ class CallPlan:
     shortened: dict[int, Shortened] = field(default_factory=dict)
     scored: dict[int, str] = field(default_factory=dict)
     published: dict[int, str] = field(default_factory=dict)
+
+
+def refuse_to_keep(program: Program, what: str) -> None:
+    """Raise for a program that was built for one call's choices: elsewhere nobody would make them anew."""
+    if program.calls is not None and program.calls.choices:
+        passes = ", ".join(program.calls.choices)
+        raise ArgumentError(
+            what,
+            f"a program rewritten by {passes} for calls like the example",
+            "a program that fits every call",
+            f"Leave {passes} out of the recipe; it works within the process, where each call is looked at first.",
+        )

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from . import backend, capture, sessions
 from .api import _example as example
+from .call_plan import refuse_to_keep
 from .certificate import plain
 from .errors import ArgumentError, CaptureError, ThresherError
 from .lowering.onnx import Exported, require_onnx
@@ -131,6 +132,7 @@ def export_onnx(
         with torch.no_grad():
             program, report = backend.run_pipeline(program, Recipe.of(recipe, **options), inputs)
         list(steps)
+        refuse_to_keep(program, "recipe")
         missed = [m.reason for p in report.passes for m in p.missed]
         if report.passes and not report.rewritten:
             warnings.warn(f"thresher rewrote nothing: {missed[0] if missed else 'no candidate site.'}",

@@ -1,0 +1,185 @@
+"""ZipVL on small random decoders: the chosen tokens attend as if alone, all others get zeros."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import thresher
+from thresher.errors import ArgumentError
+from thresher.kernels.token_attention import important_attention
+
+OPTIONS = dict(recent=6, spread=6, bucket=4, sinks=2, min_saving=-9.0)
+TOKENS = 60
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        attention_bias=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.bias)  # tokens left out still get it
+    return model
+
+
+def prompt(batch=2, seed=0):
+    return torch.randint(1, 96, (batch, TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+def compiled(model, inputs, **options):
+    torch._dynamo.reset()
+    stats = {"stats": options.pop("stats")} if "stats" in options else {}
+    inputs = dict(input_ids=inputs, use_cache=False) if torch.is_tensor(inputs) else inputs
+    return thresher.compile(model, inputs, target="reference", zipvl={**OPTIONS, **options}, **stats)
+
+
+def by_hand(model, ids, count):
+    """The method layer by layer, with the map of the probe rows written out."""
+    inner = model.model
+    hidden = inner.embed_tokens(ids)
+    rotary = inner.rotary_emb(hidden, torch.arange(TOKENS)[None])
+    ops = torch.ops.thresher
+    starts = torch.zeros(2, 1).long()
+    rows = ops.probe_positions(starts, starts + TOKENS, 6, 6, 0)[0]
+    place = torch.arange(TOKENS)
+    protected = (place < 2) | (place >= TOKENS - 6)
+    for layer in inner.layers:
+        at = layer.self_attn
+        x = layer.input_layernorm(hidden)
+        q, k, v = (p(x).view(2, TOKENS, -1, 8).transpose(1, 2) for p in (at.q_proj, at.k_proj, at.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, *rotary)
+        scores = q[:, :, rows] @ k.repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5
+        seen = place <= rows[:, None]
+        sums = scores.masked_fill(~seen, -torch.inf).softmax(-1).sum(2).mean(1)
+        rank = (sums / seen.sum(0).clamp_min(1)).masked_fill(protected, torch.inf)
+        index = rank.topk(count).indices.sort().values
+        out = important_attention.reference(q, k, v, index, 8**-0.5)
+        hidden = hidden + at.o_proj(out.transpose(1, 2).reshape(2, TOKENS, -1))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.lm_head(inner.norm(hidden))
+
+
+@pytest.mark.parametrize("gather", ["projections", "attention"])
+@torch.no_grad()
+def test_it_is_the_method_as_written(model, gather):
+    ids = prompt()
+    call = compiled(model, ids, keep=0.4, gather=gather)
+    count = -(-(8 + -(-52 * 1638 // 4096)) // 4) * 4
+    actual = call(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(actual, by_hand(model, ids, count), rtol=1e-4, atol=1e-4)
+    held = call.sessions[-1].extras["realised_tau"]
+    assert held.shape == (2, 2) and ((held > 0.3) & (held <= 1)).all()
+
+
+@pytest.mark.parametrize("gather", ["projections", "attention"])
+@torch.no_grad()
+def test_all_tokens_important_is_dense(model, gather):
+    ids = prompt()
+    call = compiled(model, ids, keep=1.0, gather=gather)
+    assert call.report["zipvl"].error < 1e-6
+    torch.testing.assert_close(
+        call(input_ids=ids, use_cache=False).logits, model(ids).logits, rtol=1e-5, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_padding_is_never_important_and_changes_nothing(model):
+    ids = prompt(2)
+    pad = torch.zeros(1, 10, dtype=torch.long)
+    wide = torch.cat([torch.cat([pad, ids[:1]], 1), torch.cat([ids[1:], pad], 1)])
+    mask = torch.ones_like(wide)
+    mask[0, :10], mask[1, TOKENS:] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    inputs = dict(input_ids=wide, attention_mask=mask, position_ids=positions, use_cache=False)
+    call = compiled(model, inputs, keep=0.99)
+    actual = call(**inputs).logits[mask.bool()].view(2, TOKENS, -1)
+    assert (call.sessions[-1].extras["realised_tau"] > 0.99).all()
+    expected = compiled(model, ids, keep=1.0)(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_shares_are_calibrated_to_hold_tau(model, tmp_path):
+    batches = [dict(input_ids=prompt(seed=s), use_cache=False) for s in range(3)]
+    options = {**OPTIONS, "tau": 0.8}
+    torch._dynamo.reset()
+    path = tmp_path / "shares.safetensors"
+    thresher.calibrate(model, batches, zipvl=options).save(path)
+    ids = prompt(seed=9)
+    call = compiled(model, ids, tau=0.8, stats=str(path))
+    assert call.report["zipvl"].rewritten
+    call(input_ids=ids, use_cache=False)
+    assert (call.sessions[-1].extras["realised_tau"] > 0.75).all()
+    reasons = [m.reason for m in compiled(model, ids, tau=0.8).report["zipvl"].missed]
+    assert len(reasons) == 2 and all("needs calibration" in r for r in reasons)
+
+
+@torch.no_grad()
+def test_text_is_protected_unless_as_published(model):
+    ids = prompt()
+    ids[:, 10:50] = 96
+    chosen = {}
+    for mode in ("protected", "paper"):
+        call = compiled(
+            model,
+            dict(input_ids=ids, use_cache=True),
+            keep=0.2,
+            mode=mode,
+            kv="drop",
+            image_token_id=96,
+        )
+        out = call(input_ids=ids, use_cache=True)
+        chosen[mode] = call.sessions[-1].extras["important.0"]
+        assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [chosen[mode].shape[1]] * 2
+    text = torch.cat([torch.arange(10), torch.arange(50, 60)])
+    assert all(torch.isin(text, row).all() for row in chosen["protected"])
+    assert not all(torch.isin(text, row).all() for row in chosen["paper"])
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(keep=0.9, min_saving=0.5), "min_saving"),
+        (dict(keep=0.4, recent=40, spread=40), "80 are probed"),
+    ],
+)
+def test_what_would_not_pay_stays_and_says_why(model, options, reason):
+    report = compiled(model, prompt(), **options).report["zipvl"]
+    assert not report.rewritten and all(reason in m.reason for m in report.missed), report.missed
+
+
+def test_windows_and_spelled_out_attention_are_left_alone():
+    import zoo
+
+    for name, reason in (("mistral", "window"), ("gemma2", "spelled eager")):
+        model, inputs = zoo.ZOO[name].build()
+        report = compiled(model, {**inputs, "use_cache": False}, keep=0.5, recent=1, spread=1).report["zipvl"]
+        assert not report.rewritten and any(reason in m.reason for m in report.missed), report.missed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(mode="x"),
+        dict(gather="x"),
+        dict(kv="x"),
+        dict(keep=0.0),
+        dict(tau=1.5),
+        dict(recent=0),
+        dict(bucket=0),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        thresher.Recipe.of(None, zipvl=options)
