@@ -62,9 +62,3 @@ def restore(tensor: torch.Tensor, where: Scatter, packing: PackPlan) -> torch.Te
 def per_token(result: torch.Tensor) -> bool:
     """Whether a result is one that `outputs="packed"` leaves packed: hidden states and logits, not caches."""
     return result.is_floating_point() and result.dim() == 3
-
-
-def has_holes(packing: PackPlan) -> bool:
-    """Whether some row's real tokens are not neighbours."""
-    rows, columns = packing.rows[: packing.tokens], packing.cols[: packing.tokens]
-    return bool(((columns.diff() != 1) & (rows.diff() == 0)).any())

@@ -116,7 +116,14 @@ def ladder(limit: int, count: int = 12, step: int = 64) -> Callable[[int], int]:
 
 
 def row_lengths(mask: torch.Tensor) -> list[int]:
-    """Real tokens of each row of a [B, S] padding mask. Waits for the device: the one wait of a call.
+    """Real tokens of each row of a [B, S] padding mask; see `survey`."""
+    return survey(mask)[0]
+
+
+def survey(mask: torch.Tensor) -> tuple[list[int], bool]:
+    """Real tokens of each row of a [B, S] padding mask, and whether some row has pads between them.
+
+    Waits for the device: the one wait of a call.
 
     Raises ArgumentError for a mask of another shape or dtype or with values other than 0 and 1.
     """
@@ -127,11 +134,10 @@ def row_lengths(mask: torch.Tensor) -> list[int]:
             "bool, integer or floating [batch, sequence]",
             "Pass the mask the tokenizer returned, not one expanded for attention.",
         )
-    if mask.dtype == torch.bool:
-        return mask.sum(1).tolist()
-    real = mask != 0
-    strange = (mask != real).sum().reshape(1)
-    *lengths, bad = torch.cat([real.sum(1), strange]).tolist()
+    real = mask if mask.dtype == torch.bool else mask != 0
+    counts, runs = real.sum(1), (real[:, 1:] > real[:, :-1]).sum() + real[:, :1].sum()
+    strange = counts.new_zeros(()) if real is mask else (mask != real).sum()
+    *lengths, begun, bad = torch.cat([counts, runs.reshape(1), strange.reshape(1)]).tolist()
     if bad:
         raise ArgumentError(
             "attention_mask",
@@ -139,7 +145,7 @@ def row_lengths(mask: torch.Tensor) -> list[int]:
             "1 at real tokens and 0 at padding",
             "Additive masks and segment ids are not padding masks; pass mask.ne(0) if nonzero means real.",
         )
-    return lengths
+    return lengths, begun > sum(n > 0 for n in lengths)
 
 
 def plan(
@@ -203,10 +209,14 @@ def row_plan(mask: torch.Tensor, bins: Bins, *, lengths: Sequence[int] | None = 
             starts[member] = at
             at += flat.lengths[member]
     device = mask.device
-    begins, offsets = (torch.tensor(x).to(device, non_blocking=True) for x in (starts, [0, *accumulate(flat.lengths)]))
+    begins, offsets = (
+        torch.tensor(x).to(device, non_blocking=True) for x in (starts, [0, *accumulate(flat.lengths)])
+    )
     slots = torch.arange(flat.tokens, device=device) - offsets[flat.rows] + begins[flat.rows]
     total = shape[0] * shape[1]
-    idx = (flat.idx[:1] if flat.tokens else flat.idx.new_zeros(1)).repeat(total).index_copy(0, slots, flat.idx)
+    idx = (
+        (flat.idx[:1] if flat.tokens else flat.idx.new_zeros(1)).repeat(total).index_copy(0, slots, flat.idx)
+    )
     segments = flat.idx.new_full((total,), -1).index_copy(0, slots, flat.rows)
     return replace(flat, filler=total - flat.tokens, idx=idx, rows=segments, cols=idx % max(flat.width, 1),
                    max_len=bins.capacity, shape=shape, slots=slots, segments=segments.unflatten(0, shape))  # fmt: skip

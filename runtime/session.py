@@ -16,9 +16,9 @@ from thresher.lowering.target import Lowered, Target
 from thresher.program import Program
 from thresher.report import Report
 
-from .boundary import argument, has_holes, make_plan, per_token, restore
+from .boundary import argument, make_plan, per_token, restore
 from .freshness import Freshness
-from .packing import PackPlan, row_lengths
+from .packing import PackPlan, survey
 
 
 @dataclass
@@ -78,8 +78,8 @@ class Session:
             body = self._lowered_body()
             return body.run(inputs, self._live(body, self._fresh, weights))
         self._check_mask(inputs, layout)
-        lengths = row_lengths(inputs[layout.mask])
-        reason = self._why_padded(lengths, inputs[layout.mask].shape[1], layout)
+        lengths, holed = survey(inputs[layout.mask])
+        reason = self._why_padded(lengths, holed, inputs[layout.mask].shape[1], layout)
         if reason is None:
             packing = make_plan(inputs[layout.mask], lengths, layout.packing)
             early = self._run_prologue(inputs, layout, weights)
@@ -151,7 +151,9 @@ class Session:
                 "Pass the mask the tokenizer returned with these tokens.",
             )
 
-    def _why_padded(self, lengths: Sequence[int], width: int, layout: PackedLayout) -> str | None:
+    def _why_padded(
+        self, lengths: Sequence[int], holed: bool, width: int, layout: PackedLayout
+    ) -> str | None:
         """Why a batch of these lengths is not worth packing, or cannot be, as a sentence; or None."""
         tokens = sum(lengths)
         if tokens < 2:
@@ -161,6 +163,8 @@ class Session:
         least = layout.packing.min_gain
         if least > 1 and layout.packing.gain(lengths, width) < least:
             return f"The predicted gain is below min_gain={least:g}."
+        if holed and layout.windowed() and layout.packing.form == "flat":
+            return "A row has holes in its mask, and a sliding window counts distances across them."
         if width > layout.proven and layout.reclassify is not None:
             with self._lock:
                 if width > layout.proven:
@@ -171,8 +175,6 @@ class Session:
 
     def _misread(self, early: list[Any], packing: PackPlan, layout: PackedLayout) -> str | None:
         """Why this batch's mask does not mean what packing takes it to mean, as a sentence, or None."""
-        if layout.windowed() and layout.packing.form == "flat" and has_holes(packing):
-            return "A row has holes in its mask, and a sliding window counts distances across them."
         for index in layout.masks:
             mask = early[index]
             seen = mask if mask.dtype == torch.bool else mask > -1e4
