@@ -44,8 +44,11 @@ void tile(const Bf16Product& t, const uint16_t* laid, int64_t n, int64_t first) 
   const __m512i pick[4] = {nibbles_of_byte(0), nibbles_of_byte(1), nibbles_of_byte(2), nibbles_of_byte(3)};
   const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
   __m512 acc[NB][MB];
-  for (int r = 0; r < NB; r++)
+  __m128i largest[NB];
+  for (int r = 0; r < NB; r++) {
+    largest[r] = _mm_setzero_si128();
     for (int m = 0; m < MB; m++) acc[r][m] = _mm512_setzero_ps();
+  }
   const uint16_t* rows[MB];
   for (int m = 0; m < MB; m++) rows[m] = laid + (first + m) * groups * kWideGroup;
 
@@ -71,6 +74,7 @@ void tile(const Bf16Product& t, const uint16_t* laid, int64_t n, int64_t first) 
     }
     for (int r = 0; r < NB; r++) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales[r]));
+      largest[r] = _mm_max_epu8(largest[r], bytes);
       // the byte shifted to bits 14..7 is the fp16 of the scale times 2^-8
       const __m512 scale =
           _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_shuffle_epi8(bytes, order)), 7));
@@ -103,8 +107,11 @@ void tile(const Bf16Product& t, const uint16_t* laid, int64_t n, int64_t first) 
     }
     group(codes, scales, whole);
   }
-  for (int r = 0; r < NB; r++)
-    for (int m = 0; m < MB; m++) t.put(first + m, n + r, 256.f * _mm512_reduce_add_ps(acc[r][m]));
+  for (int r = 0; r < NB; r++) {
+    const bool plain = _mm_cmpgt_epi8_mask(largest[r], _mm_set1_epi8(0x7E)) == 0 && _mm_movepi8_mask(largest[r]) == 0;
+    for (int m = 0; m < MB; m++)
+      plain ? t.put(first + m, n + r, 256.f * _mm512_reduce_add_ps(acc[r][m])) : t.put_carefully(first + m, n + r);
+  }
 }
 
 template <int MB>
@@ -154,7 +161,7 @@ void nvfp4_bf16_linear(const void* x, const uint8_t* codes, const uint8_t* scale
   const Bf16Product p{codes, scales, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(bias),
                       static_cast<uint16_t*>(y), *alpha, m, n, k, blocks, threads};
   few ? few_rows(p) : many_rows(p);
-  for (int64_t row = 0; row < n; row++)
+  for (int64_t row = 0; row < n && !few; row++)
     for (int64_t i = 0; i < m && !p.plain(row); i++) p.put_carefully(i, row);
 #endif
 }
