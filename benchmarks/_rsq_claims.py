@@ -41,7 +41,9 @@ def claims(bench: Any, rows: Sequence[Row], said: str) -> None:
     name = "4-bit RSQ group 64, {}: perplexity over fp32's"
     for row, kind in (("rsq4-g64", "symmetric"), ("rsq4-g64-asym", "asymmetric")):
         compare(name.format(kind), row, "fp32", "ppl", "<= 1.06", invert=False)
-    compare("RSQ onto NVFP4: KL over that of NVFP4 RTN", "nvfp4-rsq", "nvfp4-rtn", "kl", "<= 0.75", invert=False)
+    compare(
+        "RSQ onto NVFP4: KL over that of NVFP4 RTN", "nvfp4-rsq", "nvfp4-rtn", "kl", "<= 0.75", invert=False
+    )
 
 
 def plots(rows: Sequence[Row], docs: Path) -> None:

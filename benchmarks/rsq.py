@@ -123,7 +123,9 @@ class Judge:
 
     def __init__(self, texts: dict[str, torch.Tensor], reference: Callable[[torch.Tensor], torch.Tensor]):
         self.texts = texts
-        self.reference = {name: torch.cat([reference(w[None]) for w in windows]) for name, windows in texts.items()}
+        self.reference = {
+            name: torch.cat([reference(w[None]) for w in windows]) for name, windows in texts.items()
+        }
 
     def __call__(self, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -221,7 +223,9 @@ def _measure_all(args: Any, names: list[str], folder: Path) -> str:
     fp32 = folder / "fp32.json"
     if not fp32.exists():
         with torch.no_grad():
-            fp32.write_text(json.dumps({"row": "fp32", "seed": 0, "bits": 32.0, **judge(lambda w: model(w).logits)}))
+            fp32.write_text(
+                json.dumps({"row": "fp32", "seed": 0, "bits": 32.0, **judge(lambda w: model(w).logits)})
+            )
     program = None
     for seed in range(args.seeds):
         tokens = calibration_tokens(tokenizer, args.sequences, LENGTH, seed)

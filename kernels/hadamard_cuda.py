@@ -1,8 +1,8 @@
 """CUDA provider of the Hadamard transform, in Triton.
 
 A block's matrix is L (x) S with S Sylvester's of at most 64 and L the rest. A program turns one block, laid out
-as a matrix X: y = L^T X S / sqrt(n), two small products that stay on the chip, on the tensor cores in three TF32 parts (fp32 precision: S and L are exact). S is made from the parity of
-`i & j`; L is a constant.
+as a matrix X: y = L^T X S / sqrt(n), two small products that stay on the chip, on the tensor cores in three TF32
+parts (fp32 precision, since S and L are exact). S is made from the parity of `i & j`; L is a constant.
 """
 
 from __future__ import annotations

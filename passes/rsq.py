@@ -32,9 +32,7 @@ from .structure_linears import find_linears
 
 ops = torch.ops.thresher
 HEADER = "recipe"  # the site name under which a file keeps its options
-NEEDS_DATA = (
-    "It needs calibration: run thresher.quantize(model, data, RSQ(...)).save(path) and name that file in `stats`."
-)
+NEEDS_DATA = "It needs calibration: run thresher.quantize(model, data, RSQ(...)).save(path) and name that file in `stats`."
 
 
 @dataclass

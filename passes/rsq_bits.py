@@ -59,7 +59,9 @@ def sensitivities(
 
 def _distance(expected: torch.Tensor, actual: torch.Tensor) -> float:
     if expected.shape[-1] <= 1024:
-        return float((expected - actual).double().square().sum() / expected.double().square().sum().clamp_min(1e-30))
+        return float(
+            (expected - actual).double().square().sum() / expected.double().square().sum().clamp_min(1e-30)
+        )
     p, q = (torch.log_softmax(t.float(), -1) for t in (expected, actual))
     return float((p.exp() * (p - q)).sum(-1).mean())
 

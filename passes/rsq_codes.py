@@ -45,7 +45,9 @@ def to_tensors(found: Quantized, rows: Rows, config: RSQConfig, bits: int) -> di
     if isinstance(found.grid, NVFP4Grid):
         return {
             "codes": (codes[:, ::2] | codes[:, 1::2] << 4).contiguous(),
-            "block_scales": found.grid.stored_scales(found.parameters[0][part]).view(torch.uint8).contiguous(),
+            "block_scales": found.grid.stored_scales(found.parameters[0][part])
+            .view(torch.uint8)
+            .contiguous(),
             "global_scale": torch.tensor(found.grid.tensor_scale, dtype=torch.float32),
         }
     scale, zero = (p[part] for p in found.parameters)
@@ -71,7 +73,9 @@ def values(tensors: Tensors) -> torch.Tensor:
     codes = bitpack.unpack(tensors["codes"], int(tensors["bits"]), int(tensors["inputs"])).float()
     scales = tensors["scales"].float()
     rows, groups = scales.shape
-    zero = tensors["zeros"].float()[..., None] if "zeros" in tensors else float(1 << (int(tensors["bits"]) - 1))
+    zero = (
+        tensors["zeros"].float()[..., None] if "zeros" in tensors else float(1 << (int(tensors["bits"]) - 1))
+    )
     return ((codes.view(rows, groups, -1) - zero) * scales[..., None]).view(rows, -1)
 
 

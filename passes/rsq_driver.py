@@ -11,7 +11,6 @@ gives the same codes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import fx
 
 from thresher.errors import ThresherError
@@ -30,6 +27,7 @@ from thresher.report import progress
 from . import rsq_bits, rsq_codes, rsq_rewrite, rsq_scores
 from .calibrate import weights_fingerprint
 from .rsq_config import RSQConfig
+from .rsq_files import LayerFiles, stamp_of
 from .rsq_gptq import Hessian, HessianError, factor, gptq, output_error, round_to_nearest
 from .rsq_plan import Plan, make_plan
 from .rsq_sweep import Sweep, Values, bind, exactness
@@ -118,7 +116,7 @@ def quantise_program(
 
 class _Run:
     def __init__(self, program: Program, batches: Sequence[Batch], config: RSQConfig, folder: Path | None):
-        self.config, self.batches, self.folder = config, batches, folder
+        self.config, self.batches = config, batches
         self.original = program
         self.rotated = program.copy()
         self.structure: Structure = recover(self.rotated)
@@ -129,6 +127,8 @@ class _Run:
         rsq_rewrite.rebind_layers(self.rotated, self.structure)
         self.sweep = Sweep(self.rotated)
         self.outcome = Outcome(weights_fingerprint(program), config, plan, 0.0)
+        stamp = stamp_of(self.outcome.fingerprint, config.to_json(), [b.inputs for b in batches])
+        self.files = LayerFiles(folder, stamp)
         self.pieces = list(_pieces(self.structure, plan, self.sweep.order))
         self.counts = rsq_scores.token_counts([b.tokens for b in batches]) if batches else None
 
@@ -140,9 +140,7 @@ class _Run:
         if prove:
             self.outcome.exact = self._check_rotation()
         self._choose_bits()
-        self.states: list[Values] = [
-            self.sweep.start(bind(self.rotated, b.inputs)) for b in self.batches
-        ]
+        self.states: list[Values] = [self.sweep.start(bind(self.rotated, b.inputs)) for b in self.batches]
         targets = [group[0].x for piece in self.pieces for group in piece.groups]
         done = 0
         for piece in progress(self.pieces, "quantizing", len(self.pieces)):
@@ -176,12 +174,12 @@ class _Run:
         if not self.config.average_bits:
             self.outcome.bits = {p.name: self.config.bits for p in self.pieces}
             return
-        saved = self._read("sensitivity")
+        saved = self.files.read("sensitivity")
         if saved is not None:
-            sensitivity = {k: float(v) for k, v in saved.items()}
+            sensitivity = {k: float(v) for k, v in saved[0].items()}
         else:
             sensitivity = rsq_bits.sensitivities(self.sweep, self.pieces, self.batches, self.config)
-            self._write("sensitivity", {k: torch.tensor(v) for k, v in sensitivity.items()}, {})
+            self.files.write("sensitivity", {k: torch.tensor(v) for k, v in sensitivity.items()}, {})
         sizes = dict.fromkeys((p.name for p in self.pieces), 0)
         for site in self.outcome.plan.quantise:
             sizes[names[site.fqn].name] += site.in_features * site.out_features
@@ -264,7 +262,9 @@ class _Run:
         for site in group:
             tensors = self.outcome.linears[site.fqn] = made[site.fqn]
             dtype = self.rotated.weights[site.weight].tensor.dtype
-            self.sweep.overrides[site.weight] = lambda tensors=tensors, dtype=dtype: rsq_codes.values(tensors).to(dtype)
+            self.sweep.overrides[site.weight] = lambda tensors=tensors, dtype=dtype: rsq_codes.values(
+                tensors
+            ).to(dtype)
 
     def _advance(
         self, x: fx.Node, later: Sequence[fx.Node], collect: Any, beside: Sequence[fx.Node] = ()
@@ -294,47 +294,13 @@ class _Run:
             return {self.structure.layers[0].input}
         return {self.pieces[0].groups[0][0].x}
 
-    # Files.
-
-    def _stamp(self) -> str:
-        """Identifies model, options and data: files of another run are not taken for ours."""
-        digest = hashlib.sha256(f"{self.outcome.fingerprint} {self.config.to_json()}".encode())
-        for batch in self.batches:
-            for _, given in sorted(batch.inputs.items()):
-                text = given.cpu().numpy().tobytes() if isinstance(given, torch.Tensor) else str(given).encode()
-                digest.update(text)
-        return digest.hexdigest()[:16]
-
-    def _path(self, name: str) -> Path:
-        assert self.folder is not None
-        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
-        return self.folder / f"{safe}.safetensors"
-
-    def _read(self, name: str) -> dict[str, torch.Tensor] | None:
-        if self.folder is None or not self._path(name).exists():
-            return None
-        with safe_open(str(self._path(name)), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("stamp") != self._stamp():
-                return None
-            for text in json.loads(metadata.get("reports", "[]")):
-                report = LinearReport(**text)
-                self.outcome.reports[report.site] = report
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-
-    def _write(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(name)
-        partial = path.with_suffix(".partial")
-        save_file(dict(tensors), str(partial), {"stamp": self._stamp(), **metadata})
-        partial.replace(path)
-
     def _load(self, piece: Piece) -> dict[str, dict[str, torch.Tensor]] | None:
-        flat = self._read(piece.name)
-        if flat is None:
+        read = self.files.read(piece.name)
+        if read is None:
             return None
+        flat, metadata = read
+        for fields in json.loads(metadata["reports"]):
+            self.outcome.reports[fields["site"]] = LinearReport(**fields)
         if "importance" in flat:
             self.outcome.importance[piece.name] = flat.pop("importance")
         found: dict[str, dict[str, torch.Tensor]] = {}
@@ -348,8 +314,8 @@ class _Run:
         flat = {f"{s}:{n}": t.contiguous() for s in sites for n, t in self.outcome.linears[s].items()}
         if piece.name in self.outcome.importance:
             flat["importance"] = self.outcome.importance[piece.name]
-        reports = [vars(self.outcome.reports[s]) for s in sites]
-        self._write(piece.name, flat, {"reports": json.dumps(reports)})
+        reports = json.dumps([vars(self.outcome.reports[s]) for s in sites])
+        self.files.write(piece.name, flat, {"reports": reports})
 
 
 def _pieces(structure: Structure, plan: Plan, order: Mapping[fx.Node, int]) -> Iterator[Piece]:

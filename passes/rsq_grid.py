@@ -85,7 +85,9 @@ class IntegerGrid:
         least = self._error(columns, best)
         share = torch.full_like(low, 100.0)
         for coarse in _CLIP_COARSE:
-            best, least, share = self._better(columns, low, high, torch.full_like(low, coarse), best, least, share)
+            best, least, share = self._better(
+                columns, low, high, torch.full_like(low, coarse), best, least, share
+            )
         around = share
         for step in _CLIP_FINE:
             trial = (around + step).clamp_max(100.0)

@@ -193,10 +193,14 @@ def masked_concentration(
     for first in range(0, length, step):
         last = min(first + step, length)
         for head in range(heads):
-            scores = q[:, head, first:last].float() @ k[:, head // (heads // k.shape[1])].float().transpose(1, 2)
+            scores = q[:, head, first:last].float() @ k[:, head // (heads // k.shape[1])].float().transpose(
+                1, 2
+            )
             part = mask[:, head, first:last]
             scores = scores * scale
-            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.float()
+            scores = (
+                scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.float()
+            )
             seen = torch.softmax(scores, -1).nan_to_num(0.0)
             if real is not None:
                 seen = seen * real[:, first:last, None]

@@ -88,9 +88,13 @@ class Edit:
         if self.heads_out is not None:
             assert self.rows is not None
             chosen = self.rows.flatten()
-            part, part_bias = rotate_heads_out(w[chosen], None if bias is None else bias[chosen], self.heads_out)
+            part, part_bias = rotate_heads_out(
+                w[chosen], None if bias is None else bias[chosen], self.heads_out
+            )
             w = w.clone().index_copy_(0, chosen, part)
-            bias = bias if part_bias is None or bias is None else bias.clone().index_copy_(0, chosen, part_bias)
+            bias = (
+                bias if part_bias is None or bias is None else bias.clone().index_copy_(0, chosen, part_bias)
+            )
         return w.contiguous(), bias
 
 
@@ -154,7 +158,9 @@ def _plan_streams(program: Program, structure: Structure, config: RSQConfig, pla
         name = tower.layers[0].fqn.rsplit(".", 1)[0] if tower.layers else "tower"
         try:
             stream = follow(program, structure, tower)
-            taken = [s.fqn for readers in stream.norms.values() for s in readers if plan.edit(s).norm is not None]
+            taken = [
+                s.fqn for readers in stream.norms.values() for s in readers if plan.edit(s).norm is not None
+            ]
             if taken:
                 raise NotRotatable(f"{taken[0]} reads two streams.")
         except NotRotatable as reason:
@@ -243,13 +249,14 @@ def unfit(program: Program, site: LinearSite, config: RSQConfig) -> str | None:
     weight = program.weights[site.weight].tensor
     x, y = value(site.x), value(site.output)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) or y.dtype != x.dtype:
-        return f"It turns {x.dtype} into {y.dtype}; the operators take floating activations and return the same."
+        return (
+            f"It turns {x.dtype} into {y.dtype}; the operators take floating activations and return the same."
+        )
     group = 16 if config.grid == "nvfp4" else config.group_size
     if group > 0 and site.in_features % group:
         fits = [g for g in (128, 64, 32) if site.in_features % g == 0]
-        return (
-            f"Groups of {group} do not divide its {site.in_features} inputs; "
-            + (f"{fits[0]} does." if fits else "use group_size=-1.")
+        return f"Groups of {group} do not divide its {site.in_features} inputs; " + (
+            f"{fits[0]} does." if fits else "use group_size=-1."
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"Its weight is stored as {weight.dtype}; fp32, bf16 and fp16 can be quantised."

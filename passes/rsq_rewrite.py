@@ -28,7 +28,11 @@ SUFFIX = ".rotated"
 def materialise(weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A weight's values, computed from its sources in `dtype` (default: their own)."""
     if weight.derive is None:
-        return weight.tensor if dtype is None or not weight.tensor.is_floating_point() else weight.tensor.to(dtype)
+        return (
+            weight.tensor
+            if dtype is None or not weight.tensor.is_floating_point()
+            else weight.tensor.to(dtype)
+        )
     sources = [t if dtype is None else t.to(dtype) for t in weight.made_from]
     with torch.no_grad():
         return weight.derive(*sources)
@@ -96,7 +100,9 @@ def _input(program: Program, edit: Edit, before: fx.Node) -> fx.Node:
     if edit.online is not None:
         return _hadamard(program, x, edit.online, 1, edit.site.fqn, before)
     if edit.heads_in is not None and edit.cached:
-        return _hadamard(program, x, edit.heads_in, edit.site.in_features // edit.heads_in.order, edit.site.fqn, before)
+        return _hadamard(
+            program, x, edit.heads_in, edit.site.in_features // edit.heads_in.order, edit.site.fqn, before
+        )
     return x
 
 
@@ -110,9 +116,7 @@ def restore_values(program: Program, edit: Edit, node: fx.Node, before: fx.Node)
     return back if signs is None else emit(program, before, aten.mul.Tensor, (back, signs))
 
 
-def _hadamard(
-    program: Program, x: fx.Node, r: Rotation, copies: int, fqn: str, before: fx.Node
-) -> fx.Node:
+def _hadamard(program: Program, x: fx.Node, r: Rotation, copies: int, fqn: str, before: fx.Node) -> fx.Node:
     signs = _signs(program, r, copies, f"{fqn}.input_signs", before)
     return emit(program, before, ops.hadamard.default, (x, signs, r.block))
 

@@ -51,7 +51,11 @@ class Rotation:
         shape = wide.shape
         wide = (wide.reshape(-1, len(two)) @ two).reshape(-1, len(base), len(two))
         if len(base) > 1:
-            wide = (wide.transpose(1, 2).reshape(-1, len(base)) @ base).reshape(-1, len(two), len(base)).transpose(1, 2)
+            wide = (
+                (wide.transpose(1, 2).reshape(-1, len(base)) @ base)
+                .reshape(-1, len(two), len(base))
+                .transpose(1, 2)
+            )
         return wide.reshape(shape) / math.sqrt(self.block)
 
     def matrix(self) -> torch.Tensor:

@@ -66,16 +66,16 @@ def weigh(
         keep = torch.ones_like(scores, dtype=torch.bool) if real is None else real
         first = keep & (keep.long().cumsum(1) == 1)
         alone = keep.sum(1, keepdim=True) == 1
-        weights = importance.weights(scores, config.r_min, config.r_max, (keep & ~first) | (keep & alone), config.power)
+        weights = importance.weights(
+            scores, config.r_min, config.r_max, (keep & ~first) | (keep & alone), config.power
+        )
         weights = torch.where(first, torch.ones_like(weights), weights)
     else:
         weights = importance.weights(scores, config.r_min, config.r_max, real, config.power)
     return (scores.flatten() if real is None else scores[real]), weights
 
 
-def _scores(
-    found: Scorer, values: Values, batch: Any, counts: torch.Tensor | None
-) -> torch.Tensor | None:
+def _scores(found: Scorer, values: Values, batch: Any, counts: torch.Tensor | None) -> torch.Tensor | None:
     real = batch.real
     if found.strategy == "attncon":
         assert found.site is not None
@@ -85,7 +85,9 @@ def _scores(
         return None
     everyone = torch.ones(x.shape[:2], dtype=torch.bool) if real is None else real
     if found.strategy == "tokenfreq":
-        return None if batch.tokens is None or counts is None else importance.token_rarity(batch.tokens, counts)
+        return (
+            None if batch.tokens is None or counts is None else importance.token_rarity(batch.tokens, counts)
+        )
     if found.strategy == "first":
         return importance.chunks(everyone, 8, (0,))
     if found.strategy == "first_last":

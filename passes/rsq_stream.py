@@ -98,7 +98,9 @@ def _check(program: Program, node: fx.Node, held: set[fx.Node]) -> None:
     """Raise NotRotatable unless the node's result is the rotated stream when its operands are."""
     if node.op == "output":
         given = next(a for a in node.all_input_nodes if a in held)
-        raise NotRotatable(f"The model returns hidden states ({described(given)}), which would come out rotated.")
+        raise NotRotatable(
+            f"The model returns hidden states ({described(given)}), which would come out rotated."
+        )
     target, args = node.target, node.args
     if target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
         apart = [a for a in args[:2] if not isinstance(a, fx.Node) or a not in held]
@@ -108,7 +110,7 @@ def _check(program: Program, node: fx.Node, held: set[fx.Node]) -> None:
             f"{described(node)} adds {described(apart[0])} to the residual stream, which no linear or look-up writes "
             f"there directly; a norm after the branch or around the embeddings stops a rotation."
         )
-    elif target in _SCALES and args[0] in held or target is aten.mul.Tensor and args[1] in held:
+    elif (target in _SCALES and args[0] in held) or (target is aten.mul.Tensor and args[1] in held):
         other = args[1] if args[0] in held else args[0]
         if not isinstance(other, fx.Node) or _is_one_number(program, other):
             return
@@ -148,7 +150,7 @@ def _readers(structure: Structure, norm: NormSite) -> list[LinearSite]:
         found += sites
         entered = {site.node for site in sites} | {a for s in sites for a in s.node.all_input_nodes}
         for user in node.users:
-            if user in entered or not isinstance(value(user), torch.Tensor) and user.op != "output":
+            if user in entered or (not isinstance(value(user), torch.Tensor) and user.op != "output"):
                 continue
             if _keeps_last(user):
                 stack.append(user)

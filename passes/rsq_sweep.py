@@ -39,7 +39,12 @@ def bind(program: Program, named: Mapping[str, Any], most: Sequence[int] = ()) -
             cut[node] = None
             continue
         if name not in named:
-            raise ArgumentError("inputs", ", ".join(named), f"an input named {name!r}", "Pass what the model was captured with.")
+            raise ArgumentError(
+                "inputs",
+                ", ".join(named),
+                f"an input named {name!r}",
+                "Pass what the model was captured with.",
+            )
         given = named[name]
         if isinstance(given, torch.Tensor) and isinstance(known, torch.Tensor):
             for dim, (size, limit) in enumerate(zip(known.shape, most)):
@@ -77,7 +82,9 @@ class Sweep:
             node: self._cast(given) for node, given in zip(self.program.placeholders, inputs, strict=True)
         }
 
-    def needed(self, targets: Iterable[fx.Node], known: Mapping[fx.Node, Any] | set[fx.Node]) -> list[fx.Node]:
+    def needed(
+        self, targets: Iterable[fx.Node], known: Mapping[fx.Node, Any] | set[fx.Node]
+    ) -> list[fx.Node]:
         """The nodes to run, in order, to have `targets` from what is known."""
         found: set[fx.Node] = set()
         stack = [t for t in targets if t not in known]
@@ -89,7 +96,9 @@ class Sweep:
             stack += node.all_input_nodes
         return sorted(found, key=self.order.__getitem__)
 
-    def run(self, values: Values, targets: Iterable[fx.Node], nodes: Sequence[fx.Node] | None = None) -> Values:
+    def run(
+        self, values: Values, targets: Iterable[fx.Node], nodes: Sequence[fx.Node] | None = None
+    ) -> Values:
         """`values` with those of the targets added; what was needed only on the way is dropped early."""
         targets = set(targets)
         nodes = self.needed(targets, values) if nodes is None else nodes
@@ -110,7 +119,9 @@ class Sweep:
         """A weight's values: the override, or computed from the model's, once until `forget`."""
         if name not in self._held:
             other = self.overrides.get(name)
-            self._held[name] = materialise(self.program.weights[name], self.dtype) if other is None else other()
+            self._held[name] = (
+                materialise(self.program.weights[name], self.dtype) if other is None else other()
+            )
         return self._held[name]
 
     def forget(self) -> None:
@@ -150,7 +161,7 @@ class Sweep:
         x, read = self._value(node.args[0], env), node.args[1]  # type: ignore[arg-type]
         bias = self._value(node.args[2], env) if len(node.args) > 2 and node.args[2] is not None else None  # type: ignore[arg-type]
         held = self.program.weights.get(str(read.target)) if read.op == "get_attr" else None  # type: ignore[union-attr]
-        if held is None or held.tensor.numel() <= _CHUNK or held.derive is None and held.source:
+        if held is None or held.tensor.numel() <= _CHUNK or (held.derive is None and held.source):
             return torch.nn.functional.linear(x, self._value(read, env), bias)  # type: ignore[arg-type]
         rows = held.tensor.shape[0]
         step = max(1, _CHUNK // held.tensor.shape[1])

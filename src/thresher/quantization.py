@@ -99,9 +99,7 @@ def quantize(
     if not batches:
         raise ArgumentError("data", "no batch", "at least one sequence", "Give some text.")
     program = _capture(model, batches)
-    outcome = rsq_driver.quantise_program(
-        program, batches, config, None if folder is None else Path(folder)
-    )
+    outcome = rsq_driver.quantise_program(program, batches, config, None if folder is None else Path(folder))
     tensors = rsq.to_statistics(outcome.linears, outcome.plan, config)
     statistics = Statistics(outcome.fingerprint, {"rsq": tensors})
     report = _report(outcome, model, batches, time.perf_counter() - started)
@@ -128,7 +126,9 @@ def _batches(
 
             data = texts()
         if tokenizer is None:
-            raise ArgumentError("tokenizer", None, "the model's tokenizer", "Text must be tokenized; pass it.")
+            raise ArgumentError(
+                "tokenizer", None, "the model's tokenizer", "Text must be tokenized; pass it."
+            )
         data = cut_text(data, tokenizer, sequences, length, seed)
     if isinstance(data, str):
         raise ArgumentError("data", "one string", "a list of strings", "Write [text].")
@@ -141,7 +141,9 @@ def _batches(
             yield Batch({"input_ids": rows}, None, rows)
         return
     if not isinstance(data, Iterable):
-        raise ArgumentError("data", type(data).__name__, "strings, token ids or batches", "See quantize's help.")
+        raise ArgumentError(
+            "data", type(data).__name__, "strings, token ids or batches", "See quantize's help."
+        )
     if config.expand > 1:
         raise ArgumentError("rsq option expand", config.expand, "1 for ready-made batches",
                             "Pass a tensor of token ids, or strings.")  # fmt: skip
@@ -162,7 +164,9 @@ def cut_text(texts: Sequence[str], tokenizer: Any, sequences: int, length: int, 
 
     Raises ArgumentError where the texts do not fill one window; says how many windows there were otherwise.
     """
-    ids = tokenizer("\n\n".join(texts), return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
+    ids = tokenizer("\n\n".join(texts), return_tensors="pt", add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ][0]
     windows = len(ids) // length
     if windows == 0:
         raise ArgumentError("data", f"text of {len(ids)} tokens", f"at least one sequence of {length} tokens",
@@ -209,9 +213,13 @@ def _capture(model: torch.nn.Module, batches: Sequence[Batch]) -> Program:
     return programs[0]
 
 
-def _report(outcome: Outcome, model: torch.nn.Module, batches: Sequence[Batch], seconds: float) -> QuantizeReport:
+def _report(
+    outcome: Outcome, model: torch.nn.Module, batches: Sequence[Batch], seconds: float
+) -> QuantizeReport:
     total = sum({t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}.values())
-    tokens = sum(int(b.real.sum()) if b.real is not None else next(iter(b.inputs.values())).numel() for b in batches)
+    tokens = sum(
+        int(b.real.sum()) if b.real is not None else next(iter(b.inputs.values())).numel() for b in batches
+    )
     return QuantizeReport(
         list(outcome.reports.values()), dict(outcome.importance), dict(outcome.bits), dict(outcome.sensitivity),
         list(outcome.plan.notes), list(outcome.plan.missed), outcome.exact, total, tokens, seconds,

@@ -68,7 +68,9 @@ class QuantizeReport:
         width = max((len(r.site) for r in self.linears), default=4)
         lines.append(f"{'linear':<{width}}  bits  nearest  quantized  damping")
         for r in self.linears:
-            lines.append(f"{r.site:<{width}}  {r.bits:4.2f}  {r.nearest:7.4f}  {r.quantized:9.4f}  {r.damping:7.3g}")
+            lines.append(
+                f"{r.site:<{width}}  {r.bits:4.2f}  {r.nearest:7.4f}  {r.quantized:9.4f}  {r.damping:7.3g}"
+            )
         lines += [f"missed {m.site}: {m.reason}" for m in self.missed]
         return "\n".join(lines)
 
@@ -83,9 +85,15 @@ class QuantizeReport:
         left, right = figure.subplots(1, 2)
         self._plot_importance(left)
         index = range(len(self.linears))
-        right.semilogy(index, [r.nearest for r in self.linears], ".", label="rounded to nearest", color="#c44")
+        right.semilogy(
+            index, [r.nearest for r in self.linears], ".", label="rounded to nearest", color="#c44"
+        )
         right.semilogy(index, [r.quantized for r in self.linears], ".", label="as quantized", color="#248")
-        right.set(xlabel="linear, in graph order", ylabel="relative squared output error", title="Error of each linear")
+        right.set(
+            xlabel="linear, in graph order",
+            ylabel="relative squared output error",
+            title="Error of each linear",
+        )
         right.legend()
         figure.savefig(path)
         return Path(path)
@@ -95,7 +103,9 @@ class QuantizeReport:
             axes.set(title="All tokens count alike")
             return
         rows = torch.stack([_histogram(scores) for scores in self.importance.values()])
-        shown = axes.imshow(rows.clamp_min(1e-5).log10(), aspect="auto", origin="lower", extent=(-5, 0, 0, len(rows)))
+        shown = axes.imshow(
+            rows.clamp_min(1e-5).log10(), aspect="auto", origin="lower", extent=(-5, 0, 0, len(rows))
+        )
         axes.set(xlabel="log10 of importance over the layer's largest", ylabel="layer",
                  title="Token importance: log10 of the share of tokens")  # fmt: skip
         axes.figure.colorbar(shown, ax=axes)
