@@ -51,6 +51,8 @@ class DeftConfig(PassConfig):
     tau: largest share of neurons, on for any token of a call, that runs sparse; -1 measures it on the machine.
     min_bytes: down projections smaller than this stay dense.
     skip_up: let gated MLPs skip the up projection's rows; False leaves that linear for other passes.
+    bits: 16 keeps the weights; 8 or 4 rounds down projections to so many, in groups along the outputs so that
+        a neuron that is off still costs no byte. `budget` then bounds what that does to the outputs.
     """
 
     name = "deft"
@@ -61,6 +63,7 @@ class DeftConfig(PassConfig):
     tau: float = MEASURED
     min_bytes: int = 1 << 17
     skip_up: bool = True
+    bits: int = 16
 
     def validate(self) -> None:
         if not (self.tau == MEASURED or 0 <= self.tau <= 1):
@@ -70,6 +73,8 @@ class DeftConfig(PassConfig):
         for name, given in (("error", self.error), ("budget", self.budget)):
             if not 0 < given < 1:
                 raise ArgumentError(f"deft's {name}", given, "between 0 and 1", "0.05 is five percent.")
+        if self.bits not in (16, 8, 4):
+            raise ArgumentError("deft's bits", self.bits, "16, 8 or 4", "16 keeps the weights as they are.")
         if self.bmax < 1:
             raise ArgumentError("deft's bmax", self.bmax, "1 or more", "Leave it out for 64.")
 
@@ -89,7 +94,7 @@ class Deft(Pass):
 
     def budget(self, context: Context) -> float:
         config: DeftConfig = context.config
-        if config.approximate:
+        if config.approximate or config.bits < 16:
             return config.budget
         mlps = context.structure().mlps if context.structure else []
         half = any(value(m.down.output).dtype in (torch.bfloat16, torch.float16) for m in mlps)
@@ -112,6 +117,8 @@ class Deft(Pass):
         plans: list[Plan] = []
         for mlp in mlps:
             plan = read(program, mlp, config.bmax, config.min_bytes)
+            if not isinstance(plan, str) and config.bits == 4 and plan.shape[1] % 2:
+                plan = f"It has {plan.shape[1]} outputs, and 4-bit codes lie two a byte."
             if isinstance(plan, str):
                 found.append(Miss(names[mlp], plan))
             elif plan.exact or config.approximate:
@@ -129,7 +136,7 @@ class Deft(Pass):
                 found.append(Miss(fqn, choice))
                 continue
             claims = [plan.mlp.down.weight_fqn]
-            if plan.gated and config.skip_up:
+            if plan.gated and config.skip_up and config.bits == 16:
                 claims += [plan.mlp.up.linear.weight_fqn]
                 if plan.mlp.fused and not is_real(program.weights[plan.mlp.up.linear.weight].tensor):
                     context.notes.append(f"{fqn}: its fused projection is split into gate and up.")
@@ -183,14 +190,28 @@ class Deft(Pass):
         down = plan.mlp.down
         before = down.output
         bias = stored(program, down.bias, before)
-        weight = derived(program, down.weight, before, "neuron_major", not down.transposed, None)
+        weight, scale = _down_weight(program, plan, before, config.bits)
         threshold = _threshold(program, found, before) if found.choice is not None else None
-        tail = (weight, None, bias, threshold, config.tau, config.bmax, found.counted)
-        if plan.gated and config.skip_up:
+        tail = (weight, scale, bias, threshold, config.tau, config.bmax, found.counted)
+        if plan.gated and config.skip_up and config.bits == 16:
             _rewrite_gated(program, plan, before, tail)
         else:
             _replace(program, before, down.node, torch.ops.thresher.sparse_down.default, (down.x, *tail))
         context.counted[match.site] = found.counted
+
+
+def _down_weight(program: Program, plan: Plan, before: fx.Node, bits: int) -> tuple[fx.Node, fx.Node | None]:
+    """The neuron-major weight and its scales, None for 16 bits."""
+    down = plan.mlp.down
+    if bits == 16:
+        return derived(program, down.weight, before, "neuron_major", not down.transposed, None), None
+    parts = [
+        derived(
+            program, down.weight, before, f"{part}{bits}", not down.transposed, None, form=f"{part}{bits}"
+        )
+        for part in ("codes", "scales")
+    ]
+    return parts[0], parts[1]
 
 
 def _rewrite_gated(program: Program, plan: Plan, before: fx.Node, tail: tuple[Any, ...]) -> None:

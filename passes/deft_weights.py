@@ -15,6 +15,8 @@ from torch import fx
 from thresher.errors import ThresherError
 from thresher.program import Program, Weight
 
+from . import deft_quant
+
 Rows = tuple[int, ...] | slice | None
 """Which of a linear's features are the neurons: all, a range, or a list in the neurons' order."""
 
@@ -46,14 +48,23 @@ def not_finite(tensor: torch.Tensor) -> int | None:
     return int((~tensor.isfinite()).reshape(tensor.shape[0], -1).any(1).nonzero()[0])
 
 
-def _derive(fqn: str, transpose: bool, rows: Rows, checked: bool, weight: torch.Tensor) -> torch.Tensor:
+def _derive(
+    fqn: str, transpose: bool, rows: Rows, checked: bool, form: str, weight: torch.Tensor
+) -> torch.Tensor:
     found = take(weight.t() if transpose else weight, rows)
     if checked and (neuron := not_finite(found)) is not None:
         raise ThresherError(
             f"{fqn} changed after compiling and is not finite for neuron {neuron}. A sparse MLP would hide that "
             "while the neuron is off. Repair the weight, or compile the model again without deft."
         )
-    return found.contiguous()
+    return _formed(found, form)
+
+
+def _formed(rows: torch.Tensor, form: str) -> torch.Tensor:
+    """Neuron-major rows as they are (""), or as "codes8", "scales8", "codes4", "scales4"."""
+    if not form:
+        return rows.contiguous()
+    return (deft_quant.codes if form.startswith("codes") else deft_quant.scales)(rows, int(form[-1]))
 
 
 def derived(
@@ -64,11 +75,12 @@ def derived(
     transpose: bool,
     rows: Rows,
     checked: bool = True,
+    form: str = "",
 ) -> fx.Node:
     """A node that holds the stored weight's (or bias's) rows, made once for all sites that share it.
 
     name: attribute name of the stored tensor. suffix: what the new one is called after it. checked: recomputing
-    it raises for values that are not finite.
+    it raises for values that are not finite. form: see `_formed`.
     """
     stored = program.weights[name]
     fqn = f"{stored.fqn}.{suffix}"
@@ -77,9 +89,12 @@ def derived(
             return node
         if node is before:
             break
-    derive: Callable[..., torch.Tensor] = functools.partial(_derive, stored.fqn, transpose, rows, checked)
+    derive: Callable[..., torch.Tensor] = functools.partial(
+        _derive, stored.fqn, transpose, rows, checked, form
+    )
     with torch.no_grad():
-        tensor = take(stored.tensor.detach().t() if transpose else stored.tensor.detach(), rows).contiguous()
+        own = stored.tensor.detach()
+        tensor = _formed(take(own.t() if transpose else own, rows), form)
     held = Weight(fqn, tensor, source=(stored.fqn,), derive=derive, made_from=(stored.tensor,))
     return program.get_weight(held, before=before)
 

@@ -12,8 +12,10 @@ import thresher
 from thresher import site_counts
 from thresher.errors import ArgumentError, ThresherError
 from thresher.kernels import catalog, native
+from thresher.passes import catalog as passes
 
 catalog.load()
+passes.load()
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="needs a C++ compiler")
 ALL = {"min_bytes": 0}
 DOWN, MLP = torch.ops.thresher.sparse_down.default, torch.ops.thresher.sparse_mlp.default
@@ -333,7 +335,7 @@ def test_training_is_not_rewritten():
 
 
 def test_dynamic_sizes():
-    model, x = build(Feed())
+    model, _ = build(Feed())
     torch._dynamo.reset()
     done = torch.compile(
         model, backend="thresher", dynamic=True, options={"deft": ALL, "target": "reference"}
@@ -388,3 +390,76 @@ def test_lora_beside_the_down_projection_stays_dense():
 def test_wrong_options_are_named(options, said):
     with pytest.raises(ArgumentError, match=said):
         thresher.Recipe.of(deft=options)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("gated", [False, True])
+def test_low_bit_weights_stay_within_the_budget_and_follow_the_model(bits, gated):
+    model, x = build(Feed(gated=gated, width=64, neurons=256), tokens=2, width=64)
+    done = compiled(model, x, deft={"bits": bits, "budget": 0.3})
+    assert targets(done) == [DOWN] * 2
+    (session,) = done.sessions
+    held = {w.fqn: w.tensor for w in session.program.weights.values()}
+    assert held[f"down.0.weight.codes{bits}"].shape == (256, 64 if bits == 8 else 32)
+    error = 0.02 if bits == 8 else 0.25
+    for _ in range(2):
+        expected = model(x)
+        assert (done(x) - expected).norm() <= error * expected.norm()
+        with torch.no_grad():
+            model.down[0].weight.mul_(-1.5)
+
+
+def calibrated(model, batches, tmp_path, **options):
+    torch._dynamo.reset()
+    stats = thresher.calibrate(model, batches, deft={**ALL, "approximate": True})
+    stats.save(tmp_path / "stats.safetensors")
+    return compiled(
+        model, batches[0], deft={"approximate": True, **options}, stats=str(tmp_path / "stats.safetensors")
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_approximate_mode_keeps_its_error_budget(name, tmp_path):
+    model, batch = zoo.ZOO[name].build()
+    done = calibrated(model, [batch], tmp_path, error=0.1, budget=0.5, bmax=64)
+    account = done.report["deft"]
+    assert targets(done) == [DOWN] * 2 and 0 < account.error <= 0.5
+    (note,) = [n for n in account.notes if "thresholds keep" in n]
+    assert float(note.split("at an error of ")[1].split()[0]) <= 0.1
+    (session,) = done.sessions
+    limits = [w for w in session.program.weights.values() if w.fqn.endswith(".threshold")]
+    for w in limits:  # t / ||W2 row||
+        fqn = w.fqn.removesuffix(".weight.threshold")
+        norms = model.get_submodule(fqn).weight.float().norm(dim=0)
+        torch.testing.assert_close(w.tensor * norms, (w.tensor * norms)[:1].expand_as(norms))
+    with torch.no_grad(), pytest.raises(thresher.ThresherError, match="Compile the model again"):
+        model.get_submodule(fqn).weight.mul_(2)
+        done(**batch)
+
+
+def test_approximate_mode_without_calibration_says_so():
+    model, batch = zoo.ZOO["bert"].build()
+    torch._dynamo.reset()
+    found = thresher.explain(model, batch, deft={**ALL, "approximate": True}).report["deft"]
+    assert not found.rewritten and all("needs calibration" in m.reason for m in found.missed)
+
+
+def test_thresholds_of_another_checkpoint_are_refused(tmp_path):
+    model, batch = zoo.ZOO["bert"].build()
+    calibrated(model, [batch], tmp_path, error=0.1, budget=0.5)
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.mul_(1.1)
+    with pytest.raises(ThresherError, match="measured on weights"):
+        compiled(model, batch, deft={"approximate": True}, stats=str(tmp_path / "stats.safetensors"))
+
+
+def test_the_greedy_choice_spends_where_a_byte_costs_least():
+    from thresher.passes.deft_thresholds import KEPT, Curve, choose
+
+    cheap = Curve(KEPT, KEPT, tuple(0.01 * (1 - k) for k in KEPT), 1000)
+    dear = Curve(KEPT, KEPT, tuple(1 - k for k in KEPT), 1000)
+    chosen = choose({"cheap": cheap, "dear": dear}, 0.05)
+    assert chosen["cheap"].density == KEPT[-1] and chosen["dear"].density > 0.8
+    large = Curve(KEPT, KEPT, dear.errors, 100_000)
+    chosen = choose({"large": large, "small": dear}, 0.3)
+    assert chosen["large"].density < chosen["small"].density
