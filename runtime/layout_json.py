@@ -15,7 +15,7 @@ from .program_json import ArtifactError, decode, encode
 _KINDS = {kind.__name__.lower(): kind for kind in (Gather, PlanField, Scatter, Passed)}
 _PARTS = ("prologue", "epilogue", "padded")
 _KNOWN = {*_PARTS, "mask", "tokens", "arguments", "epilogue_arguments", "results", "visibilities", "masks",
-          "reclassify", "proven"}  # fmt: skip
+          "reclassify", "proven", "packing"}  # fmt: skip
 
 
 def prove(layout: PackedLayout, longest: int) -> None:
