@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import capture, devices, sessions
 from .certificate import certify
@@ -105,9 +106,7 @@ def build(
     return session, roles
 
 
-def _session(
-    rewritten: Program, program: Program, recipe: Recipe, target: Target, report: Report
-) -> Session:
+def _session(rewritten: Program, program: Program, recipe: Recipe, target: Target, report: Report) -> Session:
     """What runs a rewritten program; where a pass decided by the call, calls of another kind get their own."""
     if rewritten.calls is None:
         return Session(rewritten, target, Reference(), report, recipe.freshness)
@@ -187,9 +186,14 @@ def watching(calibration: Calibration) -> Callable[..., Any]:
 
 
 def _cannot_rewrite(gm: fx.GraphModule) -> str | None:
-    """Why a graph is not ours to rewrite: training."""
+    """Why a graph is not ours to rewrite: training, or tensors that are not plain ones."""
     for node in gm.graph.nodes:
         known = node.meta.get("example_value")
+        if node.op == "placeholder" and is_traceable_wrapper_subclass(known):
+            return (
+                f"{node.name} is a {type(known).__name__}, a tensor made of others, and passes read plain tensors. "
+                "Inductor compiles such a graph as it is."
+            )
         if (
             node.op == "placeholder"
             and isinstance(known, torch.Tensor)
