@@ -121,6 +121,9 @@ class ZipVL(Pass):
         return context.config.budget
 
     def taps(self, program: Program, context: Context) -> Sequence[Tap]:
+        for node, _, reason in candidates(program):
+            if reason is None:
+                make_causal(node)
         tower = largest_tower(context.structure()) if context.structure else None
         found = []
         for layer in tower.layers if tower else ():
