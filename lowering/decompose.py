@@ -117,6 +117,7 @@ class Masks:
     def attend(self, node: fx.Node) -> None:
         """Replace one `varlen_attention` or `varlen_attention_masked` node."""
         q, k, v = node.args[:3]
+        key: tuple[Any, ...]
         dtype = value(q).dtype if self.additive else None
         if node.target is varlen_attention_masked.overload:
             mask, rows, cols, cu_seqlens, _, scale = node.args[3:]
@@ -166,7 +167,8 @@ def decompose(
 
     Raises ThresherError for an operator without a plain form.
     """
-    masks, matrices = Masks(program, additive, columns), {}
+    masks = Masks(program, additive, columns)
+    matrices: dict[Any, str] = {}
     for node in own_nodes(program):
         name = op_name(node)
         if name in keep:

@@ -97,7 +97,9 @@ def export(
             "accuracy_level", accuracy_level, "0 to 4", "4 is fastest, 0 and 1 compute in fp32."
         )
     if table_bits not in (0, 8) or (table_bits and not runtime.startswith("ort")):
-        raise ArgumentError("table_bits", f"{table_bits} for {runtime}", "0, or 8 for ort and ort-cuda", "Leave it out.")
+        raise ArgumentError(
+            "table_bits", f"{table_bits} for {runtime}", "0, or 8 for ort and ort-cuda", "Leave it out."
+        )
     layout: PackedLayout | None = program.packing
     if runtime == "tensorrt" and layout is not None and not body_only:
         raise ArgumentError("body_only", body_only, "True for a packed program and TensorRT",
@@ -117,7 +119,12 @@ class _Parts:
     """Converts the parts of one export; collects what they say."""
 
     def __init__(self, runtime: str, accuracy_level: int, opset: int, table_bits: int):
-        self.runtime, self.accuracy_level, self.opset, self.table_bits = runtime, accuracy_level, opset, table_bits
+        self.runtime, self.accuracy_level, self.opset, self.table_bits = (
+            runtime,
+            accuracy_level,
+            opset,
+            table_bits,
+        )
         self.notes: list[str] = []
         self.functions: set[str] = set()
         self.fields: list[str] = []
@@ -218,7 +225,9 @@ def _translate(program: Program, opset: int) -> Any:
 
 def _translations() -> dict[Any, Any]:
     """Operators that torch's exporter does not know."""
-    from onnxscript import opset23 as op
+    from onnxscript import opset23
+
+    op: Any = opset23  # its type stubs know scripts, not plain calls
 
     def sort_stable(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         size = x.shape[dim] if x.shape is not None else None

@@ -13,7 +13,7 @@ import torch
 _MOST = 1 << 28  # bytes of a model that the reference evaluator, which is slow, is still tried on
 
 
-def runner(path: str | Path) -> tuple[str, Callable[[Mapping[str, torch.Tensor]], list[Any]]] | str:
+def runner(path: str | Path) -> tuple[str, Callable[[Mapping[str, torch.Tensor]], Any]] | str:
     """What can run a model here, ONNX Runtime before ONNX's own reference, or why nothing can."""
     reasons = []
     try:
@@ -54,7 +54,7 @@ def compare(
     if isinstance(found, str):
         return [], [f"The file was checked but not run. {found}."]
     engine, run = found
-    records = []
+    records: list[dict[str, Any]] = []
     for inputs, expected, real in calls:
         sizes = {name: list(t.shape) for name, t in inputs.items()}
         try:

@@ -58,7 +58,8 @@ class Forms:
     # -- integers ---------------------------------------------------------------------------------
 
     def _wna16(self, node: fx.Node) -> None:
-        x, codes_node, scales_node, zeros_node, _, bits, group = node.args
+        arguments: tuple[Any, ...] = node.args
+        x, codes_node, scales_node, zeros_node, _, bits, group = arguments
         inputs = int(value(x).shape[-1])
         codes = bitpack.unpack(self._tensor(codes_node), bits, inputs)
         scales = self._tensor(scales_node)
@@ -148,15 +149,29 @@ class Forms:
             weight = self.program.weights[name]
             blocks = weight.tensor.detach().float().unflatten(1, (-1, _TABLE_BLOCK))
             scales = blocks.abs().amax(-1) / 127
-            codes = ((blocks / scales.clamp_min(1e-30)[..., None]).round() + 128).clamp(0, 255).to(torch.uint8)
-            first = next(n for n in self.program.nodes(embedding) if getattr(n.args[0], "target", None) == name)
+            codes = (
+                ((blocks / scales.clamp_min(1e-30)[..., None]).round() + 128).clamp(0, 255).to(torch.uint8)
+            )
+            first = next(
+                n for n in self.program.nodes(embedding) if getattr(n.args[0], "target", None) == name
+            )
             held = [self._keep(first, "table", codes), self._keep(first, "table_scales", scales.flatten())]
-            for node in [n for n in self.program.nodes(embedding, linear) if name in {getattr(a, "target", None) for a in n.args}]:
+            for node in [
+                n
+                for n in self.program.nodes(embedding, linear)
+                if name in {getattr(a, "target", None) for a in n.args}
+            ]:
                 self._read_table(node, weight.fqn, held)
 
     def _read_table(self, node: fx.Node, fqn: str, held: list[fx.Node]) -> None:
         rows, blocks = value(held[0]).shape[:2]
-        attributes = {"K": blocks * _TABLE_BLOCK, "N": rows, "bits": 8, "block_size": _TABLE_BLOCK, "accuracy_level": 4}
+        attributes = {
+            "K": blocks * _TABLE_BLOCK,
+            "N": rows,
+            "bits": 8,
+            "block_size": _TABLE_BLOCK,
+            "accuracy_level": 4,
+        }
 
         def look_up(index: Any, codes: Any, scales: Any) -> Any:
             taken = codes[index].to(scales.dtype) - 128
@@ -164,7 +179,9 @@ class Forms:
 
         def head(x: Any, bias: Any, *table: Any) -> Any:
             shape = (*x.shape[:-1], rows)
-            y = symbolic("com.microsoft::MatMulNBits", [x, *table], attributes, dtype=x.dtype, shape=shape, version=1)
+            y = symbolic(
+                "com.microsoft::MatMulNBits", [x, *table], attributes, dtype=x.dtype, shape=shape, version=1
+            )
             return y if bias is None else y + bias
 
         if node.target is torch.ops.aten.embedding.default:
@@ -177,16 +194,20 @@ class Forms:
 
     def _large(self, node: Any) -> bool:
         weight = self.program.weight(node)
-        return weight is not None and weight.tensor.shape[0] >= 1024 and weight.tensor.shape[1] % _TABLE_BLOCK == 0
+        return (
+            weight is not None
+            and weight.tensor.shape[0] >= 1024
+            and weight.tensor.shape[1] % _TABLE_BLOCK == 0
+        )
 
     # -- NVFP4 ------------------------------------------------------------------------------------
 
     def _nvfp4(self, node: fx.Node) -> None:
-        x, codes_node, scales_node, global_node, input_node, bias, activations = (
-            *node.args, *(None, None, "exact")[len(node.args) - 4 :])  # fmt: skip
-        if "activations" in node.kwargs or "bias" in node.kwargs or "input_scale" in node.kwargs:
-            activations = node.kwargs.get("activations", activations)
-            bias, input_node = node.kwargs.get("bias", bias), node.kwargs.get("input_scale", input_node)
+        given: dict[str, Any] = {"input_scale": None, "bias": None, "activations": "exact"}
+        given.update(zip(given, node.args[4:]))
+        given.update(node.kwargs)
+        x, codes_node, scales_node, global_node = node.args[:4]
+        input_node, bias, activations = given["input_scale"], given["bias"], given["activations"]
         codes = nvfp4_format.unpack(self._tensor(codes_node))
         scales = self._tensor(scales_node).view(torch.float8_e4m3fn)
         scale = self._tensor(global_node).reshape(())
@@ -333,7 +354,7 @@ class Forms:
 def _dequantized(
     held: Any, outputs: int, columns: int, block: int, fp4: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    blocks = {"axis": 1, "block_size": block}
+    blocks: dict[str, Any] = {"axis": 1, "block_size": block}
     if not fp4:
         return symbolic("DequantizeLinear", list(held), blocks, dtype=dtype, shape=(outputs, columns))
     codes, scales, scale = held

@@ -74,7 +74,12 @@ class Build:
         self._count += 1
         name = f"pack_{self._count}_constant"
         tensor = ir.tensor(np.asarray(numbers, dtype=np.int64), name=name)
-        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+        value = ir.Value(
+            name=name,
+            const_value=tensor,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+        )
         self.graph.initializers[name] = value
         return value
 
@@ -82,7 +87,7 @@ class Build:
         """Move a model's nodes into the graph, reading `inputs`; returns its outputs. Equal names of weights
         mean the same weight."""
         graph = part.graph
-        mapping: dict[ir.Value, ir.Value] = dict(zip(graph.inputs, inputs, strict=True))
+        mapping: dict[Any, Any] = dict(zip(graph.inputs, inputs, strict=True))
         for name, value in list(graph.initializers.items()):
             if name in self.graph.initializers:
                 mapping[value] = self.graph.initializers[name]
@@ -93,9 +98,9 @@ class Build:
         graph.outputs.clear()
         nodes = list(graph)
         for node in nodes:
-            for index, value in enumerate(node.inputs):
-                if value in mapping:
-                    node.replace_input_with(index, mapping[value])
+            for index, read in enumerate(node.inputs):
+                if read in mapping:
+                    node.replace_input_with(index, mapping[read])
             for out in node.outputs:
                 out.name = f"{prefix}.{out.name}"
             node.name = f"{prefix}.{node.name}"
@@ -196,6 +201,5 @@ def pack_around(
 
     if epilogue is not None:
         sources["epilogue"] = build.absorb(epilogue, [fetch(a) for a in layout.epilogue_arguments], "late")
-    for where in layout.results:
-        graph.outputs.append(fetch(where))
+    graph.outputs.extend(fetch(where) for where in layout.results)
     return ir.Model(graph, ir_version=10)

@@ -92,7 +92,9 @@ def important_attention(q, k, v, index, scale):
     return important.reference(q, k, v, index, scale).contiguous()
 
 
-def rotate(x: torch.Tensor, signs: torch.Tensor | None, base: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor, signs: torch.Tensor | None, base: torch.Tensor, power: torch.Tensor
+) -> torch.Tensor:
     """`hadamard` with its two Kronecker factors at hand, scaled: two small products and not one large."""
     order, two = base.shape[0], power.shape[0]
     signed = x.to(base.dtype) if signs is None else x.to(base.dtype) * signs.to(base.dtype)

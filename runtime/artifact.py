@@ -246,7 +246,7 @@ def _member(file: Any, archive: zipfile.ZipFile, manifest: Any, name: str, path:
         + int.from_bytes(header[28:30], "little")
     )
     data = torch.empty(info.file_size, dtype=torch.uint8)
-    view = memoryview(data.numpy())
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
     file.seek(start)
     whole = info.compress_type == zipfile.ZIP_STORED and file.readinto(view) == len(view)
     if not whole or hashlib.sha256(view).hexdigest() != manifest["sha256"][name]:

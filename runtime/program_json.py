@@ -142,9 +142,9 @@ class _Fakes(fx.Interpreter):
 
 
 def _symbol(mode: FakeTensorMode, name: str, facts: dict[str, Any]) -> Any:
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     example = torch.empty(max(2, facts["hint"]), device="meta")
-    size = mode.from_tensor(example, symbolic_context=context, source=ConstantSource(name)).shape[0]
+    size: Any = mode.from_tensor(example, symbolic_context=context, source=ConstantSource(name)).shape[0]
     env = mode.shape_env
     assert env is not None
     if facts["max"] is not None or facts["min"] > 2:

@@ -15,7 +15,8 @@ from . import expressions
 
 def describe_inputs(program: Program) -> list[dict[str, Any]]:
     """One entry for each placeholder: a tensor the caller gives, a size read off one, or one nobody reads."""
-    places, entries = program.placeholders, []
+    places = program.placeholders
+    entries: list[dict[str, Any]] = []
     for node, name in zip(places, program.input_names):
         known = value(node)
         if isinstance(known, torch.Tensor):
@@ -23,7 +24,11 @@ def describe_inputs(program: Program) -> list[dict[str, Any]]:
                 entries.append({"name": name, "kind": "unused"})
                 continue
             shape = [expressions.write(s) for s in known.shape]
-            entry = {"kind": "tensor", "dtype": str(known.dtype).removeprefix("torch."), "shape": shape}
+            entry: dict[str, Any] = {
+                "kind": "tensor",
+                "dtype": str(known.dtype).removeprefix("torch."),
+                "shape": shape,
+            }
             entries.append({"name": name, **entry, "device": known.device.type})
         elif isinstance(known, torch.SymInt):
             entries.append({"name": name, "kind": "size", "size": expressions.write(known)})

@@ -39,7 +39,13 @@ class Pool:
         if tensor.dtype not in _NAMES:
             raise ValueError(f"A weight has the dtype {tensor.dtype}, which safetensors cannot store.")
         tensor = tensor.detach()
-        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+        key: tuple[Any, ...] = (
+            tensor.data_ptr(),
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.stride(),
+            str(tensor.device),
+        )
         key += (id(tensor),) if tensor.numel() == 0 else ()
         if key not in self._known:
             self._known[key] = len(self.tensors)
@@ -76,7 +82,7 @@ class Pool:
             tensor = self.tensors[number]
             flat = _memory_order(tensor).cpu().reshape(-1)
             if flat.numel():
-                data = memoryview(flat.view(torch.uint8).numpy())
+                data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
                 for start in range(0, len(data), _CHUNK):
                     yield data[start : start + _CHUNK]
 

@@ -66,7 +66,7 @@ def save(
                             "Pass a call of the compiled model; its results' names are taken from it.")  # fmt: skip
     is_mapping = isinstance(example_inputs, Mapping) or hasattr(example_inputs, "keys")
     with sessions.watch() as calls:
-        result = what(**example_inputs) if is_mapping else what(*example_inputs)
+        result = what(**example_inputs) if is_mapping else what(*example_inputs)  # type: ignore[arg-type]
     if len(calls) != 1:
         raise ThresherError(
             f"The model runs as {len(calls)} graphs, with Python code between them that cannot be saved. "
@@ -138,11 +138,11 @@ def export_onnx(
             warnings.warn(f"thresher rewrote nothing: {missed[0] if missed else 'no candidate site.'}",
                           backend.ThresherWarning, stacklevel=2)  # fmt: skip
     record = onnx_export(
-        program, path, runtime=runtime, body_only=body_only, accuracy_level=accuracy_level,
+        program, Path(path), runtime=runtime, body_only=body_only, accuracy_level=accuracy_level,
         table_bits=table_bits, output_names=names,
     )  # fmt: skip
     if check and inputs:
-        record.differences, notes = compare(path, _calls(program, inputs, record, body_only))
+        record.differences, notes = compare(Path(path), _calls(program, inputs, record, body_only))
         record.notes += notes
     return record
 
