@@ -52,6 +52,7 @@ def test_twenty_steps_after_a_packed_prefill_equal_the_padded_model(name):
     assert ours.counters[0].packed == 4
 
 
+@pytest.mark.slow
 def test_decoding_may_go_through_the_compiled_model_too():
     """A call with a cache is not a prefill: it runs as it was, and the tokens are the same."""
     model, _ = zoo.ZOO["llama"].build()

@@ -8,7 +8,7 @@ import zoo
 
 import thresher
 
-KINDS = ("llama", "bert", "mistral", "t5_encoder")
+KINDS = ("llama", "t5_encoder", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "mistral")))
 MASK = masks.mixed((5, 9, 12))
 
 
