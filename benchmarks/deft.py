@@ -74,7 +74,7 @@ def least(forms: dict[str, Callable[[], int]], rounds: int) -> tuple[dict[str, f
 
 
 def kernel(bench: Benchmark, quick: bool) -> None:
-    shapes = [(8192, 2048)] if quick else [(8192, 2048), (11008, 4096)]
+    shapes = [(8192, 2048)] if quick else [(11008, 4096), (8192, 2048)]
     kinds = (("fp32", torch.float32, torch.float32), ("bf16", torch.bfloat16, torch.bfloat16),
              ("int8", torch.float32, torch.int8), ("int4", torch.float32, torch.uint8))  # fmt: skip
     lowest: dict[str, float] = {}
@@ -104,7 +104,7 @@ def kernel(bench: Benchmark, quick: bool) -> None:
                     return len(rows)
 
                 forms["F.linear"] = linear
-            best, middle = least(forms, 5 if quick else 11)
+            best, middle = least(forms, 7 if quick else 11)
             dense = min(best[n] for n in ("1.00", "F.linear") if n in best)
             dense_middle = min(middle[n] for n in ("1.00", "F.linear") if n in middle)
             for p in DENSITIES:
@@ -237,7 +237,7 @@ def decode(bench: Benchmark, quick: bool) -> None:
                     name: functools.partial(_all, form, steps)
                     for name, form in (("dense", dense), ("ours", ours))
                 }
-                best = interleave(forms, rounds=5 if quick else 11)
+                best = interleave(forms, rounds=7 if quick else 11)
             found = [a["union_density"] for a in ours.report["deft"].activity.values()]
             p = statistics.fmean(found)
             rest, mlp = width * width, width * neurons

@@ -105,8 +105,9 @@ def _without_storage(model: nn.Module) -> nn.Module:
     for module in shadow.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False  # a cache among the results is one more thing to trace
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # a cache among the results is one more thing to trace
         for name, child in list(module.named_children()):
             packed = getattr(child, "weight", None)
             sizes = getattr(child, "in_features", 0), getattr(child, "out_features", 0)
@@ -134,7 +135,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, sites: Sequence[Mlp], see: Callable[[str, torch.Tensor, Any], None]):
         self._signature = inspect.signature(model.forward)
-        self._masks: dict[str, torch.Tensor] = {}
+        self._masks: dict[str, Any] = {}
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for site in sites:
             module = model.get_submodule(site.down)
@@ -183,6 +184,7 @@ class DensityLoss(nn.Module):
 
     def __init__(self, model: nn.Module, sites: list[Mlp], eps: float, weight: float, layers: Any):
         super().__init__()
+        self.layers: torch.Tensor
         self.sites, self.eps, self.weight = sites, eps, weight
         self._learned = layers == "learned"
         if self._learned:
