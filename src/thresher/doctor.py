@@ -17,6 +17,7 @@ from rich.table import Table
 
 from . import compat, device_rates, devices, ops
 from .kernels import catalog, native
+from .lowering import tensorrt, torch_tensorrt
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def checks() -> list[Check]:
         found.append(Check("packages", package, number or "not installed", there, fix))
     reason = native.unavailable()
     found.append(Check("kernels", "C++ compiler", native.compiler() or "none", reason is None, reason or ""))
-    return [*found, _rates(), *_kernels()]
+    return [*found, _rates(), *_targets(), *_kernels()]
 
 
 def _rates() -> Check:
@@ -118,6 +119,25 @@ def _devices() -> list[Check]:
     names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [cpu] + [Check("system", f"gpu {i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 30} GiB", True)
                     for i, p in enumerate(names)]  # fmt: skip
+
+
+def _targets() -> list[Check]:
+    """What can be built here, and what no test of Thresher's has ever run."""
+    reason = tensorrt.unavailable()
+    python = "no builder" if reason else tensorrt.builder()
+    engines = Check("targets", "TensorRT engines: build", python, reason is None, reason or "")
+    other = torch_tensorrt.unavailable()
+    return [
+        engines,
+        Check("targets", "TensorRT engines: run", "unverified", False, tensorrt.UNVERIFIED),
+        Check(
+            "targets",
+            "torch-tensorrt (FX to engine)",
+            "unverified",
+            False,
+            other or "Prefer lowering.tensorrt.",
+        ),
+    ]
 
 
 def _kernels() -> list[Check]:

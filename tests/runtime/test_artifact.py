@@ -258,6 +258,12 @@ def test_what_cannot_be_saved_is_said(tmp_path):
     with pytest.raises(ArgumentError, match="example_inputs"):
         thresher.save(model, tmp_path / "m")
 
+    session = model.sessions[0]
+    program = session.program.copy()
+    program.calls = object()
+    with pytest.raises(ArtifactError, match="one kind of call"):
+        thresher.save(program, tmp_path / "m")
+
     class Broken(torch.nn.Module):
         def forward(self, x):
             x = x + 1
