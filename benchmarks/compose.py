@@ -221,10 +221,10 @@ def judged(b, what, baseline, times, losses, given) -> None:
             min(others.values()) / fit[best],
             ">= 1",
         )
-    # auto takes the fastest by its own timing, here the median; judged by another statistic of the same run, the minimum
+    # the rule that auto follows, the fastest within the budget by one timing, judged by another statistic of the run
     chosen = min(fit, key=lambda n: times[n].cpu_median)
     b.claim(
-        f"{what}: auto's choice, time over the best single preset's",
+        f"{what}: fastest by medians, as auto would choose, over the fastest by minima",
         times[chosen].cpu_min / fit[best],
         "<= 1.03",
     )

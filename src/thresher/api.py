@@ -230,7 +230,7 @@ def _stand_in(model: torch.nn.Module) -> torch.nn.Module:
                 if tensor is not None and tensor.device.type == "meta":
                     zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
                     is_parameter = isinstance(tensor, torch.nn.Parameter)
-                    named[name] = torch.nn.Parameter(zero, requires_grad=False) if is_parameter else zero
+                    named[name] = torch.nn.Parameter(zero, requires_grad=False) if is_parameter else zero  # type: ignore[assignment]
     return model
 
 

@@ -178,8 +178,8 @@ def _metric(metric: str | Metric | None, model: Any, inputs: Mapping[str, Any]) 
         own = model(**inputs)
     logits = getattr(own, "logits", None)
     if callable(metric):
-        base = float(metric(model))
-        return lambda candidate: (base - float(metric(candidate))) / max(abs(base), 1e-12)
+        score, base = metric, float(metric(model))
+        return lambda candidate: (base - float(score(candidate))) / max(abs(base), 1e-12)
     if metric is None:
         metric = "kl" if isinstance(logits, torch.Tensor) and logits.dim() == 3 else "cosine"
     if metric not in METRICS:

@@ -6,6 +6,7 @@ has now; the least of several timings counts, since whatever else runs can only 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -62,13 +63,13 @@ def _cases(
                 continue
             for kernel, make in _LINEARS.items():
                 if kernel.startswith("linear.") or kernel.split(".")[0] in {op.name for op in ops.all_ops()}:
-                    yield kernel, row, side * side, lambda m=make, r=row, s=side: m(r, s)
+                    yield kernel, row, side * side, functools.partial(make, row, side)
     packed = "varlen_attention" in {op.name for op in ops.all_ops()}
     for length in lengths:
         for width in WIDTHS:
-            yield "attention.float32", length, width, lambda l=length, w=width: _padded(l, w)
+            yield "attention.float32", length, width, functools.partial(_padded, length, width)
             if packed:
-                yield "varlen_attention.float32", length, width, lambda l=length, w=width: _packed(l, w)
+                yield "varlen_attention.float32", length, width, functools.partial(_packed, length, width)
 
 
 def _linear(dtype: torch.dtype) -> Callable[[int, int], Callable[[], Any]]:

@@ -51,7 +51,7 @@ class Surface:
         """The same, held at the edge beyond the grid: for a rate, which does not grow with the work."""
         low, high, share = _between(self.rows, rows)
         held = min(max(size, self.sizes[0]), self.sizes[-1])
-        return _blend(*(self._along(self.seconds[i], held) for i in (low, high)), share)
+        return _blend(self._along(self.seconds[low], held), self._along(self.seconds[high], held), share)
 
     def _along(self, line: tuple[float, ...], size: float) -> float:
         low, high, share = _between(self.sizes, size)

@@ -157,7 +157,11 @@ def _write_to_copies(graph: fx.Graph) -> None:
         if value(written).dtype != value(node).dtype or not same_shape(value(written), value(node)):
             continue
         node.target = pure
-        written.replace_all_uses_with(node, delete_user_cb=lambda u, at=position[node]: position[u] > at)
+
+        def later(user: fx.Node, at: int = position[node]) -> bool:
+            return position[user] > at
+
+        written.replace_all_uses_with(node, delete_user_cb=later)
 
 
 def _shares_memory(node: fx.Node) -> bool:

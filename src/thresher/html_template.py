@@ -9,7 +9,8 @@ STYLE = """
 * { box-sizing:border-box } body { font:15px/1.5 system-ui,sans-serif; margin:0 auto; max-width:1280px; padding:24px;
   color:var(--text); background:var(--bg) } h1 { font-size:24px; margin:0 } h2 { font-size:18px; margin:32px 0 8px }
 p,td,th { font-size:14px } .dim { color:var(--dim) } table { border-collapse:collapse; width:100% }
-th { text-align:left; font-weight:600 } td,th { padding:4px 12px 4px 0; border-bottom:1px solid var(--line);
+th { text-align:left; font-weight:600 } th+th { text-align:right }
+td,th { padding:4px 12px 4px 0; border-bottom:1px solid var(--line);
   vertical-align:top } td.n { text-align:right; font-variant-numeric:tabular-nums }
 .layer { display:flex; gap:8px; align-items:flex-start; padding:4px 0; border-bottom:1px solid var(--line) }
 .layer>b { flex:0 0 200px; font:13px/26px ui-monospace,monospace; overflow:hidden; text-overflow:ellipsis }

@@ -243,7 +243,7 @@ def _callee(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return f"torch.ops.{target}"
     if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return f"operator.{target.__name__}"
+        return f"operator.{getattr(target, '__name__', '')}"
     module = getattr(target, "__module__", "") or ""
     name = getattr(target, "__qualname__", None) or str(target)
     return f"{module}.{name}" if module.startswith("torch") else name

@@ -192,7 +192,8 @@ def _from_dict(spec: Mapping[str, Any]) -> Recipe:
         raise unknown_key("recipe", str(base), PRESETS)
     spec = {**PRESETS[base], **spec}
     settings = {f.name for f in dataclasses.fields(Recipe)} - {"passes"}
-    passes, rest = [], {}
+    passes: list[PassConfig] = []
+    rest: dict[str, Any] = {}
     for key, given in spec.items():
         if key in CONFIGS:
             config = _config(key, given)

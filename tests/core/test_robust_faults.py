@@ -1,0 +1,102 @@
+"""What goes wrong around a compilation leaves results right, old files whole, and a sentence that says what it was."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow  # each case is a process of its own
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+PRELUDE = f"""
+import os, resource, signal, sys
+sys.path.insert(0, {str(SUPPORT)!r})
+import torch, zoo, thresher
+torch.set_num_threads(1)
+model, inputs = zoo.ZOO["bert"].build()
+
+def compiled(**options):
+    return thresher.compile(model, inputs, target="reference", **options)
+
+def check(fast):
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**inputs).last_hidden_state[real], model(**inputs).last_hidden_state[real])
+"""
+
+
+def run(code: str, code_wanted: int = 0, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == code_wanted, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_compiler_that_fails_leaves_the_references_and_says_so(tmp_path):
+    run(
+        """
+        from thresher import doctor
+        check(compiled(prepack=True))
+        found = {c.name: c for c in doctor.checks()}
+        line = next(c for n, c in found.items() if n.startswith("varlen_attention:") and c.found == "cpu")
+        assert not line.usable and line.fix, line
+        """,
+        CXX="/bin/false",
+        THRESHER_CACHE_DIR=str(tmp_path),
+    )
+
+
+def test_a_cache_directory_that_cannot_be_written(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("a file, where a directory is wanted")
+    run("check(compiled(prepack=True))", THRESHER_CACHE_DIR=str(blocked))
+    done = subprocess.run(
+        [sys.executable, "-c", "from thresher import cli, device_rates, devices\n"
+         "device_rates.measure_cpu = lambda: devices.guessed_cpu()\n"
+         "import sys; sys.argv = ['thresher', 'doctor', '--calibrate']; cli.main()"],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "THRESHER_CACHE_DIR": str(blocked)},
+    )  # fmt: skip
+    assert done.returncode == 2 and "THRESHER_CACHE_DIR" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        # the disk is full: no file may grow beyond 20,000 bytes
+        """
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        try:
+            thresher.save(fast, "m.thresher", example_inputs=inputs)
+        except Exception as reason:
+            assert isinstance(reason, (thresher.ThresherError, OSError)), reason
+            sys.exit(3)
+        """,
+        # the process is killed in the middle of writing
+        """
+        from thresher.runtime import artifact
+        whole = artifact._write_archive
+        def torn(file, members, manifest):
+            file.write(b"x" * 5000)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        artifact._write_archive = torn
+        thresher.save(fast, "m.thresher", example_inputs=inputs)
+        """,
+    ],
+    ids=["disk full", "killed"],
+)
+def test_the_old_artifact_survives_a_save_that_fails(tmp_path, fault):
+    make = f"os.chdir({str(tmp_path)!r})\nfast = compiled(prepack=True)\n"
+    run(make + "thresher.save(fast, 'm.thresher', example_inputs=inputs)")
+    before = (tmp_path / "m.thresher").read_bytes()
+    run(make + textwrap.dedent(fault), code_wanted=-9 if "SIGKILL" in fault else 3)
+    assert (tmp_path / "m.thresher").read_bytes() == before
+    run(
+        make
+        + "loaded = thresher.load('m.thresher', target='reference')\ncheck(loaded)\nassert loaded.manifest['certificate']"
+    )

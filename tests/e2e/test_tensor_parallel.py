@@ -1,0 +1,65 @@
+"""A Llama sharded over two ranks (gloo, CPU): a graph with DTensors is left to Inductor, says so, and is right."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+WORKER = f"""
+import os, sys, warnings
+sys.path.insert(0, {str(SUPPORT)!r})
+import torch, zoo, thresher
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+model, inputs = zoo.ZOO["llama_reglu"].build()
+model.config.use_cache = False
+with torch.no_grad():
+    expected = model(**inputs).logits
+mesh = init_device_mesh("cpu", (2,))
+for layer in model.model.layers:
+    parallelize_module(layer.mlp, mesh, {{
+        "gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel(),
+    }})
+fast = torch.compile(model, backend="thresher")
+with warnings.catch_warnings(record=True) as said, torch.no_grad():
+    warnings.simplefilter("always")
+    actual = fast(**inputs).logits
+reasons = [str(w.message) for w in said if "DTensor" in str(w.message)]
+assert reasons and "left this graph to plain Inductor" in reasons[0], [str(w.message) for w in said]
+real = inputs["attention_mask"].bool()
+actual = actual.full_tensor() if hasattr(actual, "full_tensor") else actual
+torch.testing.assert_close(actual[real], expected[real], atol=1e-4, rtol=1e-4)
+print("rank", dist.get_rank(), reasons[0], flush=True)
+dist.destroy_process_group()
+"""
+
+
+def launch(code: str, tmp_path: Path) -> str:
+    script = tmp_path / "worker.py"
+    script.write_text(code)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
+         f"--master-port={port}", str(script)],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_sharded_weights_are_left_to_inductor_and_said(tmp_path):
+    said = launch(WORKER, tmp_path)
+    assert "rank 0" in said and "rank 1" in said
