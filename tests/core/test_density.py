@@ -93,7 +93,9 @@ def test_lora_trains_adapters_only_and_finds_the_sites():
     plain = {s.down for s in mlps(model)}
     config = peft.LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"])
     wrapped = peft.get_peft_model(model, config)
-    assert {s.down.removeprefix("base_model.model.").removesuffix(".base_layer") for s in mlps(wrapped)} == plain
+    assert {
+        s.down.removeprefix("base_model.model.").removesuffix(".base_layer") for s in mlps(wrapped)
+    } == plain
     frozen = {n: p.clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
     density = thresher.density_loss(wrapped)
     values = train(wrapped, batch, density, [p for p in wrapped.parameters() if p.requires_grad])
@@ -181,6 +183,27 @@ def test_what_cannot_be_done_says_so():
         thresher.density_loss(nn.Linear(8, 8), {"input": torch.randn(2, 8)})
     with pytest.raises(ThresherError, match="not a single batch"):
         thresher.activation_density(model, [], example_inputs=x)
+
+
+class Packed(nn.Module):
+    """A linear whose weight is stored as bytes, as quantized ones of QLoRA are."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = inputs, outputs, None
+        self.weight = nn.Parameter(torch.randint(0, 255, (inputs * outputs, 1), dtype=torch.uint8), False)
+
+    def forward(self, x):
+        return x @ (self.weight.view(self.in_features, self.out_features).float() / 255 - 0.5)
+
+
+def test_quantized_linears_are_found_and_keep_their_weights():
+    model, x = Inline(), torch.randn(4, 8)
+    model.up, model.down = Packed(8, 16), Packed(16, 8)
+    density = thresher.density_loss(model, {"x": x})
+    assert [s.down for s in density.sites] == ["down"] and isinstance(model.up, Packed)
+    model(x)
+    torch.testing.assert_close(density(), soft_density(nn.functional.gelu(model.up(x)), None, 1e-2))
 
 
 def test_positional_inputs_and_a_model_of_ones_own():
