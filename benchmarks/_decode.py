@@ -66,7 +66,7 @@ def rounded_to_4_bits(program: Program, group: int = 32) -> Program:
     program = program.copy()
     for node in program.nodes(torch.ops.aten.linear.default):
         weight = program.weight(node.args[1])
-        if weight is None or ".layers." not in weight.fqn:
+        if weight is None or ".layer" not in weight.fqn:
             continue
         blocks = weight.tensor.detach().float().unflatten(1, (-1, group))
         scales = blocks.abs().amax(-1) / 7

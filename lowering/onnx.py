@@ -104,6 +104,14 @@ def export(
     if runtime == "tensorrt" and layout is not None and not body_only:
         raise ArgumentError("body_only", body_only, "True for a packed program and TensorRT",
                             "TensorRT has no NonZero: pack and unpack outside, as the runtime does.")  # fmt: skip
+    if (
+        layout is not None
+        and not body_only
+        and (layout.packing.form, layout.packing.outputs) != ("flat", "padded")
+    ):
+        given = f"form {layout.packing.form!r} and outputs {layout.packing.outputs!r}"
+        raise ArgumentError("recipe", given, "form 'flat' and outputs 'padded' with packing in the graph",
+                            "Export the body alone with body_only=True, or leave those options out.")  # fmt: skip
     started = time.perf_counter()
     parts = _Parts(runtime, accuracy_level, opset, table_bits)
     if layout is None or body_only:
