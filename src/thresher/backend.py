@@ -113,7 +113,8 @@ def _session(rewritten: Program, program: Program, recipe: Recipe, target: Targe
 
     def rebuild(choices: dict[str, tuple[int, ...]], inputs: Sequence[Any]) -> Session:
         passes = tuple(
-            dataclasses.replace(c, choice=choices[c.name]) if c.name in choices else c for c in recipe.passes
+            dataclasses.replace(c, choice=choices[c.name]) if c.name in choices else c
+            for c in recipe.passes  # type: ignore[call-arg]
         )
         other = dataclasses.replace(recipe, passes=passes, require=(), verify=False)
         with without_fake_mode(), torch.no_grad():
