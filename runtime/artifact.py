@@ -76,11 +76,6 @@ def write(
     refuse_to_keep(program, "program")
     catalog.load()
     layout: PackedLayout | None = program.packing
-    if program.calls is not None:
-        raise ArtifactError(
-            "This program was rewritten for one kind of call, and other kinds get programs of their own, which the "
-            "passes make when such a call comes. A file without the passes cannot. Save a model without token pruning."
-        )
     pool = Pool()
     outside = layout.padded if layout is not None else program
     programs: dict[str, Any] = {"body": encode(program, pool.hold)}
