@@ -112,11 +112,11 @@ def _session(rewritten: Program, program: Program, recipe: Recipe, target: Targe
         return Session(rewritten, target, Reference(), report, recipe.freshness)
 
     def rebuild(choices: dict[str, tuple[int, ...]], inputs: Sequence[Any]) -> Session:
-        passes = tuple(
-            dataclasses.replace(c, choice=choices[c.name]) if c.name in choices else c
-            for c in recipe.passes  # type: ignore[call-arg]
-        )
-        other = dataclasses.replace(recipe, passes=passes, require=(), verify=False)
+        passes = list(recipe.passes)
+        for i, config in enumerate(passes):
+            if config.name in choices:  # such a config has the option `choice`
+                passes[i] = dataclasses.replace(config, choice=choices[config.name])  # type: ignore[call-arg]
+        other = dataclasses.replace(recipe, passes=tuple(passes), require=(), verify=False)
         with without_fake_mode(), torch.no_grad():
             again, account = run_pipeline(program, other, inputs)
         account.target = target.name
