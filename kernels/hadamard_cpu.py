@@ -38,7 +38,7 @@ def _hadamard_cpu(x, signs, block):
     signs = None if signs is None else signs.float().contiguous()
     out = torch.empty_like(wide)
     base = base_matrix(block)
-    _, two = decompose(block)
+    _, two = decompose(block)  # type: ignore[misc]
     _kernel()(
         wide.data_ptr(),
         out.data_ptr(),

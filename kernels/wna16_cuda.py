@@ -85,8 +85,10 @@ def _provider(gemv: bool) -> Callable[..., torch.Tensor]:
         defs.check(x, codes, scales, zeros, bias, bits, group_size)
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        held = [t if t is None else t.contiguous() for t in (codes, scales, zeros, bias)]
-        return launch(rows, *held, bits, group_size, gemv=gemv).view(*x.shape[:-1], codes.shape[0])
+        zeros = None if zeros is None else zeros.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y = launch(rows, codes.contiguous(), scales.contiguous(), zeros, bias, bits, group_size, gemv=gemv)
+        return y.view(*x.shape[:-1], codes.shape[0])
 
     return run
 

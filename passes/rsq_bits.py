@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -48,13 +49,17 @@ def sensitivities(
         for site in sites:
             weight = sweep.weight(site.weight)
             rounded = round_to_nearest(weight.float(), grid).values.to(weight.dtype)
-            sweep.overrides[site.weight] = lambda rounded=rounded: rounded
+            sweep.overrides[site.weight] = functools.partial(_given, rounded)
         sweep.forget()
         found[piece.name] = _distance(whole, sweep.run(state, {output})[output])
         for site in sites:
             del sweep.overrides[site.weight]
         sweep.forget()
     return found
+
+
+def _given(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _distance(expected: torch.Tensor, actual: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -103,8 +104,9 @@ class RSQConfig(PassConfig):
 
     @classmethod
     def from_json(cls, text: str) -> RSQConfig:
-        fields = json.loads(text)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        fields: dict[str, Any] = json.loads(text)
+        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**options)
 
     def contradictions(self, quantized: RSQConfig) -> list[str]:
         """Options given here (that is, not at their defaults) that differ from what a file was made with."""

@@ -11,6 +11,7 @@ gives the same codes.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -262,9 +263,7 @@ class _Run:
         for site in group:
             tensors = self.outcome.linears[site.fqn] = made[site.fqn]
             dtype = self.rotated.weights[site.weight].tensor.dtype
-            self.sweep.overrides[site.weight] = lambda tensors=tensors, dtype=dtype: rsq_codes.values(
-                tensors
-            ).to(dtype)
+            self.sweep.overrides[site.weight] = functools.partial(_stands_for, tensors, dtype)
 
     def _advance(
         self, x: fx.Node, later: Sequence[fx.Node], collect: Any, beside: Sequence[fx.Node] = ()
@@ -316,6 +315,10 @@ class _Run:
             flat["importance"] = self.outcome.importance[piece.name]
         reports = json.dumps([vars(self.outcome.reports[s]) for s in sites])
         self.files.write(piece.name, flat, {"reports": reports})
+
+
+def _stands_for(tensors: rsq_codes.Tensors, dtype: torch.dtype) -> torch.Tensor:
+    return rsq_codes.values(tensors).to(dtype)
 
 
 def _pieces(structure: Structure, plan: Plan, order: Mapping[fx.Node, int]) -> Iterator[Piece]:

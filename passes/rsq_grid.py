@@ -35,7 +35,8 @@ class Grid(Protocol):
     group: how many consecutive columns share parameters; -1 for a whole row.
     """
 
-    group: int
+    @property
+    def group(self) -> int: ...
 
     def bind(self, weight: torch.Tensor) -> Grid: ...
     def fit(self, columns: torch.Tensor) -> Parameters: ...

@@ -118,11 +118,11 @@ def _check(program: Program, node: fx.Node, held: set[fx.Node]) -> None:
         return
     elif target in (aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.narrow.default):
         rank = value(args[0]).dim()
-        if int(args[1] if len(args) > 1 else 0) % rank != rank - 1:  # type: ignore[call-overload]
+        if int(args[1] if len(args) > 1 else 0) % rank != rank - 1:  # type: ignore[arg-type]
             return
     elif target in (aten.unsqueeze.default, aten.squeeze.dim):
         rank = value(args[0]).dim() + (target is aten.unsqueeze.default)
-        if int(args[1]) % rank != rank - 1:  # type: ignore[call-overload]
+        if int(args[1]) % rank != rank - 1:  # type: ignore[arg-type]
             return
     elif target in (aten.reshape.default, aten.expand.default, aten.index.Tensor):
         last, width = value(node).shape[-1], value(args[0]).shape[-1]
