@@ -62,7 +62,9 @@ class _Builder:
                 if node in axes.stopped:
                     self._restore_arguments(node, replay)
                 replay.compute(node)
-            if node is self.layers[-1].output and self.full is not None:  # all tokens go through norm and head
+            if (
+                node is self.layers[-1].output and self.full is not None
+            ):  # all tokens go through norm and head
                 replay.env[node] = self._restored(node, replay)
                 replay.home[node], replay.frame = replay.root, replay.root
             if node in self.cuts:

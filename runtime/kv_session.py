@@ -29,7 +29,9 @@ class CallSession(Session):
     ran: how often each choice ran.
     """
 
-    def __init__(self, *args: Any, rebuild: Callable[[Choices, Sequence[Any]], Session] | None = None, **kwargs: Any):
+    def __init__(
+        self, *args: Any, rebuild: Callable[[Choices, Sequence[Any]], Session] | None = None, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         self.rebuild = rebuild
         self.plan: CallPlan = self.program.calls
