@@ -44,6 +44,7 @@ _PACKAGES = (
     "tensorrt-rtx",
     "numpy",
 )
+_PLACES = ("json", "lock", "log", "state")  # options that name a file to write
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -211,14 +212,17 @@ class Benchmark:
 
 
 def _command() -> str:
-    """What was typed, with paths as seen from the checkout: a record tells nobody where it was kept."""
-    root = Path(__file__).resolve().parents[1]
-
-    def seen_from_root(word: str) -> str:
+    """What was typed, less the places where things lie on this machine: a record tells nobody of those."""
+    root, words, skip = Path(__file__).resolve().parents[1], ["python"], False
+    for word in sys.argv:
         path = Path(word).resolve()
-        return str(path.relative_to(root)) if os.sep in word and path.is_relative_to(root) else word
-
-    return " ".join(["python", *map(seen_from_root, sys.argv)])
+        if skip or (word.startswith("--") and word.removeprefix("--") in _PLACES):
+            skip = not skip
+        else:
+            words.append(
+                str(path.relative_to(root)) if os.sep in word and path.is_relative_to(root) else word
+            )
+    return " ".join(words)
 
 
 def _show(value: Any) -> str:

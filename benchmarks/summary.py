@@ -7,12 +7,30 @@ python benchmarks/summary.py --check    # exit 1 when the page is not what the r
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
+README, MARKS = ROOT / "README.md", ("<!-- results -->\n", "<!-- /results -->")
+# (record, claim, as the README says it, how to show the number)
+HIGHLIGHTS = (
+    ("prepacking", "E, geometric mean over the length sets", "Prepacking: share of the FLOP bound over six length sets", "{:.0%}"),
+    ("prepacking", "over padded compile at 81% padding (long-tail)", "Prepacking, 81 % padding: speed over padded `torch.compile`", "{:.1f}x"),
+    ("prepacking", "no padding: time over padded compile", "Prepacking, no padding: time over padded `torch.compile`", "{:.3f}x"),
+    ("compose", "MiniLM: best recipe within 1 % over padded Inductor", "MiniLM on a mixed-length batch over padded Inductor", "{:.2f}x"),
+    ("compose", "MiniLM: best recipe within 1 % over torchao's best within 1 %", "The same over torchao's best (int8)", "{:.2f}x"),
+    ("tokens", "attainable speed-up reached at n = 1024 (2.28x of 2.32x)", "Token pruning to a quarter behind layer 2 of 8: share of the attainable speed-up", "{:.0%}"),
+    ("tokens", "KV bytes at 4/2 bits, 30 % important, of bf16's", "Mixed-precision KV cache: bytes of bf16's", "{:.2f}x"),
+    ("deft-train", "ReLU: exact density with the loss over the control's, mean of 5 seeds", "DEFT's loss: exact density of the control's, ReLU, 5 seeds", "{:.2f}x"),
+    ("deft", "decode step at 5 %, non-gated: dense Inductor / ours", "Sparse MLPs at 5 % density: decode step of a toy decoder over Inductor", "{:.2f}x"),
+    ("nvfp4", "4096x4096, 1 row: exact activations against bf16", "NVFP4 product on a CPU, one row: speed over bf16 `linear`", "{:.1f}x"),
+    ("nvfp4", "4096x4096, 512 rows: bf16 time / slowest nvfp4 form", "The same at 512 rows", "{:.2f}x"),
+    ("rsq", "3-bit RSQ: KL against rotate + GPTQ, seed 0", "RSQ at 3 bits, SmolLM2-135M: KL to fp32, of rotate + GPTQ's", "{:.2f}x"),
+    ("rsq", "4-bit 4096x4096 batch 1: time of torch int4 (bf16) over ours", "4-bit product, one row: speed over torch's int4 kernel", "{:.2f}x"),
+    ("lowering", "SmolLM2-135M int4 decode through ORT MatMulNBits, speed over fp32 ORT", "SmolLM2 exported to ONNX at 4 bits: decode over fp32 in ONNX Runtime", "{:.1f}x"),
+    ("lowering", "TensorRT-RTX: all builds together, wall s", "TensorRT-RTX engines of six graphs, SM 8.9 and 12.0, built without a GPU", "{:.0f} s"),
+)  # fmt: skip
 _HEAD = """# Results
 
 Every claim with its target, measured or not, as `benchmarks/results/*.json` has it. This page is written by
@@ -52,7 +70,23 @@ def page() -> str:
     return "\n".join([_HEAD, *(section(r) for r in records if "claims" in r)])
 
 
+def highlights() -> str:
+    """The README's table. Raises KeyError for a highlight whose claim no record makes any more."""
+    lines = ["| what | measured | aim | reached |", "|---|---|---|---|"]
+    for name, claim, words, shown in HIGHLIGHTS:
+        claims = json.loads((RESULTS / f"{name}.json").read_text())["claims"]
+        found = {c["claim"]: c for c in claims}[claim]
+        verdict = "yes" if found["holds"] else "**no**"
+        lines.append(f"| {words} | {shown.format(found['value'])} | {found['target']} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme() -> str:
+    """The README with the table in its place."""
+    before, rest = README.read_text().split(MARKS[0])
+    return before + MARKS[0] + highlights() + MARKS[1] + rest.split(MARKS[1])[1]
+
+
 if __name__ == "__main__":
-    if "--check" in sys.argv:
-        sys.exit(PAGE.read_text() != page())
     PAGE.write_text(page())
+    README.write_text(readme())
