@@ -23,15 +23,17 @@ if MISSING is None:
     @triton.jit
     def _unpack(codes, ROWS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
         """uint8 [ROWS, D * BITS / 8] to fp32 [ROWS, D]: part p of a row is bits p * BITS of every byte."""
+        # no early return: Triton compiles what stands behind one, for which the shapes do not fit
         if BITS == 8:
-            return codes.to(tl.float32)
-        if BITS == 4:
+            flat = codes
+        elif BITS == 4:
             both = tl.join(codes & 15, codes >> 4)
-            return tl.reshape(tl.permute(both, (0, 2, 1)), [ROWS, D]).to(tl.float32)
-        low = tl.join(codes & 3, (codes >> 2) & 3)
-        high = tl.join((codes >> 4) & 3, codes >> 6)
-        four = tl.permute(tl.join(low, high), (0, 3, 2, 1))
-        return tl.reshape(four, [ROWS, D]).to(tl.float32)
+            flat = tl.reshape(tl.permute(both, (0, 2, 1)), [ROWS, D])
+        else:
+            low = tl.join(codes & 3, (codes >> 2) & 3)
+            high = tl.join((codes >> 4) & 3, codes >> 6)
+            flat = tl.reshape(tl.permute(tl.join(low, high), (0, 3, 2, 1)), [ROWS, D])
+        return flat.to(tl.float32)
 
     @triton.jit
     def _fold(peak, mass, acc, scores, values, PRECISION: tl.constexpr):
