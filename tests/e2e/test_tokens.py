@@ -137,7 +137,8 @@ def test_with_quantized_weights(llama):
     ids = _prompt()
     inputs = dict(input_ids=ids, use_cache=False)
     pruned = _compile(llama, inputs, **_pruning(stages=((1, 0.5),), policy="uniform"))
-    call = _compile(llama, inputs, **_pruning(stages=((1, 0.5),), policy="uniform"), nvfp4=True, verify=False)
+    quantized = dict(nvfp4={"min_weights": 0}, verify=False)
+    call = _compile(llama, inputs, **_pruning(stages=((1, 0.5),), policy="uniform"), **quantized)
     assert call.report["transprune"].rewritten and call.report["nvfp4"].rewritten
     expected, actual = pruned(**inputs).logits, call(**inputs).logits
     assert torch.equal(actual == 0, expected == 0), "the same tokens are left out"
