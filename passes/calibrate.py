@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import fx
 
+from thresher.compat import has_values
 from thresher.errors import ArgumentError, ThresherError
 from thresher.program import Program
 from thresher.recipe import Recipe
@@ -121,7 +122,7 @@ def weights_fingerprint(program: Program) -> str:
             continue
         tensor = weight.tensor.detach()
         digest.update(f"{weight.fqn}:{tuple(tensor.shape)}:".encode())
-        if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
+        if not has_values(tensor):
             continue
         flat = tensor.flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.compat import has_values
 from thresher.errors import ArgumentError
 from thresher.program import Program, Weight, value
 from thresher.recipe import PassConfig
@@ -29,7 +30,7 @@ from .base import EXACT, Context, Match, Miss, Pass, register_pass
 from .calibrate import Tap, weights_fingerprint
 from .deft_sites import FLAT_ZERO, Plan, read, site_names, up_rows, widest
 from .deft_thresholds import Choice, HiddenSample, choose, curve, neuron_norms, root_mean_square
-from .deft_weights import derived, is_real, not_finite, stored
+from .deft_weights import derived, not_finite, stored
 from .structure_linears import PRODUCTS
 from .structure_sites import LinearSite, MlpSite
 
@@ -138,7 +139,7 @@ class Deft(Pass):
             claims = [plan.mlp.down.weight_fqn]
             if plan.gated and config.skip_up and config.bits == 16:
                 claims += [plan.mlp.up.linear.weight_fqn]
-                if plan.mlp.fused and not is_real(program.weights[plan.mlp.up.linear.weight].tensor):
+                if plan.mlp.fused and not has_values(program.weights[plan.mlp.up.linear.weight].tensor):
                     context.notes.append(f"{fqn}: its fused projection is split into gate and up.")
             elif plan.why_down:
                 context.notes.append(f"{fqn} keeps its up projection dense. {plan.why_down}")

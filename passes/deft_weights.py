@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from thresher.compat import has_values
 from thresher.errors import ThresherError
 from thresher.program import Program, Weight
 
@@ -36,14 +37,9 @@ def take(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
     return tensor[rows] if isinstance(rows, slice) else tensor[list(rows)]
 
 
-def is_real(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has values; those of a dry run have none."""
-    return tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)
-
-
 def not_finite(tensor: torch.Tensor) -> int | None:
     """The first index of dimension 0 that holds an infinity or a NaN, or None."""
-    if not is_real(tensor) or bool(tensor.isfinite().all()):
+    if not has_values(tensor) or bool(tensor.isfinite().all()):
         return None
     return int((~tensor.isfinite()).reshape(tensor.shape[0], -1).any(1).nonzero()[0])
 

@@ -15,20 +15,20 @@ own output most, measured on calibration data (see nvfp4_calibration.py).
 
 from __future__ import annotations
 
-import fnmatch
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
+from thresher.compat import has_values
 from thresher.errors import ArgumentError, unknown_key
-from thresher.program import Program, Weight, fake_like, value
+from thresher.program import Program, Weight, value
 from thresher.recipe import PassConfig
 
 from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .calibrate import Tap
+from .keep import check_keep, kept_layers
 from .nvfp4_calibration import InputStatistics, most_sensitive
 from .structure import LinearSite, Structure
 from .structure_linears import find_linears
@@ -74,13 +74,7 @@ class NVFP4Config(PassConfig):
                              ("input_scale", ("dynamic", "calibrated"))):  # fmt: skip
             if getattr(self, field) not in known:
                 raise unknown_key(f"nvfp4 option {field}", str(getattr(self, field)), known)
-        if isinstance(self.keep, str):
-            raise ArgumentError("nvfp4 option keep", repr(self.keep), "a list of words or globs",
-                                f"Write keep=[{self.keep!r}].")  # fmt: skip
-        for word in self.keep:
-            count = word.partition(":")[2]
-            if word.split(":")[0] in ("first", "last") and count and not count.isdigit():
-                raise ArgumentError("nvfp4 option keep", repr(word), "'first:N' or 'last:N'", "Give a count.")
+        check_keep("nvfp4", self.keep)
         if self.input_scale == "calibrated" and self.activations != "nvfp4":
             raise ArgumentError(
                 "nvfp4 option input_scale",
@@ -160,7 +154,7 @@ class NVFP4(Pass):
         if match.data.input_scale is not None:
             held = Weight(f"{site.fqn}.input_scale", match.data.input_scale.to(parts[0].tensor.device))
             fixed = program.get_weight(held, before=at)
-        bias = None if site.bias is None else _read(program, site.bias, at)
+        bias = None if site.bias is None else program.read_weight(site.bias, at)
         with program.graph.inserting_before(at):
             node = program.graph.call_function(
                 ops.nvfp4_linear.default,
@@ -180,31 +174,6 @@ def _structure(context: Context) -> Structure:
     return context.structure()
 
 
-def kept_layers(
-    structure: Structure, keep: Sequence[str], notes: list[str] | None = None
-) -> dict[LinearSite, str]:
-    """The linears that `keep` names, each with the sentence that says so. A word that names none is noted."""
-    towers = [t.layers for t in structure.towers]
-    kept: dict[LinearSite, str] = {}
-    for word in keep:
-        kind, _, count = word.partition(":")
-        number = int(count or 1)
-        if kind == "head":
-            chosen = [] if structure.head is None else [structure.head]
-        elif kind == "embedding":
-            chosen = [s for s in structure.linears if s.role == "embedding"]
-        elif kind in ("first", "last"):
-            ends = [layers[:number] if kind == "first" else layers[-number:] for layers in towers]
-            chosen = [s for layers in ends for l in layers for b in l.branches for s in b.site.linears]
-        else:
-            chosen = [s for s in structure.linears if fnmatch.fnmatchcase(s.fqn, word)]
-        if not chosen and notes is not None and word != "head":
-            notes.append(f"keep={word!r} names no linear of this model.")
-        for site in chosen:
-            kept.setdefault(site, f"It is kept in high precision by keep={word!r}.")
-    return kept
-
-
 def unfit(program: Program, site: LinearSite, config: NVFP4Config) -> str | None:
     """Why a linear cannot or should not be rewritten, or None."""
     weight = program.weights[site.weight].tensor
@@ -221,15 +190,11 @@ def unfit(program: Program, site: LinearSite, config: NVFP4Config) -> str | None
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"Its weight is stored as {weight.dtype}; fp32, bf16 and fp16 can be rounded to NVFP4."
-    if not _is_fake(weight):
+    if has_values(weight):
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
             return f"{site.weight_fqn} has {bad} NaN or infinite values, which NVFP4 cannot hold; repair the weight."
     return None
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)
 
 
 def _claims(program: Program, site: LinearSite) -> tuple[str, ...]:
@@ -280,14 +245,6 @@ class _Shared:
             if stamp != self._sources or index not in self._left:
                 self._left, self._sources = dict(enumerate(self._make(*sources))), stamp
             return self._left.pop(index)
-
-
-def _read(program: Program, name: str, before: fx.Node) -> fx.Node:
-    """A read of a weight that the program holds, just before a node."""
-    with program.graph.inserting_before(before):
-        node = program.graph.create_node("get_attr", name)
-    node.meta["val"] = fake_like(program.weights[name].tensor, before)
-    return node
 
 
 def _size_notes(program: Program, sites: Sequence[LinearSite]) -> list[str]:

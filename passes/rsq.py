@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
 
 from thresher.errors import ArgumentError
-from thresher.program import Program, Weight, fake_like, value
+from thresher.program import Program, Weight, value
 
 from . import rsq_rewrite
 from .base import Context, Effect, Match, Miss, Pass, register_pass
@@ -103,7 +102,7 @@ class RSQ(Pass):
         site, at = data.site, data.site.output
         held = program.weights[site.weight]
         nodes = {n: program.get_weight(w, before=at) for n, w in _weights(site, data.tensors, held).items()}
-        bias = None if site.bias is None else _read(program, site.bias, at)
+        bias = None if site.bias is None else program.read_weight(site.bias, at)
         args: tuple[Any, ...]
         if "block_scales" in nodes:
             target = ops.nvfp4_linear.default
@@ -138,13 +137,6 @@ def _weights(site: LinearSite, tensors: Mapping[str, torch.Tensor], held: Weight
         for name in _STORED
         if name in tensors
     }
-
-
-def _read(program: Program, name: str, before: fx.Node) -> fx.Node:
-    with program.graph.inserting_before(before):
-        node = program.graph.create_node("get_attr", name)
-    node.meta["val"] = fake_like(program.weights[name].tensor, before)
-    return node
 
 
 def signature(edit: Edit) -> str:

@@ -12,6 +12,7 @@ import torch
 from thresher.errors import ArgumentError, unknown_key
 from thresher.recipe import PassConfig
 
+from .keep import check_keep
 from .rsq_importance import STRATEGIES
 from .rsq_rotation import KINDS
 
@@ -82,9 +83,7 @@ class RSQConfig(PassConfig):
             if getattr(self, field) not in widths:
                 raise ArgumentError(f"rsq option {field}", getattr(self, field),
                                     ", ".join(map(str, widths)), "Choose one of those.")  # fmt: skip
-        if isinstance(self.keep, str):
-            raise ArgumentError("rsq option keep", repr(self.keep), "a list of words or globs",
-                                f"Write keep=[{self.keep!r}].")  # fmt: skip
+        check_keep("rsq", self.keep)
         if not 0 < self.r_min <= self.r_max:
             raise ArgumentError("rsq option r_min", self.r_min, f"0 < r_min <= r_max = {self.r_max}",
                                 "The paper searches 0.005 to 0.1.")  # fmt: skip

@@ -7,16 +7,16 @@ reason; the rest of the plan stands without them.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from thresher.compat import has_values
 from thresher.hadamard import decompose
 from thresher.program import Program, value
 from thresher.report import Miss
 
+from .keep import kept_layers
 from .rsq_config import RSQConfig
 from .rsq_rotation import (
     Rotation,
@@ -130,7 +130,7 @@ def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Plan
                 )
                 continue
             plan.edit(mlp.down).online = rotation(mlp.width, config.seed + DOWN_SEED, kind)
-    kept = _kept(structure, config.keep, plan.notes)
+    kept = kept_layers(structure, config.keep, plan.notes)
     for linear in structure.linears:
         reason = kept.get(linear) or unfit(program, linear, config)
         if reason is not None:
@@ -223,27 +223,6 @@ def _symmetric(r: Rotation) -> bool:
     return r.block == r.order and decompose(r.order) == ((), r.order)
 
 
-def _kept(structure: Structure, keep: Sequence[str], notes: list[str]) -> dict[LinearSite, str]:
-    kept: dict[LinearSite, str] = {}
-    for word in keep:
-        kind, _, count = word.partition(":")
-        if kind == "head":
-            chosen = [structure.head] if structure.head is not None else []
-        elif kind == "embedding":
-            chosen = [s for s in structure.linears if s.role == "embedding"]
-        elif kind in ("first", "last"):
-            number = int(count or 1)
-            ends = [t.layers[:number] if kind == "first" else t.layers[-number:] for t in structure.towers]
-            chosen = [s for layers in ends for l in layers for b in l.branches for s in b.site.linears]
-        else:
-            chosen = [s for s in structure.linears if fnmatch.fnmatchcase(s.fqn, word)]
-        if not chosen and word != "head":
-            notes.append(f"keep={word!r} names no linear of this model.")
-        for site in chosen:
-            kept.setdefault(site, f"It keeps its precision by keep={word!r}.")
-    return kept
-
-
 def unfit(program: Program, site: LinearSite, config: RSQConfig) -> str | None:
     """Why a linear cannot be quantised, or None."""
     weight = program.weights[site.weight].tensor
@@ -264,7 +243,7 @@ def unfit(program: Program, site: LinearSite, config: RSQConfig) -> str | None:
         return f"{site.weight_fqn} was already rewritten by another pass."
     if site.tied and site.role not in ("head",) and _read_by_linears(program, site) > 1:
         return f"{site.weight_fqn} is shared with another linear, which would need its own codes."
-    if not _is_fake(weight):
+    if has_values(weight):
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
             return f"{site.weight_fqn} has {bad} NaN or infinite values; repair the weight."
@@ -274,7 +253,3 @@ def unfit(program: Program, site: LinearSite, config: RSQConfig) -> str | None:
 def _read_by_linears(program: Program, site: LinearSite) -> int:
     node = next(n for n in program.graph.nodes if n.op == "get_attr" and n.target == site.weight)
     return sum(u.target is not torch.ops.aten.embedding.default for u in node.users)
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)

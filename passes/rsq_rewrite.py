@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.compat import has_values
 from thresher.program import Program, Weight, value
 
 from .rsq_plan import Edit, Plan
@@ -173,7 +174,7 @@ def derived(
     tensors = tuple(w.tensor for w in held)
     sources = tuple(fqn for w in held for fqn in (w.source or (w.fqn,)))
     like, mode = held[0].tensor, program.fake_mode()
-    if lazy or _is_fake(like):
+    if lazy or not has_values(like):
         assert mode is not None
         with mode:
             tensor = torch.empty(tuple(shape), dtype=like.dtype, device=value(before).device)
@@ -181,10 +182,6 @@ def derived(
         with torch.no_grad():
             tensor = make(*tensors)
     return program.get_weight(Weight(fqn, tensor, sources, make, tensors), before=before)
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)
 
 
 def emit(program: Program, before: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:

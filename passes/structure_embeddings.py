@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.compat import has_values
 from thresher.program import Program, module_fqn, sequence_of, value
 
 from .pattern import uncast
@@ -133,7 +134,7 @@ def _buffer_kind(program: Program, site: EmbeddingSite) -> str:
     if held is None:
         return "position"
     tensor = program.weights[held].tensor
-    if tensor.is_meta or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
+    if not has_values(tensor):
         return "position" if "position" in program.weights[held].fqn else "token_type"
     row = tensor.reshape(-1, tensor.shape[-1])[0]
     return "position" if torch.equal(row, torch.arange(len(row), device=row.device)) else "token_type"

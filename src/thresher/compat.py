@@ -30,6 +30,11 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, torch._subclasses.fake_tensor.FakeTensor)
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers; fake and meta tensors, as in a dry run, hold none."""
+    return not tensor.is_meta and not is_fake(tensor)
+
+
 def without_fake_mode() -> Any:
     """A context in which tensors are real, also inside a compiler callback."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily

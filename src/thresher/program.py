@@ -95,10 +95,13 @@ class Program:
 
     def get_weight(self, weight: Weight, before: fx.Node) -> fx.Node:
         """Hold a new tensor and read it just before a node."""
-        name = self.add_weight(weight)
+        return self.read_weight(self.add_weight(weight), before)
+
+    def read_weight(self, name: str, before: fx.Node) -> fx.Node:
+        """Read a tensor the program holds, by attribute name, just before a node."""
         with self.graph.inserting_before(before):
             node = self.graph.create_node("get_attr", name)
-        node.meta["val"] = fake_like(weight.tensor, before)
+        node.meta["val"] = fake_like(self.weights[name].tensor, before)
         return node
 
     def forget_weights(self, fqns: Collection[str]) -> None:
