@@ -21,7 +21,7 @@ from torch import fx
 
 from thresher import tokens as given_tokens
 from thresher.call_plan import CallPlan, Choice, Shortened
-from thresher.errors import ArgumentError, unknown_key
+from thresher.errors import ArgumentError
 from thresher.program import Program, value
 from thresher.recipe import PassConfig
 
@@ -94,13 +94,7 @@ class TransPruneConfig(PassConfig):
         object.__setattr__(self, "stages", tuple(tuple(s) for s in self.stages))
 
     def validate(self) -> None:
-        for name, given, known in (
-            ("policy", self.policy, POLICIES),
-            ("mode", self.mode, MODES),
-            ("restore", self.restore, RESTORE),
-        ):
-            if given not in known:
-                raise unknown_key(f"transprune {name}", given, known)
+        self.one_of(policy=POLICIES, mode=MODES, restore=RESTORE)
         for stage in self.stages:
             if len(stage) != 2:
                 raise ArgumentError("stages", stage, "pairs (after_layer, keep)", "Write ((2, 0.25),).")
@@ -119,11 +113,7 @@ class TransPruneConfig(PassConfig):
                     "rising layers and falling shares",
                     "Each stage keeps a part of the last.",
                 )
-        for name, least in (("instruction", 1), ("bucket", 1), ("min_image_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ArgumentError(
-                    name, getattr(self, name), f"at least {least}", "Leave it out for the default."
-                )
+        self.at_least(instruction=1, bucket=1, min_image_tokens=1)
         if not 0 <= self.reserve <= 1:
             raise ArgumentError("reserve", self.reserve, "a share from 0 to 1", "0.3 is a good start.")
 

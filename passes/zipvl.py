@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from thresher.call_plan import CallPlan, Choice, Shortened
-from thresher.errors import ArgumentError, unknown_key
+from thresher.errors import ArgumentError
 from thresher.program import Program, value
 from thresher.recipe import PassConfig
 
@@ -79,18 +79,8 @@ class ZipVLConfig(PassConfig):
     choice: tuple[int, ...] | None = None
 
     def validate(self) -> None:
-        for name, given, known in (
-            ("mode", self.mode, MODES),
-            ("gather", self.gather, GATHER),
-            ("kv", self.kv, KV),
-        ):
-            if given not in known:
-                raise unknown_key(f"zipvl {name}", given, known)
-        for name, least in (("recent", 1), ("spread", 0), ("bucket", 1), ("first_layer", 1), ("sinks", 0)):
-            if getattr(self, name) < least:
-                raise ArgumentError(
-                    name, getattr(self, name), f"at least {least}", "Leave it out for the default."
-                )
+        self.one_of(mode=MODES, gather=GATHER, kv=KV)
+        self.at_least(recent=1, spread=0, bucket=1, first_layer=1, sinks=0)
         shares = {
             "tau": self.tau,
             "quantile": self.quantile,

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,20 @@ class PassConfig:
 
     def validate(self) -> None:
         """Raise ArgumentError for values that the types alone do not exclude."""
+
+    def one_of(self, **known: Iterable[str]) -> None:
+        """For `validate`: each of these options is one of the words beside it."""
+        for option, words in known.items():
+            if getattr(self, option) not in words:
+                raise unknown_key(f"{self.name} {option}", getattr(self, option), words)
+
+    def at_least(self, **least: int) -> None:
+        """For `validate`: each of these options is no less than the number beside it."""
+        for option, number in least.items():
+            if getattr(self, option) < number:
+                raise ArgumentError(
+                    option, getattr(self, option), f"at least {number}", "Leave it out for the default."
+                )
 
 
 CONFIGS: dict[str, type[PassConfig]] = {}
