@@ -17,6 +17,7 @@ import torch
 from thresher.ops import Op
 
 from . import nvfp4_triton
+from .derived import derived
 from .nvfp4_format import BLOCK, swizzle
 from .nvfp4_quantize import NVFP4Weight, quantize
 
@@ -120,10 +121,13 @@ def a16w4(
     return y
 
 
-def scaled_mm(a: NVFP4Weight, b: NVFP4Weight, dtype: torch.dtype) -> torch.Tensor:
-    """`a` [M, K] times `b` [N, K] transposed on the FP4 tensor cores: [M, N] in `dtype`.
+def scaled_mm(
+    a: NVFP4Weight, codes: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`a` [M, K] times a weight [N, K] transposed on the FP4 tensor cores: [M, N] in `dtype`.
 
-    Scales are swizzled with zero padding. N must be a multiple of 16 and K of 32.
+    codes: uint8 [N, K/2]; scales: E4M3, swizzled with zero padding; global_scale: fp32 []. N must be a
+    multiple of 16 and K of 32.
     """
     from torch.nn.functional import ScalingType, SwizzleType
     from torch.nn.functional import scaled_mm as product
@@ -132,10 +136,10 @@ def scaled_mm(a: NVFP4Weight, b: NVFP4Weight, dtype: torch.dtype) -> torch.Tenso
     layout = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
     return product(
         a.codes.view(torch.float4_e2m1fn_x2),
-        b.codes.view(torch.float4_e2m1fn_x2).t(),
+        codes.view(torch.float4_e2m1fn_x2).t(),
         scale_a=[swizzle(a.block_scales), a.global_scale],
         scale_recipe_a=recipe,
-        scale_b=[swizzle(b.block_scales), b.global_scale],
+        scale_b=[scales, global_scale],
         scale_recipe_b=recipe,
         swizzle_a=layout,
         swizzle_b=layout,
@@ -161,9 +165,8 @@ def register(op: Op, well_formed: Callable[..., str | None]) -> None:
 
     @op.provider("scaled_mm", device="cuda", supported=_scaled_mm_supported, supports_args=w4a4_accepts)
     def _(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"):
-        scales = block_scales.view(torch.float8_e4m3fn)
-        weight = NVFP4Weight(codes, scales, global_scale.reshape(()), codes.shape[1] * 2)
-        y = scaled_mm(_quantized_input(x, input_scale), weight, x.dtype)
+        scales = derived("swizzled", swizzle, block_scales).view(torch.float8_e4m3fn)
+        y = scaled_mm(_quantized_input(x, input_scale), codes, scales, global_scale.reshape(()), x.dtype)
         y = y if bias is None else y + bias  # the product takes no bias with fp32 output
         return y.view(*x.shape[:-1], codes.shape[0])
 

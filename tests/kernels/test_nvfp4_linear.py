@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from thresher.errors import ArgumentError
 from thresher.kernels import native, nvfp4_cpu, nvfp4_cuda
 from thresher.kernels.nvfp4 import ACTIVATIONS, nvfp4_linear
+from thresher.kernels.nvfp4_format import swizzle
 from thresher.kernels.nvfp4_quantize import MODES, NVFP4Weight, quantize
 
 built = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -263,8 +264,8 @@ def test_the_native_fp4_product_traces_without_a_gpu(m, n, k):
         return codes, scales, torch.empty((), device="cuda")
 
     def product(*tensors):
-        a, b = (NVFP4Weight(*three, k) for three in (tensors[:3], tensors[3:]))
-        return nvfp4_cuda.scaled_mm(a, b, torch.bfloat16)
+        a, (codes, scales, global_scale) = NVFP4Weight(*tensors[:3], k), tensors[3:]
+        return nvfp4_cuda.scaled_mm(a, codes, swizzle(scales), global_scale, torch.bfloat16)
 
     with FakeTensorMode():
         graph = make_fx(product)(*operand(m), *operand(n)).graph
