@@ -34,6 +34,7 @@ ROUNDED = ("exact", "int16", "int8")
 TARGETS = {"exact": ">= 2.5", "int16": ">= 4", "int8": ">= 6"}
 ERROR_TARGETS = {"exact": "<= 1e-6", "int16": "<= 3e-5", "int8": "<= 8e-3"}
 NO_TORCHAO = "torchao is not installed here: pip install --no-deps torchao==0.18.0"
+SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 PARTS = ("speed", "cold", "quantizer", "search", "cast", "modes", "triton")
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 
@@ -202,28 +203,36 @@ def cast(bench: Benchmark, quick: bool) -> None:
 
 
 def modes(bench: Benchmark, count: int) -> None:
-    name = f"bytes unlike torchao's, {count >> 20}M values in each of five distributions"
-    if not HAS_TORCHAO:
-        bench.not_measured(name, NO_TORCHAO)
-        return
-    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
+    """Codes and scales of each named mode, byte for byte against the tool itself, or an independent oracle."""
+    sys.path.insert(0, str(SUPPORT))
+    from nvfp4_oracle import ORACLES, distributions, oracle
 
-    shape = (count // 256, 256)
-    rows = torch.logspace(0, -24, shape[0], base=2)[:, None]
-    kinds = {
-        "normal bf16": torch.randn(shape).bfloat16(),
-        "small normal": torch.randn(shape) * 0.02,
-        "rows to 2^-24": torch.randn(shape) * rows,
-        "zeros": torch.randn(shape) * (torch.rand(shape) > 0.7),
-        "denormals": torch.randn(shape) * torch.where(rows < 2**-12, 1e-39, 1.0),
-    }
-    wrong = 0
-    for x in kinds.values():
+    def torchao(x: torch.Tensor) -> tuple[Any, Any]:
+        from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
+
         scales, codes = nvfp4_quantize(x, 16, per_tensor_amax_to_scale(x.abs().max()))
-        q = quantize(x, mode="torchao")
-        wrong += int((codes != q.codes).sum())
-        wrong += int((scales.view(torch.uint8) != q.block_scales.view(torch.uint8)).sum())
-    bench.claim(name, wrong, "== 0")
+        return nvfp4_format.unpack(codes).numpy(), scales.view(torch.uint8).numpy()
+
+    judges = {m: (lambda x, m=m: oracle(x, m)[:2], "an oracle written from its definition") for m in ORACLES}
+    if HAS_TORCHAO:
+        judges["torchao"] = (torchao, "torchao itself")
+    wrong = dict.fromkeys(judges, 0)
+    for label, x in distributions(count):
+        for mode, (judge, said) in judges.items():
+            if mode == "torchao" and x.dtype == torch.float16:
+                continue  # it takes fp32 and bf16
+            codes, scales = judge(x)
+            q = quantize(x, mode=mode)
+            unlike = int((nvfp4_format.unpack(q.codes).numpy() != codes).sum())
+            unlike += int((q.block_scales.view(torch.uint8).numpy() != scales).sum())
+            bench.row(mode=mode, against=said, data=label, values=x.numel(), bytes_unlike=unlike)
+            wrong[mode] += unlike
+    for mode, (_, said) in judges.items():
+        kinds = "five" if mode == "torchao" else "six"
+        name = f"bytes of mode {mode} unlike {said}'s, {count >> 20}M values in each of {kinds} distributions"
+        bench.claim(name, wrong[mode], "== 0")
+    if not HAS_TORCHAO:
+        bench.not_measured("bytes of mode torchao", NO_TORCHAO)
 
 
 def triton_kernels(bench: Benchmark) -> None:
@@ -231,7 +240,7 @@ def triton_kernels(bench: Benchmark) -> None:
     if importlib.util.find_spec("triton") is None:
         bench.not_measured("Triton kernels ahead of time", "Triton is not installed here.")
         return
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+    sys.path.insert(0, str(SUPPORT))
     import triton_aot as aot
 
     from thresher.kernels import nvfp4_cuda, nvfp4_triton
@@ -289,10 +298,6 @@ def main() -> None:
     gpu = "This machine has no such GPU; the kernels are compiled ahead of time by the tests."
     for claim in ("GEMV against cuBLAS bf16", "GEMM, M <= 64", "GEMM, M >= 1024"):
         bench.not_measured(f"H200: {claim}", gpu)
-    for tool in ("te", "modelopt", "compressed_tensors"):
-        bench.not_measured(
-            f"bytes of mode {tool}", "Checked against an oracle by tests/kernels/test_nvfp4_quantize.py."
-        )
     bench.finish()
 
 
