@@ -10,7 +10,7 @@
 namespace nvfp4 {
 
 constexpr int kStripRows = 32, kChunk = 128;  // weight rows of a strip; columns decoded at a time
-constexpr int kTileRows = 12;                 // activation rows of a tile: 24 accumulators
+constexpr int kTileRows = 14;                 // activation rows of a tile: 28 accumulators
 
 // 16 vectors of 16 dwords, transposed in place.
 inline void transpose16(__m512i* v) {
@@ -52,9 +52,41 @@ inline void scales_by_block(const uint64_t* rows, __m512* out) {
   }
 }
 
+// code * scale in bf16 is an addition: half of the codes are powers of two, the others 1.5 times one. Each entry is
+// the code's sign, its exponent plus two, and in the last bit whether it is one of the others; 0 for zeros.
+inline __m512i steps_of_code() {
+  alignas(64) static const uint16_t steps[32] = {
+      0, 0x080, 0x100, 0x101, 0x180, 0x181, 0x200, 0x201, 0, 0x8080, 0x8100, 0x8101, 0x8180, 0x8181, 0x8200, 0x8201,
+      0, 0x080, 0x100, 0x101, 0x180, 0x181, 0x200, 0x201, 0, 0x8080, 0x8100, 0x8101, 0x8180, 0x8181, 0x8200, 0x8201};
+  return _mm512_load_si512(steps);
+}
+
+// What the steps of a block's codes are added to: a quarter of the scale, and a quarter of 1.5 times it less that bit.
+struct ScaleBits {
+  __m512i once, more;
+  __mmask32 nonzero;
+
+  ScaleBits() = default;
+  explicit ScaleBits(__m512 scale) {
+    const auto bits = [](__m512 v) {
+      const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
+      return _mm512_or_si512(high, _mm512_slli_epi32(high, 16));
+    };
+    once = bits(scale);
+    nonzero = _mm512_test_epi16_mask(once, once);
+    once = _mm512_sub_epi16(once, _mm512_set1_epi16(0x100));
+    more = _mm512_sub_epi16(bits(_mm512_mul_ps(scale, _mm512_set1_ps(1.5f))), _mm512_set1_epi16(0x101));
+  }
+  __m512i times(__m512i step) const {
+    const __mmask32 odd = _mm512_test_epi16_mask(step, _mm512_set1_epi16(1));
+    const __mmask32 counts = _mm512_mask_test_epi16_mask(nonzero, step, step);
+    return _mm512_maskz_add_epi16(counts, step, _mm512_mask_blend_epi16(odd, once, more));
+  }
+};
+
 // Weight rows first .. first + 31, times 2^-8, to out [8 * blocks pairs][32 rows][2]; rows beyond the last are zero.
 inline void decode_strip(const Bf16Product& p, int64_t first, uint16_t* out) {
-  const __m512i table = bf16_of_code(), upper = _mm512_set1_epi32(int(0xFFFF0000));
+  const __m512i table = steps_of_code();
   const __m512i pick[4] = {nibbles_of_byte(0), nibbles_of_byte(1), nibbles_of_byte(2), nibbles_of_byte(3)};
   for (int side = 0; side < 2; side++)
     for (int64_t block = 0; block < p.blocks; block += kChunk / 16) {
@@ -78,19 +110,40 @@ inline void decode_strip(const Bf16Product& p, int64_t first, uint16_t* out) {
       transpose16(v);
       scales_by_block(rows, scale);
       for (int d = 0; d < 2 * count; d++) {
-        const __m512 s = scale[d / 2];
+        const ScaleBits bits(scale[d / 2]);
         for (int i = 0; i < 4; i++) {
-          const __m512i w = decode_byte(v[d], pick[i], table);
-          const __m512i even = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), s));
-          const __m512i odd = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(w, upper)), s));
           const int64_t pair = (block * 2 + d) * 4 + i;
-          _mm512_store_si512(out + (pair * kStripRows + side * 16) * 2, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+          const __m512i weights = bits.times(decode_byte(v[d], pick[i], table));
+          _mm512_store_si512(out + (pair * kStripRows + side * 16) * 2, weights);
         }
       }
     }
 }
 
-// MB activation rows [MB, 2 * pairs] times a decoded strip.
+// Activation rows in tiles, each [pair][row of the tile][2]: read in order, where rows of 4096 columns, side by side,
+// would all want the same lines of the L1 cache.
+struct Tiles {
+  int64_t count, pairs, m;
+  Lines memory;
+  int64_t begin(int64_t tile) const { return m * tile / count; }
+  const uint16_t* at(int64_t tile) const { return const_cast<Lines&>(memory).data() + begin(tile) * pairs * 2; }
+};
+
+inline void fill_tile(const Bf16Product& p, const Tiles& tiles, int64_t tile, uint16_t* out) {
+  const int64_t first = tiles.begin(tile), size = tiles.begin(tile + 1) - first;
+  const auto inside = __mmask16((1u << size) - 1);
+  for (int64_t k = 0; k < tiles.pairs * 2; k += 32) {
+    const __mmask32 columns = k + 32 <= p.k ? ~0u : k < p.k ? (1u << (p.k - k)) - 1 : 0;
+    __m512i v[16];
+    for (int64_t r = 0; r < 16; r++)
+      v[r] = r < size ? _mm512_maskz_loadu_epi16(columns, p.x + (first + r) * p.k + k) : _mm512_setzero_si512();
+    transpose16(v);
+    for (int64_t pair = k / 2; pair < std::min(k / 2 + 16, tiles.pairs); pair++)
+      _mm512_mask_storeu_epi32(out + pair * size * 2, inside, v[pair - k / 2]);
+  }
+}
+
+// MB activation rows, as a tile holds them, times a decoded strip.
 template <int MB>
 void multiply_strip(const Bf16Product& p, const uint16_t* x, int64_t pairs, const uint16_t* weights, int64_t row,
                     int64_t column) {
@@ -101,7 +154,7 @@ void multiply_strip(const Bf16Product& p, const uint16_t* x, int64_t pairs, cons
     const auto w1 = (__m512bh)_mm512_load_si512(weights + pair * kStripRows * 2 + 32);
     for (int m = 0; m < MB; m++) {
       int32_t both;
-      std::memcpy(&both, x + (m * pairs + pair) * 2, 4);
+      std::memcpy(&both, x + (pair * MB + m) * 2, 4);
       const auto v = (__m512bh)_mm512_set1_epi32(both);
       acc[m][0] = _mm512_dpbf16_ps(acc[m][0], w0, v);
       acc[m][1] = _mm512_dpbf16_ps(acc[m][1], w1, v);
@@ -125,30 +178,25 @@ void multiply_strip(const Bf16Product& p, const uint16_t* x, int64_t pairs, cons
 template <int MB>
 void multiply_rows(const Bf16Product& p, int64_t size, const uint16_t* x, int64_t pairs, const uint16_t* weights,
                    int64_t row, int64_t column) {
-  if (size == MB) return multiply_strip<MB>(p, x + row * pairs * 2, pairs, weights, row, column);
+  if (size == MB) return multiply_strip<MB>(p, x, pairs, weights, row, column);
   if constexpr (MB > 1) multiply_rows<MB - 1>(p, size, x, pairs, weights, row, column);
 }
 
 inline void many_rows(const Bf16Product& p) {
   const int64_t pairs = p.blocks * 8;
-  const uint16_t* x = p.x;
-  std::vector<uint16_t> padded;
-  if (p.k != 2 * pairs) {
-    padded.assign(size_t(p.m * pairs) * 2, 0);
-    for (int64_t m = 0; m < p.m; m++) std::memcpy(padded.data() + m * pairs * 2, x + m * p.k, size_t(p.k) * 2);
-    x = padded.data();
-  }
+  Tiles tiles{(p.m + kTileRows - 1) / kTileRows, pairs, p.m, Lines(size_t(p.m * pairs) * 2)};
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < tiles.count; tile++) fill_tile(p, tiles, tile, const_cast<uint16_t*>(tiles.at(tile)));
     Lines memory(size_t(pairs) * kStripRows * 2);
     uint16_t* strip = memory.data();
 #pragma omp for schedule(static)
     for (int64_t column = 0; column < p.n; column += kStripRows) {
       decode_strip(p, column, strip);
-      for (int64_t row = 0, chunks = (p.m + kTileRows - 1) / kTileRows; chunks > 0; chunks--) {
-        const int64_t size = (p.m - row + chunks - 1) / chunks;
-        multiply_rows<kTileRows>(p, size, x, pairs, strip, row, column);
-        row += size;
+      for (int64_t tile = 0; tile < tiles.count; tile++) {
+        const int64_t row = tiles.begin(tile);
+        multiply_rows<kTileRows>(p, tiles.begin(tile + 1) - row, tiles.at(tile), pairs, strip, row, column);
       }
     }
   }
