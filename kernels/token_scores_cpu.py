@@ -1,18 +1,54 @@
-"""CPU provider of `probe_scores`: a cache-sized stripe of the attention map at a time.
+"""CPU providers of `probe_scores`, which keep a cache-sized stripe of the attention map at a time.
 
-PyTorch's matrix product, softmax and column sum run over a stripe of rows small enough to stay in
-the second-level cache, cut at the last key any of its rows sees.
+`cpu_cpp` fuses products, softmax and column sums. `cpu_stripes` says the same in PyTorch's operators, for
+machines without a compiler and for fp64; its stripes too are cut at the last key any of their rows sees.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
 
+from . import native
 from . import token_scores as defs
 
 _STRIPE = 1 << 18  # scores: 1 MiB in fp32
+
+
+def _refuse(q, *rest):
+    return "It computes in fp32; q is float64." if q.dtype == torch.float64 else None
+
+
+@defs.probe_scores.provider(
+    "cpu_cpp",
+    device="cpu",
+    supported=lambda: native.load_error("probe_scores"),
+    supports_args=_refuse,
+)
+def _probe_scores_cpp(q, k, probes, segments, scale):
+    defs.check_probes(q, k, probes, segments)
+    batch, heads, rows, width = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    q, k = q.float().contiguous(), k.float()
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    columns = probes.long().contiguous()
+    own = None if segments is None else segments.int().contiguous()
+    sums, seen = q.new_empty((batch, keys)), q.new_empty((batch, keys), dtype=torch.int32)
+    native.load("probe_scores").probe_scores(
+        native.pointer(q),
+        native.pointer(k),
+        (ctypes.c_int64 * 3)(*k.stride()[:3]),
+        native.pointer(columns),
+        None if own is None else native.pointer(own),
+        ctypes.c_float(scale),
+        native.pointer(sums),
+        native.pointer(seen),
+        *(ctypes.c_int64(size) for size in (batch, heads, kv_heads, rows, keys, width)),
+        torch.get_num_threads(),
+    )
+    return sums, seen
 
 
 def _stripes(columns: torch.Tensor, segments: torch.Tensor | None, step: int) -> Iterator[tuple[int, int]]:
