@@ -156,6 +156,7 @@ class ZipVL(Pass):
                 good.append((layer, self._share(layer, context)))
         if not good:
             return misses
+        context.predicted["flops_dense"] = sum(sum(layer_flops(layer, length)) for layer in tower.layers)
         plan = Plan(tower, types, axes, good, protected)  # type: ignore[arg-type]
         return [*misses, Match(", ".join(layer.fqn for layer, _ in good), plan)]
 

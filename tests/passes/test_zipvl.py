@@ -80,6 +80,8 @@ def test_it_is_the_method_as_written(model, gather):
     torch.testing.assert_close(actual, by_hand(model, ids, count), rtol=1e-4, atol=1e-4)
     held = call.sessions[-1].extras["realised_tau"]
     assert held.shape == (2, 2) and ((held > 0.3) & (held <= 1)).all()
+    account = call.report["zipvl"].predicted
+    assert account["flops_saved"] < account["flops_dense"], account
 
 
 @pytest.mark.parametrize("gather", ["projections", "attention"])
