@@ -13,6 +13,7 @@ from torch._guards import TracingContext, tracing
 from thresher.errors import ThresherError
 from thresher.program import Program
 
+from . import isa_probe
 from .target import Lowered, Target, fake_inputs, lift_weights
 
 
@@ -45,8 +46,10 @@ class Inductor(Target):
         mode = program.fake_mode()
         if mode is None:
             raise ThresherError("The program has no fake tensors, so its shapes are unknown to Inductor.")
+        on_cpu = all(w.tensor.device.type == "cpu" for w in program.weights.values())
+        config = {**(isa_probe.settings() if on_cpu else {}), **self._config()}
         with tracing(TracingContext(mode)), torch.no_grad():
-            return compile_fx(module, fake_inputs(module), config_patches=self._config())
+            return compile_fx(module, fake_inputs(module), config_patches=config)
 
     def _config(self) -> dict[str, Any]:
         from torch._inductor import list_mode_options

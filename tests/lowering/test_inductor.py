@@ -76,6 +76,27 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert warm["lowering"] <= 0.15 * cold["lowering"], (cold, warm)
 
 
+def test_only_a_trial_of_the_instruction_set_that_succeeded_is_kept(tmp_path, monkeypatch):
+    from torch._inductor import config, cpu_vec_isa
+
+    from thresher.lowering import isa_probe
+
+    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path))
+    named = [i for i in cpu_vec_isa.supported_vec_isa_list if isa_probe._named(i, cpu_vec_isa)]
+    trials = []
+
+    def tried(works):
+        trials.append(works)
+        return named if works else named[1:]
+
+    for works in (False, True, False):
+        monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", lambda works=works: tried(works))
+        assert isa_probe.settings() == ({} if len(trials) == 1 else {"cpp.vec_isa_ok": True})
+    assert trials == [False, True], "the third process asks the file"
+    with config.patch({"cpp.vec_isa_ok": False}):
+        assert isa_probe.settings() == {}, "whoever set it keeps the last word"
+
+
 def test_mode_and_options_reach_inductor():
     config = Inductor({"max-autotune-gemm-backends": "CPP"}, "max-autotune")._config()
     assert config["max_autotune"] is True and config["max_autotune_gemm_backends"] == "CPP"
