@@ -9,6 +9,7 @@ import importlib
 
 FAMILIES: tuple[str, ...] = (
     # one name a line, sorted
+    "few_linear",
     "hadamard",
     "hadamard_cpu",
     "hadamard_cuda",

@@ -61,26 +61,35 @@ def _break_even(site: Site, tokens: int, threads: int) -> float:
     built = Path(native.load("sparse_mlp")._name).stem
     shape = {k: str(v) for k, v in asdict(site).items()}
     key = json.dumps([built, torch.__version__, threads, tokens, shape], sort_keys=True)
+    return remembered(key, lambda: measure(site, tokens))
+
+
+def remembered(key: str, measured: Callable[[], float]) -> float:
+    """The number kept on disk under this key, which names all it depends on; measured if there is none."""
     kept = _read()
     if key not in kept:
-        kept = {key: measure(site, tokens)}
+        kept = {key: measured()}
         _write(kept)
     return kept[key]
+
+
+def copies(size: int) -> int:
+    """How many weights of so many bytes to rotate through, so that caches hold none of them."""
+    return max(2, min(8, -(-_COLD // max(1, size))))
 
 
 def measure(site: Site, tokens: int) -> float:
     """Time the three points with random data; the break-even density, clamped to 0 .. 1."""
     generator = torch.Generator().manual_seed(0)
     row_bytes = (site.width + site.features) * site.weight_dtype.itemsize
-    copies = max(1, min(8, -(-_COLD // max(1, site.neurons * row_bytes))))
-    weights = [_weights(site, generator) for _ in range(copies)]
+    weights = [_weights(site, generator) for _ in range(copies(site.neurons * row_bytes))]
     x = torch.randn(tokens, max(site.width, 1), generator=generator).to(site.act_dtype)
     full = (torch.rand(tokens, site.neurons, generator=generator) + 0.1).to(site.act_dtype)
     half = full * (torch.rand(site.neurons, generator=generator) < 0.5)
 
     def sparse(act: torch.Tensor) -> Callable[[int], object]:
         def run(turn: int) -> object:
-            up, up_scale, down, scale = weights[turn % copies]
+            up, up_scale, down, scale = weights[turn % len(weights)]
             if site.width:
                 return sparse_native.mlp(
                     act, x, up, up_scale, None, "identity", down, scale, None, None, site.neurons
@@ -90,11 +99,11 @@ def measure(site: Site, tokens: int) -> float:
         return run
 
     def dense(turn: int) -> object:
-        up, up_scale, down, scale = weights[turn % copies]
+        up, up_scale, down, scale = weights[turn % len(weights)]
         h = gated.hidden(full, x, up, up_scale, None, "identity", None) if site.width else full
         return sparse_native.matmul(h, down, scale, None)
 
-    at_half, at_full, at_dense = _time((sparse(half), sparse(full), dense))
+    at_half, at_full, at_dense = least_seconds((sparse(half), sparse(full), dense))
     slope = (at_full - at_half) / 0.5
     if at_full <= at_dense or slope <= 0:
         return 1.0
@@ -115,7 +124,7 @@ def _weights(site: Site, generator: torch.Generator):
     return (*one(site.width), *one(site.features))
 
 
-def _time(candidates: tuple[Callable[[int], object], ...]) -> list[float]:
+def least_seconds(candidates: tuple[Callable[[int], object], ...]) -> list[float]:
     """Seconds of each candidate, the least over interleaved rounds.
 
     Alone on one thread the thread's own time is taken, which other processes cannot inflate.

@@ -13,7 +13,7 @@ from torch._guards import TracingContext, tracing
 from thresher.errors import ThresherError
 from thresher.program import Program
 
-from . import isa_probe
+from . import direct_calls, few_tokens, isa_probe
 from .target import Lowered, Target, fake_inputs, lift_weights
 
 
@@ -47,6 +47,10 @@ class Inductor(Target):
         if mode is None:
             raise ThresherError("The program has no fake tensors, so its shapes are unknown to Inductor.")
         on_cpu = all(w.tensor.device.type == "cpu" for w in program.weights.values())
+        if on_cpu:
+            few_tokens.rewrite(module.graph)
+            direct_calls.install()
+            module.recompile()
         config = {**(isa_probe.settings() if on_cpu else {}), **self._config()}
         with tracing(TracingContext(mode)), torch.no_grad():
             return compile_fx(module, fake_inputs(module), config_patches=config)

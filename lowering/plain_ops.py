@@ -306,7 +306,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "varlen_attention": varlen_attention,
     "varlen_attention_masked": varlen_attention_masked,
 }
-AS_DEFINED = ("instruction_positions", "probe_scores", "token_transition", "transition_score",
+AS_DEFINED = ("few_linear", "instruction_positions", "probe_scores", "token_transition", "transition_score",
               "transprune_score")  # fmt: skip
 """Operators whose reference is plain ATen already."""
 

@@ -179,6 +179,7 @@ def define(
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, op._dispatch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        op.overload.direct = op._dispatch  # type: ignore[attr-defined]  # for code that has no use for the dispatcher
         _OPS[name] = op
         return op
 

@@ -334,9 +334,8 @@ def test_every_operator_of_a_program_is_exported_by_some_test_here():
               "transprune_score", "adaptive_count", "topk_sorted", "topk_segments", "important_attention", "kv_quantize",
               "kv_attention", "sparse_mlp", "sparse_down", "wna16_linear", "hadamard", "nvfp4_linear", "varlen_attention",
               "varlen_attention_masked"}  # fmt: skip
-    assert {o.name for o in ops.all_ops()} - tested == {
-        "nvfp4_quantize"
-    }  # packs weights before a graph exists
+    # the first packs weights before a graph exists, the second is for Inductor's programs alone
+    assert {o.name for o in ops.all_ops()} - tested == {"nvfp4_quantize", "few_linear"}
 
 
 def test_attention_under_the_batchs_own_mask(tmp_path):
@@ -366,6 +365,23 @@ def test_a_model_is_rewritten_exported_run_and_compared(tmp_path):
     assert model.config.use_cache
     with pytest.raises(ThresherError, match="cannot capture"):
         thresher.export_onnx(_Unexportable(), (torch.ones(3),), tmp_path / "m.onnx")
+
+
+def test_rsqs_own_codes_and_token_pruning_in_one_file(tmp_path):
+    """The passes' output and no stand-in: MatMulNBits of the codes that RSQ found, TopK for the tokens kept."""
+    model, inputs = zoo.ZOO["llama"].build()
+    ids = torch.randint(3, 90, (4, 16), generator=GENERATOR)
+    low = thresher.quantize(model, ids, thresher.RSQ(bits=4, group_size=32))
+    low.save(tmp_path / "low.safetensors")
+    prune = dict(stages=((1, 0.5),), image_span=(2, 8), min_image_tokens=2, bucket=1, min_saving=-9.0)
+    recipe = dict(low.options, transprune=prune)
+    with pytest.raises(ArgumentError, match=r"transprune=\{'choice': \(3,\)\}"):
+        thresher.export_onnx(model, inputs, tmp_path / "m.onnx", **recipe)
+    recipe["transprune"] = dict(prune, choice=(3,))
+    record = thresher.export_onnx(model, inputs, tmp_path / "m.onnx", **recipe)
+    assert record.worst < 1e-5 and len(record.differences) == 3
+    assert record.outputs == ["logits", "kept.1"] and any("(3,) for every call" in n for n in record.notes)
+    assert record.nodes["com.microsoft::MatMulNBits"] == 14 and record.nodes["TopK"] >= 1
 
 
 class _Unexportable(torch.nn.Module):
