@@ -35,7 +35,7 @@ _MLP = (_P, _P, _I, _L, _L, _L, _L, _P, _I, _P, _I, _P, _P, _I, _P, _P, _L, _P, 
 
 
 _DENSE = (_P, _L, _L, _L, _P, _P, _P, _I)
-_MOST_DENSE_TOKENS = 32  # above, PyTorch's product wins in spite of reordering the weight
+_MOST_DENSE_TOKENS = 128  # above, PyTorch's product wins in spite of reordering the weight
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -63,12 +63,21 @@ def count(name: str, neurons: int, active: int | None) -> None:
 
 
 def count_on_device(name: str, device: torch.device) -> torch.Tensor | None:
-    """Count one sparse call whose union only the device knows; the counter for the kernel, if any."""
+    """Count one sparse call whose union only the device knows; the counter for the kernel, if any.
+
+    None, too, for a counter that would be made while a CUDA graph is captured: the graph would zero it at each replay.
+    """
     if not name or _paused:
         return None
     entry = site(name)
     entry.sparse += 1
+    if device not in entry.on_device and _capturing():
+        return None
     return entry.device_counter(device)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
