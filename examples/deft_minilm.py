@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import thresher
-from thresher import models
+from thresher import mlp_sites, models
 from thresher.report import progress
 
 HELD_OUT = 128
@@ -131,7 +131,7 @@ def densities(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
 def thresholded(model: Any, tokenizer: Any, texts: list[str], wanted: dict[str, float]) -> Any:
     """A copy whose MLPs drop their smallest activations, each layer down to the density it has in `wanted`."""
     model = copy.deepcopy(model)
-    sites = {s.fqn: s for s in thresher.density.mlps(model)}
+    sites = {s.fqn: s for s in mlp_sites.mlps(model)}
     sample = encode(tokenizer, texts[:32])
     for fqn, share in wanted.items():
         seen: list[torch.Tensor] = []

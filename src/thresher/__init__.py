@@ -22,7 +22,7 @@ _PUBLIC = {
     "Report": "report",
     "ThresherError": "errors",
     "ThresherWarning": "backend",
-    "activation_density": "density",
+    "activation_density": "density_metrics",
     "calibrate": "api",
     "compile": "api",
     "density_loss": "density",
@@ -34,7 +34,7 @@ _PUBLIC = {
     "optimize": "api",
     "pack_dataset": "runtime.binpack",
     "quantize": "quantization",
-    "relufy": "density",
+    "relufy": "relu_swap",
     "save": "export",
     "token_types": "tokens",
 }

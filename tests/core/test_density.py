@@ -6,8 +6,9 @@ import zoo
 from torch import nn
 
 import thresher
-from thresher.density import mlps, soft_density
+from thresher.density import soft_density
 from thresher.errors import ArgumentError, ThresherError
+from thresher.mlp_sites import mlps
 
 
 def hidden_of(model, batch):
