@@ -47,11 +47,16 @@ from thresher.runtime.session import Session
 METHODS: dict[str, Any] = {
     "none": "none",
     "prepack": {"prepack": True},
-    "rsq int4": None,  # the operator that RSQ's pass emits, on weights rounded to nearest: see _decode
+    "rsq int4": {"bits": 4, "group_size": 32},  # quantized first: see `quantized`
     "nvfp4": {"nvfp4": True},
     "deft": {"deft": True},
-    "zipvl": {"zipvl": True},
-    "transprune": {"transprune": True},
+    # prompts here are short, so both are told to go to work all the same
+    "zipvl": {"zipvl": dict(keep=0.4, recent=2, spread=2, bucket=4, min_saving=-9.0)},
+    "transprune": {
+        "transprune": dict(
+            stages=((1, 0.5),), image_span=(2, 14), min_image_tokens=2, bucket=1, min_saving=-9.0
+        )
+    },
 }
 EXACT = {"none", "prepack"}
 SECTIONS = ("matrix", "decode", "warm", "artifact", "tensorrt")
@@ -101,6 +106,8 @@ def matrix(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
         batch = dict(models.mixed_length_batch(tokenizer, 4, max_len=32))
         plain, _, inputs = export._captured(model, (), batch, None)
         for method, recipe in METHODS.items():
+            if method.startswith("rsq"):
+                recipe = quantized(model, batch, recipe, folder)
             program, reason = rewrite(plain, recipe, inputs, method)
             made = cells(program, plain, inputs, (name, args.layers, method, recipe), folder)
             for target, build in made.items():
@@ -152,13 +159,27 @@ def cells(
     }
 
 
+def quantized(
+    model: torch.nn.Module, batch: dict[str, Any], options: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """The recipe of RSQ on a model, calibrated on 8 x 64 random tokens: enough for a graph, not for a model.
+
+    batch: a call of the model, whose inputs calibration gives too.
+    """
+    make = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, model.config.vocab_size, (8, 64), generator=make)
+    inputs = {
+        n: torch.ones_like(tokens) if n == "attention_mask" else torch.zeros_like(tokens) for n in batch
+    }
+    low = thresher.quantize(model, [{**inputs, "input_ids": tokens}], {"rsq": options})
+    low.save(folder / "low.safetensors")
+    return low.options
+
+
 def rewrite(plain: Program, recipe: Any, inputs: list[Any], method: str) -> tuple[Program | None, str]:
     """The program after one method, or None and the reason why nothing was rewritten."""
     if method == "none":
         return plain, ""
-    if recipe is None:
-        program = _decode.rounded_to_4_bits(plain)
-        return (program, "") if "wna16_linear" in program.text() else (None, "no linear lies in a layer")
     try:
         with torch.no_grad():
             program, report = backend.run_pipeline(plain, Recipe.of(recipe), inputs)
@@ -207,9 +228,9 @@ def file(program: Program, inputs: list[Any], folder: Path) -> dict[str, Any]:
 
 
 def exported(program: Program, inputs: list[Any], folder: Path, runtime: str) -> dict[str, Any]:
-    quantized = {e.operator for e in coverage(program, "onnx-portable").entries} & {
+    low_bit = {e.operator for e in coverage(program, "onnx-portable").entries} & {
         "thresher.wna16_linear.default", "thresher.nvfp4_linear.default"}  # fmt: skip
-    if runtime == "portable" and not quantized:
+    if runtime == "portable" and not low_bit:
         return {"result": "pass: the same file as onnx-ort, which has standard operators only"}
     record = thresher.export_onnx(program, inputs, folder / "m.onnx", runtime=runtime)
     if not record.differences:
@@ -226,6 +247,8 @@ def engine(name: str, layers: int, method: str, recipe: Any, folder: Path, sm: s
     model = cut(model, layers).half()
     batch = dict(models.mixed_length_batch(tokenizer, 4, max_len=32))
     plain, _, inputs = export._captured(model, (), batch, None)
+    if method.startswith("rsq"):
+        recipe = quantized(model, batch, METHODS[method], folder)
     if isinstance(recipe, dict):
         recipe = {
             **recipe,

@@ -221,7 +221,7 @@ def _fake_instruction(token_types, starts, lengths, count):
 def instruction_positions(token_types, starts, lengths, count):
     """The last `count` tokens behind a sequence's last image or video token.
 
-    token_types: int8 [B, n]; 0 text, 1 image, 2 video, -1 padding. Where nothing stands behind the
+    token_types: integers [B, n]; 0 text, 1 image, 2 video, -1 padding. Where nothing stands behind the
     image there is no instruction to read, and the last `count` tokens are taken as they are.
     """
     check_rows(starts, lengths)

@@ -58,7 +58,7 @@ class State:
         if self.pad is None:
             starts = self.position.new_zeros((batch, 1))
             return starts, torch.full_like(starts, 1) * tokens
-        real = (~self.pad).to(torch.int8)
+        real = (~self.pad).to(torch.int32)
         return real.argmax(1, keepdim=True), real.sum(1, keepdim=True)
 
     def segments(self) -> torch.Tensor | None:
@@ -108,7 +108,7 @@ class Scorer:
         layer = self.layers[after]
         site = layer.attention
         assert site is not None
-        types = state.image.to(torch.int8)
+        types = state.image.to(torch.int32)  # TensorRT takes int8 for quantized numbers
         rows = torch.ops.thresher.instruction_positions(types, *state.rows(), count)
         q = replay.ahead(site.q.result, layer.input, rows.clamp_min(0))
         k = replay.ahead(site.k.result, layer.input, None)

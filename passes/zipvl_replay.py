@@ -98,7 +98,7 @@ class _Builder:
             self.lengths = torch.full_like(self.starts, 1) * length
             self.segments, self.counts = None, None
         else:
-            real = (~self.pad).to(torch.int8)
+            real = (~self.pad).to(torch.int32)
             self.starts, self.lengths = real.argmax(1, keepdim=True), real.sum(1, keepdim=True)
             self.segments, self.counts = -self.pad.to(torch.int32), self.lengths[:, 0]
         self.protected = None

@@ -23,6 +23,12 @@ def run_plainly(program: Program, inputs: Sequence[Any], plain: Target) -> list[
     return _run(program, inputs, plain)[0]
 
 
+def run_with_extras(program: Program, inputs: Sequence[Any], plain: Target) -> list[Any]:
+    """As `run_plainly`, with what the program gives beyond the caller's results behind them."""
+    results, extras = _run(program, inputs, plain)
+    return [*results, *extras.values()]
+
+
 def _run(program: Program, inputs: Sequence[Any], plain: Target) -> tuple[list[Any], dict[str, Any]]:
     with site_counts.paused():
         return run_built(program, inputs, plain, Report("reference"))

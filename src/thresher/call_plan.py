@@ -7,7 +7,7 @@ that there are few). Results beyond the caller's tell what was kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,13 +57,24 @@ class CallPlan:
     published: dict[int, str] = field(default_factory=dict)
 
 
-def refuse_to_keep(program: Program, what: str) -> None:
-    """Raise for a program that was built for one call's choices: elsewhere nobody would make them anew."""
-    if program.calls is not None and program.calls.choices:
-        passes = ", ".join(program.calls.choices)
-        raise ArgumentError(
-            what,
-            f"a program rewritten by {passes} for calls like the example",
-            "a program that fits every call",
-            f"Leave {passes} out of the recipe; it works within the process, where each call is looked at first.",
-        )
+def refuse_to_keep(program: Program, what: str, stated: Collection[str] = ()) -> None:
+    """Raise for a program that was built for one call's choices: elsewhere nobody would make them anew.
+
+    stated: passes whose choice the caller gave, and so promised for every call.
+    """
+    choices = program.calls.choices if program.calls is not None else {}
+    open_ones = {name: choice.made for name, choice in choices.items() if name not in stated}
+    if not open_ones:
+        return
+    passes, options = ", ".join(open_ones), ", ".join(f"{n}={{'choice': {m}}}" for n, m in open_ones.items())
+    fix = (
+        f"Leave {passes} out of the recipe; it works within the process, where each call is looked at first."
+    )
+    if what == "recipe":
+        fix += f" Or, if every call can spare what the example can, state so: {options}."
+    raise ArgumentError(
+        what,
+        f"a program rewritten by {passes} for calls like the example",
+        "a program that fits every call",
+        fix,
+    )

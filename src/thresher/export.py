@@ -27,7 +27,7 @@ from .program import Program, Weight
 from .recipe import Recipe
 from .report import Report, progress
 from .runtime import artifact
-from .runtime.compare import run_plainly
+from .runtime.compare import run_with_extras
 from .runtime.freshness import Freshness
 from .runtime.loaded import Loaded
 from .runtime.packing import plan
@@ -115,6 +115,8 @@ def export_onnx(
     runtime, body_only, accuracy_level, table_bits: see `lowering.onnx.export`.
     check: run the file with ONNX Runtime or onnx.reference; the differences stand in the record.
 
+    A pass that settles something for each call (`transprune`, `zipvl`) must be told it in the recipe: `choice`.
+
     Raises ThresherError for what cannot be exported.
     """
     require_onnx()
@@ -129,18 +131,27 @@ def export_onnx(
         next(steps, None)
         program, names, inputs = _captured(model, positional, named, dynamic_shapes)
         next(steps, None)
+        chosen = Recipe.of(recipe, **options)
         with torch.no_grad():
-            program, report = backend.run_pipeline(program, Recipe.of(recipe, **options), inputs)
+            program, report = backend.run_pipeline(program, chosen, inputs)
         list(steps)
-        refuse_to_keep(program, "recipe")
+        refuse_to_keep(
+            program, "recipe", [c.name for c in chosen.passes if getattr(c, "choice", None) is not None]
+        )
         missed = [m.reason for p in report.passes for m in p.missed]
         if report.passes and not report.rewritten:
             warnings.warn(f"thresher rewrote nothing: {missed[0] if missed else 'no candidate site.'}",
                           backend.ThresherWarning, stacklevel=2)  # fmt: skip
+    if program.calls is not None:
+        names = _with_extras(program, names)
     record = onnx_export(
         program, Path(path), runtime=runtime, body_only=body_only, accuracy_level=accuracy_level,
         table_bits=table_bits, output_names=names,
     )  # fmt: skip
+    for name, choice in program.calls.choices.items() if program.calls is not None else ():
+        record.notes.append(
+            f"{name} was settled at {choice.made} for every call, and the file cannot look at each."
+        )
     if check and inputs:
         record.differences, notes = compare(Path(path), _calls(program, inputs, record, body_only))
         record.notes += notes
@@ -199,9 +210,21 @@ def _calls(program: Program, inputs: Sequence[Any], record: Exported, body_only:
             calls.append(({n: fields[n] for n in record.inputs}, results, None))
             continue
         with torch.no_grad():
-            results = run_plainly(program, sized, Reference())
+            results = run_with_extras(program, sized, Reference())
         calls.append((dict(zip(outside.input_names, sized, strict=True)), results, mask))
     return calls
+
+
+def _with_extras(program: Program, names: list[str] | None) -> list[str]:
+    """Names of all results of a program that gives more than the caller's, such as which tokens were kept."""
+    extra = program.calls.extra_outputs
+    if program.calls.extra_inputs:
+        raise ThresherError(
+            "The program reads token types given around the call (thresher.token_types), which a file has no input for. "
+            "Say which tokens are an image's by image_token_id or image_span."
+        )
+    own = len(program.outputs) - len(extra)
+    return [*(names or (f"output_{i}" for i in range(own))), *extra]
 
 
 def packed_call(program: Program, inputs: Sequence[Any]) -> tuple[dict[str, Any], list[Any]]:

@@ -14,6 +14,7 @@ import zoo
 
 import thresher
 from thresher import backend, bitpack, ops
+from thresher.call_plan import CallPlan, Choice, refuse_to_keep
 from thresher.errors import ArgumentError, ThresherError
 from thresher.kernels import nvfp4_quantize
 from thresher.lowering import onnx as lowering
@@ -367,21 +368,27 @@ def test_a_model_is_rewritten_exported_run_and_compared(tmp_path):
         thresher.export_onnx(_Unexportable(), (torch.ones(3),), tmp_path / "m.onnx")
 
 
+@pytest.mark.slow
 def test_rsqs_own_codes_and_token_pruning_in_one_file(tmp_path):
     """The passes' output and no stand-in: MatMulNBits of the codes that RSQ found, TopK for the tokens kept."""
     model, inputs = zoo.ZOO["llama"].build()
-    ids = torch.randint(3, 90, (4, 16), generator=GENERATOR)
-    low = thresher.quantize(model, ids, thresher.RSQ(bits=4, group_size=32))
+    plain = thresher.RSQ(bits=4, group_size=32, rotate=False, rotate_heads=False, rotate_down=False)
+    low = thresher.quantize(model, torch.randint(3, 90, (4, 16), generator=GENERATOR), plain)
     low.save(tmp_path / "low.safetensors")
-    prune = dict(stages=((1, 0.5),), image_span=(2, 8), min_image_tokens=2, bucket=1, min_saving=-9.0)
-    recipe = dict(low.options, transprune=prune)
-    with pytest.raises(ArgumentError, match=r"transprune=\{'choice': \(3,\)\}"):
-        thresher.export_onnx(model, inputs, tmp_path / "m.onnx", **recipe)
-    recipe["transprune"] = dict(prune, choice=(3,))
+    prune = dict(policy="uniform", stages=((1, 0.5),), image_span=(2, 8), min_image_tokens=2, bucket=1)
+    recipe = dict(low.options, transprune=dict(prune, min_saving=-9.0, choice=(3,)))
     record = thresher.export_onnx(model, inputs, tmp_path / "m.onnx", **recipe)
     assert record.worst < 1e-5 and len(record.differences) == 3
     assert record.outputs == ["logits", "kept.1"] and any("(3,) for every call" in n for n in record.notes)
-    assert record.nodes["com.microsoft::MatMulNBits"] == 14 and record.nodes["TopK"] >= 1
+    assert record.nodes["com.microsoft::MatMulNBits"] == 12 and record.nodes["TopK"] >= 1
+
+
+def test_what_was_settled_for_one_call_is_not_exported_unasked():
+    program = small_programs.program(lambda x: (x + 1,), {"x": random(3)}, {}, {})
+    program.calls = CallPlan({"transprune": Choice((3,), None, lambda values, inputs: (3,))})
+    refuse_to_keep(program, "recipe", ["transprune"])
+    with pytest.raises(ArgumentError, match=r"state so: transprune=\{'choice': \(3,\)\}"):
+        refuse_to_keep(program, "recipe")
 
 
 class _Unexportable(torch.nn.Module):
