@@ -150,6 +150,17 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
 
+    def direct(self, *args: Any, **kwargs: Any) -> Any:
+        """A call past PyTorch's dispatcher, for code that has no use for it; arguments as the schema names them."""
+        given = list(args)
+        for argument in self.overload._schema.arguments[len(args) :]:
+            if not kwargs:
+                break
+            given.append(kwargs.pop(argument.name, argument.default_value))
+        if kwargs:
+            raise TypeError(f"thresher::{self.name} has no argument {next(iter(kwargs))!r} left to give.")
+        return self._dispatch(*given)
+
     def _dispatch(self, *args: Any) -> Any:
         provider, _ = self.choose(*args)
         self.calls[provider.name] += 1
@@ -179,7 +190,7 @@ def define(
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, op._dispatch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-        op.overload.direct = op._dispatch  # type: ignore[attr-defined]  # for code that has no use for the dispatcher
+        op.overload.direct = op.direct  # type: ignore[attr-defined]
         _OPS[name] = op
         return op
 

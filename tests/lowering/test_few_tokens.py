@@ -6,7 +6,7 @@ from torch import nn
 
 import thresher
 from thresher import ops
-from thresher.kernels import few_linear, native
+from thresher.kernels import catalog, few_linear, native
 from thresher.lowering import direct_calls, few_tokens
 
 needs_kernel = pytest.mark.skipif(native.load_error("few_linear") is not None, reason="no C++ compiler")
@@ -77,3 +77,13 @@ def test_inductor_runs_it_without_the_dispatcher(eager_to_rewrite, monkeypatch):
         torch.testing.assert_close(compiled(x), model(x))
     assert few_linear.few_linear.calls["cpu_cpp"] == before + 2
     assert overload not in dispatched
+
+
+def test_a_direct_call_takes_arguments_by_name():
+    catalog.load()
+    op = ops.get("nvfp4_linear")
+    x, *weights = next(iter(op.inputs(torch.device("cpu"), torch.float32))).args[:4]
+    named = torch.ops.thresher.nvfp4_linear.default.direct(x, *weights, activations="int16")
+    assert torch.equal(named, torch.ops.thresher.nvfp4_linear(x, *weights, None, None, "int16"))
+    with pytest.raises(TypeError, match="shape"):
+        op.direct(x, *weights, shape=3)
