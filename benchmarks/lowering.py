@@ -106,9 +106,11 @@ def matrix(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
         batch = dict(models.mixed_length_batch(tokenizer, 4, max_len=32))
         plain, _, inputs = export._captured(model, (), batch, None)
         for method, recipe in METHODS.items():
-            if method.startswith("rsq"):
-                recipe = quantized(model, batch, recipe, folder)
-            program, reason = rewrite(plain, recipe, inputs, method)
+            try:
+                recipe = quantized(model, batch, recipe, folder) if method.startswith("rsq") else recipe
+                program, reason = rewrite(plain, recipe, inputs, method)
+            except ThresherError as refusal:
+                program, reason = None, str(refusal)[:300]
             made = cells(program, plain, inputs, (name, args.layers, method, recipe), folder)
             for target, build in made.items():
                 cell = dict(
