@@ -34,6 +34,11 @@ _DOWN = (_P, _I, _L, _L, _L, _P, _I, _P, _I, _P, _L, _P, _P, _L, _I)
 _MLP = (_P, _P, _I, _L, _L, _L, _L, _P, _I, _P, _I, _P, _P, _I, _P, _P, _L, _P, _P, _L, _I)
 
 
+@functools.cache
+def _down_kernel():
+    return _function("thresher_sparse_down", _DOWN)
+
+
 _DENSE = (_P, _L, _L, _L, _P, _P, _P, _I)
 _MOST_DENSE_TOKENS = 128  # above, PyTorch's product wins in spite of reordering the weight
 
@@ -65,18 +70,19 @@ def down(
 ) -> tuple[torch.Tensor | None, int]:
     """(result [..., D], neurons in the union); (None, -1) when the union exceeds `limit` neurons."""
     act = act.contiguous()
-    neurons, features = weight.shape[0], defs.features_of(weight)
-    tokens = math.prod(act.shape[:-1])
-    out = torch.empty((*act.shape[:-1], features), dtype=act.dtype)
+    (neurons, columns), shape = weight.shape, act.shape
+    features = columns * 2 if weight.dtype == torch.uint8 else columns
+    tokens = math.prod(shape[:-1])
+    out = act.new_empty((*shape[:-1], features))
     limits = _ZERO if threshold is None else threshold
-    active = _function("thresher_sparse_down", _DOWN)(
+    active = _down_kernel()(
         act.data_ptr(),
         _TYPES[act.dtype],
         tokens,
         neurons,
         features,
         limits.data_ptr(),
-        limits.dim() == 1 and threshold is not None,
+        threshold is not None and limits.dim() == 1,
         weight.data_ptr(),
         _TYPES[weight.dtype],
         _pointer(scale),

@@ -97,12 +97,16 @@ INLINE void tile(const Row<W>* rows, const float* coef, int n, float* acc, int64
 }
 
 // Asks for COLS columns of the rows of a later pass. Rows lie apart, and the CPU's own prefetcher finds a row
-// only after its first lines have missed: at 5 % density that is a third of the time.
+// only after its first lines have missed: at 5 % density that is a third of the time. A CPU with all its miss buffers
+// taken drops what it is asked for, so each line is asked for twice: rows of bytes take two steps to a line, and
+// for those of half types the next line is asked for as well.
 template <class W, int COLS>
 INLINE void fetch(const Row<W>* later, int64_t col) {
     UNROLL for (int r = 0; r < ROWS; ++r)
-        UNROLL for (int byte = 0; byte < COLS * Row<W>::BITS / 8; byte += LINE)
+        UNROLL for (int byte = 0; byte < COLS * Row<W>::BITS / 8; byte += LINE) {
             __builtin_prefetch((later[r] + col).bytes() + byte, 0, 2);
+            if (Row<W>::BITS == 16) __builtin_prefetch((later[r] + col).bytes() + byte + LINE, 0, 2);
+        }
 }
 
 // The same as `tile` for one token: coefficients stay in registers.
@@ -115,6 +119,7 @@ int64_t stream(const Row<W>* rows, const Row<W>* later, const float* coef, float
     int64_t col = begin;
     for (; col + C * V <= end; col += C * V) {
         fetch<W, C * V>(later, col);
+        if (Row<W>::BITS == 8) fetch<W, C * V>(later + ROWS, col);
         vf sum[C];
         UNROLL for (int c = 0; c < C; ++c) sum[c] = widen(acc + col + c * V);
         UNROLL for (int r = 0; r < N; ++r)
@@ -260,9 +265,10 @@ int64_t scan(const A* act, int64_t tokens, int64_t F, const float* threshold, bo
 template <class W>
 void add_rows(const Active& active, int64_t tokens, const W* weight, const float* scale, int64_t groups,
               int64_t D, float* part, float* acc, int64_t begin, int64_t end) {
-    Row<W> rows[ROWS], later[ROWS];
+    Row<W> rows[2 * ROWS], later[2 * ROWS];  // later: those `ahead` rows on, and half as far
     float coef[ROWS * TOKENS];
     const Row<W> first_row{weight};
+    std::fill(rows, rows + 2 * ROWS, first_row);
     const int64_t width = D / groups;
     const int64_t row_bytes = std::max<int64_t>(1, (end - begin) * Row<W>::BITS / 8);
     const int64_t ahead = ROWS * std::clamp<int64_t>(AHEAD / (ROWS * row_bytes), 1, 8);
@@ -279,8 +285,8 @@ void add_rows(const Active& active, int64_t tokens, const W* weight, const float
             int n = 1;
             while (n < ROWS && first + n < active.count && active.index[first + n] / BLOCK == block) ++n;
             for (int r = 0; r < n; ++r) rows[r] = first_row + active.index[first + r] * D;
-            for (int r = 0; r < ROWS; ++r)
-                later[r] = first_row + active.index[std::min(first + ahead + r, active.count - 1)] * D;
+            for (int r = 0; r < 2 * ROWS; ++r)
+                later[r] = first_row + active.index[std::min(first + ahead / (1 + r / ROWS) + r % ROWS, active.count - 1)] * D;
             for (int64_t g = begin / width; g * width < end; ++g) {
                 const int64_t from = std::max(begin, g * width), to = std::min(end, (g + 1) * width);
                 for (int64_t t = 0; t < tokens; t += TOKENS) {
