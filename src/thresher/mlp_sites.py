@@ -61,6 +61,8 @@ def mlps(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> l
         program = capture.from_export(torch.export.export(shadow, (), given, strict=False))
     structure = recover(program)
     sites, _ = widest(structure.mlps)  # an adapter's linear beside the down projection reads the same value
+    # an adapter in a row with the MLP is a narrow one of its own, and its few neurons are there to be used
+    sites = [m for m in sites if m.down.in_features >= m.down.out_features] or sites
     found: dict[str, Mlp] = {}
     for m, name in site_names(sites).items():
         down = m.down.weight_fqn.removesuffix(".weight")

@@ -64,7 +64,7 @@ def test_a_gated_mlp_counts_the_product():
         torch.testing.assert_close(h, mlp.act_fn(mlp.gate_proj(seen["x"])) * mlp.up_proj(seen["x"]))
 
 
-def train(model, batch, density, parameters, steps=30):
+def train(model, batch, density, parameters, steps=20):
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     values = []
     for _ in range(steps):
@@ -102,6 +102,36 @@ def test_lora_trains_adapters_only_and_finds_the_sites():
     values = train(wrapped, batch, density, [p for p in wrapped.parameters() if p.requires_grad])
     assert values[-1] < 0.8 * values[0]
     assert all(torch.equal(p, frozen[n]) for n, p in wrapped.named_parameters() if n in frozen)
+
+
+class Adapted(nn.Module):
+    """An MLP with a bottleneck adapter behind it, as Houlsby's and Pfeiffer's place them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(16, 64), nn.Linear(64, 16), nn.GELU()
+        self.squeeze, self.widen, self.adapter_act = nn.Linear(16, 4), nn.Linear(4, 16), nn.GELU()
+
+    def forward(self, x):
+        y = self.down(self.act(self.up(x)))
+        return x + y + self.widen(self.adapter_act(self.squeeze(y)))
+
+
+def test_bottleneck_adapters_are_trained_and_are_no_mlps():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Adapted(), Adapted()), torch.randn(2, 5, 16)
+    assert [s.down for s in mlps(model, {"input": x})] == ["0.down", "1.down"]
+    thresher.relufy(model, {"input": x})
+    assert isinstance(model[1].act, nn.ReLU) and isinstance(model[1].adapter_act, nn.GELU)
+    density = thresher.density_loss(model, {"input": x})
+    adapters = [p for n, p in model.named_parameters() if "squeeze" in n or "widen" in n]
+    before = [p.clone() for p in adapters]
+    model(x)
+    density().backward()
+    torch.optim.SGD(adapters, 0.1).step()
+    assert not torch.equal(
+        model[0].squeeze.weight, before[0]
+    )  # the second MLP's term reaches the first's adapter
 
 
 def test_layer_weights_given_and_learned():
