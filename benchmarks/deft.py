@@ -8,8 +8,10 @@
     train     digits: exact density with the loss, without, and thresholded (see deft_digits.py)
 
 The byte-ideal of a kernel is the union density times the best dense time, the kernel's own with every neuron
-on included: it reads exactly the share of the bytes that it must. Weights rotate through more memory than the
-last-level cache holds, and each call has other active neurons. `--only kernel decode` runs those parts.
+on included: it reads exactly the share of the bytes that it must. Rows that lie apart cannot be read as fast as a
+whole weight, so beside it stands what reading the same rows costs by itself (`_row_reads.py`). Weights rotate through
+more memory than the last-level cache holds, and each call has other active neurons. `--only kernel decode` runs
+those parts.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from _harness import Benchmark, arguments, interleave
+from _row_reads import read
 from deft_digits import train_digits
 from torch import nn
 from torch.nn import functional as F
@@ -78,6 +81,7 @@ def kernel(bench: Benchmark, quick: bool) -> None:
     kinds = (("fp32", torch.float32, torch.float32), ("bf16", torch.bfloat16, torch.bfloat16),
              ("int8", torch.float32, torch.int8), ("int4", torch.float32, torch.uint8))  # fmt: skip
     lowest: dict[str, float] = {}
+    of_reading: dict[str, float] = {}
     four = int8_dense = float("nan")
     for neurons, features in shapes:
         for kind, dtype, held in kinds:
@@ -92,9 +96,17 @@ def kernel(bench: Benchmark, quick: bool) -> None:
                     sparse_native.down(a, ws[i % len(ws)], scale, None, None, neurons)
                 return len(pools[p])
 
+            listed = {p: [(a[0] != 0).nonzero().flatten().int() for a in pools[p]] for p in DENSITIES}
+
+            def reading(p: float, ws=ws, listed=listed) -> int:
+                for i, rows in enumerate(listed[p]):
+                    read(ws[i % len(ws)], rows)
+                return len(listed[p])
+
             forms: dict[str, Callable[[], int]] = {
                 f"{p:.2f}": (lambda p=p, ours=ours: ours(p)) for p in (*DENSITIES, 1.0)
             }
+            forms |= {f"read {p:.2f}": (lambda p=p, reading=reading: reading(p)) for p in DENSITIES}
             if scale is None:
                 rows = [w.t().contiguous() for w in ws]
 
@@ -114,22 +126,26 @@ def kernel(bench: Benchmark, quick: bool) -> None:
                 u = statistics.fmean(float((a != 0).any(0).float().mean()) for a in pools[p])
                 name = f"{p:.2f}"
                 ideal = u * dense / best[name]
+                reads = best[f"read {name}"]
                 lowest[kind] = min(lowest.get(kind, 9.9), ideal)
+                of_reading[kind] = min(of_reading.get(kind, 9.9), reads / best[name])
                 four = ideal if kind == "int4" and p == 0.1 else four
                 bench.row(part="kernel", shape=f"{neurons}x{features}", type=kind, density=p,
-                          sparse_ms=round(best[name] * 1e3, 4), own_dense_ms=round(best["1.00"] * 1e3, 4),
+                          sparse_ms=round(best[name] * 1e3, 4), read_ms=round(reads * 1e3, 4),
+                          own_dense_ms=round(best["1.00"] * 1e3, 4),
                           linear_ms=round(best.get("F.linear", float("nan")) * 1e3, 4),
                           of_ideal=round(ideal, 3), of_ideal_median=round(u * dense_middle / middle[name], 3),
                           against_linear=round(best.get("F.linear", float("nan")) / best[name], 2))  # fmt: skip
-    bench.claim(
-        "CPU kernel, batch 1 fp32, 5 to 30 %: least fraction of byte-ideal", lowest["fp32"], ">= 0.85"
-    )
-    bench.claim(
-        "CPU kernel, batch 1 bf16, 5 to 30 %: least fraction of byte-ideal", lowest["bf16"], ">= 0.75"
-    )
-    bench.claim(
-        "CPU kernel, batch 1 int8, 5 to 30 %: least fraction of byte-ideal", lowest["int8"], ">= 0.75"
-    )
+    for kind, target in (("fp32", ">= 0.85"), ("bf16", ">= 0.75"), ("int8", ">= 0.75")):
+        bench.claim(
+            f"CPU kernel, batch 1 {kind}, 5 to 30 %: least fraction of byte-ideal", lowest[kind], target
+        )
+    for kind in ("bf16", "int8"):
+        bench.claim(
+            f"CPU kernel, batch 1 {kind}, 5 to 30 %: least fraction of reading the same rows and nothing else",
+            of_reading[kind],
+            ">= 0.80",
+        )
 
 
 def dispatch(bench: Benchmark, quick: bool) -> None:
@@ -224,6 +240,7 @@ def _all(form: Callable[[torch.Tensor], Any], steps: list[torch.Tensor]) -> None
 
 
 def decode(bench: Benchmark, quick: bool) -> None:
+    """The best dense step is Inductor's, or ours without the sparse MLPs: its linears stream faster than PyTorch's."""
     layers, width, neurons = 3, 2048, 8192
     for gated in (False, True):
         for density in (0.05,) if quick else (0.05, 0.2):
@@ -234,11 +251,12 @@ def decode(bench: Benchmark, quick: bool) -> None:
                 dense = torch.compile(model, dynamic=False)
                 torch._dynamo.reset()
                 ours = thresher.compile(model, (steps[0],), deft=True, dynamic=False)
+                own = thresher.compile(model, (steps[0],), thresher.Recipe(()), dynamic=False)
                 dense(steps[0])
                 torch.testing.assert_close(ours(steps[0]), dense(steps[0]), rtol=1e-3, atol=1e-4)
                 forms = {
                     name: functools.partial(_all, form, steps)
-                    for name, form in (("dense", dense), ("ours", ours))
+                    for name, form in (("dense", dense), ("own dense", own), ("ours", ours))
                 }
                 best = interleave(forms, rounds=7 if quick else 11)
             found = [a["union_density"] for a in ours.report["deft"].activity.values()]
@@ -246,18 +264,20 @@ def decode(bench: Benchmark, quick: bool) -> None:
             rest, mlp = width * width, width * neurons
             whole = rest + (3 if gated else 2) * mlp
             part = rest + (1 + (2 if gated else 1) * p) * mlp
-            ceiling, gain = whole / part, best["dense"].cpu_min / best["ours"].cpu_min
+            ms = {name: timing.cpu_min / len(steps) for name, timing in best.items()}
+            ceiling, gain = whole / part, ms["dense"] / ms["ours"]
+            over_best = min(ms["dense"], ms["own dense"]) / ms["ours"]
             bench.row(part="decode", form="ReGLU" if gated else "ReLU", density=round(p, 4),
-                      sparse_ms=round(best["ours"].cpu_min / len(steps), 3),
-                      linear_ms=round(best["dense"].cpu_min / len(steps), 3),
-                      gain=round(gain, 3), ceiling=round(ceiling, 3), of_ideal=round(gain / ceiling, 3))  # fmt: skip
+                      sparse_ms=round(ms["ours"], 3), linear_ms=round(ms["dense"], 3),
+                      own_dense_ms=round(ms["own dense"], 3), gain=round(gain, 3), over_best=round(over_best, 3),
+                      ceiling=round(ceiling, 3), of_ideal=round(over_best / ceiling, 3))  # fmt: skip
             if density == 0.05:
                 name = "gated (ReGLU, up rows skipped)" if gated else "non-gated"
                 if not gated:
                     bench.claim(f"decode step at 5 %, {name}: dense Inductor / ours", gain, ">= 1.55")
                 bench.claim(
-                    f"decode step at 5 %, {name}: fraction of the byte ceiling {ceiling:.2f}",
-                    gain / ceiling,
+                    f"decode step at 5 %, {name}: gain over the best dense step, of the byte ceiling {ceiling:.2f}",
+                    over_best / ceiling,
                     ">= 0.90",
                 )
             torch._dynamo.reset()
