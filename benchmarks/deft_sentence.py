@@ -1,6 +1,6 @@
 """The example examples/deft_minilm.py as a record: MiniLM with ReLU and the density loss, end to end.
 
-    python benchmarks/deft_sentence.py [--quick] [--json PATH] [--weight 1.0] [--state FOLDER]
+    python benchmarks/deft_sentence.py [--quick] [--json PATH] [--weight 1.5] [--state FOLDER]
 
 The three students stand in one table: without the loss, with it, and the first thresholded to the second's density.
 Training keeps checkpoints in FOLDER, and a run that was cut off goes on from there. `--quick` trains 20 steps.
@@ -18,7 +18,7 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "deft_minilm.py"
 
 def main() -> None:
     def add(parser):
-        parser.add_argument("--weight", type=float, default=1.0, help="of the density loss")
+        parser.add_argument("--weight", type=float, default=1.5, help="of the density loss")
         parser.add_argument(
             "--state", type=Path, default=Path("minilm-relu"), help="checkpoints and the result"
         )
@@ -35,12 +35,15 @@ def main() -> None:
     bench.claim(
         "MiniLM: exact density with the loss over the control's",
         sparse["density"] / control["density"],
-        "<= 0.34",
+        "<= 0.3333",
     )
-    bench.claim("MiniLM: cosine with the original's embeddings, lost against the control",
-                control["cosine"] - sparse["cosine"], "<= 0.005")  # fmt: skip
-    bench.claim("MiniLM: cosine over that of the control thresholded to the same density",
-                sparse["cosine"] / thresholded["cosine"], ">= 1")  # fmt: skip
+    bench.claim(
+        "MiniLM: halves found, less the control's (of 1)", sparse["found"] - control["found"], ">= -0.005"
+    )
+    bench.claim(
+        "MiniLM: cosine with the original, over that of the control thresholded to the same density",
+        sparse["cosine"] / thresholded["cosine"], ">= 1",
+    )  # fmt: skip
     bench.claim("MiniLM, 8 tokens: dense original under Inductor / ours", speeds[0]["gain"], ">= 1")
     bench.finish()
 

@@ -206,7 +206,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=150, help="training steps of each of two stages")
-    parser.add_argument("--weight", type=float, default=1.0, help="of the density loss")
+    parser.add_argument("--weight", type=float, default=1.5, help="of the density loss")
     parser.add_argument("--out", type=Path, default=Path("minilm-relu"), help="where the model is saved")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
