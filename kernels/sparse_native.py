@@ -35,7 +35,8 @@ _MLP = (_P, _P, _I, _L, _L, _L, _L, _P, _I, _P, _I, _P, _P, _I, _P, _P, _L, _P, 
 
 
 @functools.cache
-def _down_kernel():
+def down_kernel():
+    """The C function behind `down`; returns the number of neurons in the union, -1 above the limit."""
     return _function("thresher_sparse_down", _DOWN)
 
 
@@ -70,12 +71,17 @@ def down(
 ) -> tuple[torch.Tensor | None, int]:
     """(result [..., D], neurons in the union); (None, -1) when the union exceeds `limit` neurons."""
     act = act.contiguous()
-    (neurons, columns), shape = weight.shape, act.shape
-    features = columns * 2 if weight.dtype == torch.uint8 else columns
-    tokens = math.prod(shape[:-1])
-    out = act.new_empty((*shape[:-1], features))
+    out = act.new_empty((*act.shape[:-1], defs.features_of(weight)))
+    active = down_kernel()(*down_arguments(act, weight, scale, bias, threshold, limit, out))
+    return (out if active >= 0 else None), active
+
+
+def down_arguments(act, weight, scale, bias, threshold, limit: int, out: torch.Tensor) -> tuple:
+    """What `down_kernel()` takes for a call that writes `out`; all tensors must outlive it."""
+    neurons, features = weight.shape[0], out.shape[-1]
+    tokens = math.prod(act.shape[:-1])
     limits = _ZERO if threshold is None else threshold
-    active = _down_kernel()(
+    return (
         act.data_ptr(),
         _TYPES[act.dtype],
         tokens,
@@ -92,7 +98,6 @@ def down(
         limit,
         _threads(tokens * neurons * features),
     )
-    return (out if active >= 0 else None), active
 
 
 def mlp(
