@@ -24,6 +24,7 @@ from .lowering.inductor import Inductor
 from .lowering.providers import provider_notes
 from .lowering.reference import Reference
 from .lowering.target import Target
+from .op_checks import watch
 from .passes import catalog as passes
 from .passes.calibrate import Calibration, Statistics
 from .passes.cost import CostModel
@@ -142,7 +143,10 @@ def run_pipeline(
         stats=_statistics(recipe, program),
         cost=CostModel(devices.of(device), lengths or real_lengths(program, inputs)),
     )
-    return pipeline.run(program)
+    with watch() as checks:
+        rewritten, report = pipeline.run(program)
+    report.operators = checks
+    return rewritten, report
 
 
 def real_lengths(program: Program, inputs: Sequence[Any] | None) -> list[int] | None:

@@ -43,15 +43,20 @@ PACKAGES = ("thresher", "torch", "transformers", "triton", "numpy", "onnx", "onn
 class OpProof:
     """One operator of ours that the program calls.
 
-    calls: nodes in the graph. provider: what this machine would run it with, before arguments are seen.
+    calls: nodes in the graph. provider: what ran it on the example; without one, what this machine would run it
+        with before arguments are seen.
     tolerance: largest relative L2 error a provider may have against the operator's reference, by dtype; the
         suite tests every provider within it.
+    error: the largest there was on the example inputs, over the `checked` calls that were compared (the first
+        few); None when no call was. Of integer results it is the share of elements that differ.
     """
 
     name: str
     calls: int
     provider: str
     tolerance: dict[str, float]
+    error: float | None = None
+    checked: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,11 +164,15 @@ class Certificate:
                 Text(why),
             )
         operators = Table(title="operators", title_justify="left")
-        for heading in ("operator", "calls", "provider here", "tolerance"):
+        for heading in ("operator", "calls", "provider here", "rel. error", "tolerance"):
             operators.add_column(heading)
         for o in self.ops:
             operators.add_row(
-                o.name, str(o.calls), o.provider, ", ".join(f"{d} {t:.0e}" for d, t in o.tolerance.items())
+                o.name,
+                str(o.calls),
+                o.provider,
+                _number(o.error),
+                ", ".join(f"{d} {t:.0e}" for d, t in o.tolerance.items()),
             )
         return Group(facts, *(t for t in (passes, operators) if t.row_count), *(Text(n) for n in self.notes))
 
@@ -201,7 +210,7 @@ def certify(before: Program, after: Program, recipe: Recipe, report: Report) -> 
         program=after.fingerprint(),
         target=report.target,
         passes=tuple(report.passes),
-        ops=_op_proofs(after),
+        ops=_op_proofs(after, report),
         error=report.error,
         budget=report.budget,
         unverified=report.unverified,
@@ -214,7 +223,7 @@ def certify(before: Program, after: Program, recipe: Recipe, report: Report) -> 
     )
 
 
-def _op_proofs(program: Program) -> tuple[OpProof, ...]:
+def _op_proofs(program: Program, report: Report) -> tuple[OpProof, ...]:
     calls = Counter(
         n.target._schema.name.split("::")[1]
         for n in program.nodes()
@@ -225,7 +234,11 @@ def _op_proofs(program: Program) -> tuple[OpProof, ...]:
         op = ops.get(name)
         here = next((p.name for p in op.providers if op.usable(p) is None), "reference")
         tolerance = {str(d).removeprefix("torch."): t for d, t in op.tolerance.items()}
-        proofs.append(OpProof(name, count, here, tolerance))
+        check = report.operators.get(name)
+        if check is None:
+            proofs.append(OpProof(name, count, here, tolerance))
+        else:
+            proofs.append(OpProof(name, count, check.provider, tolerance, check.error, check.calls))
     return tuple(proofs)
 
 

@@ -31,6 +31,7 @@ from .errors import ArgumentError, unknown_key
 NAMESPACE = "thresher"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _OPS: dict[str, Op] = {}
+_WATCH = threading.local()
 
 
 def _always() -> None:
@@ -164,7 +165,11 @@ class Op:
     def _dispatch(self, *args: Any) -> Any:
         provider, _ = self.choose(*args)
         self.calls[provider.name] += 1
-        return provider.run(*args)
+        result = provider.run(*args)
+        look = getattr(_WATCH, "look", None)
+        if look is not None:
+            look(self, provider.name, args, result)
+        return result
 
 
 def define(
@@ -207,3 +212,19 @@ def get(name: str) -> Op:
 def all_ops() -> list[Op]:
     """Every operator defined so far, by name."""
     return [_OPS[name] for name in sorted(_OPS)]
+
+
+@contextlib.contextmanager
+def watched(look: Callable[[Op, str, tuple[Any, ...], Any], None] | None) -> Iterator[None]:
+    """Within the context (this thread), show `look` every call: operator, provider, arguments, result."""
+    previous = getattr(_WATCH, "look", None)
+    _WATCH.look = look
+    try:
+        yield
+    finally:
+        _WATCH.look = previous
+
+
+def unwatched() -> contextlib.AbstractContextManager[None]:
+    """Within the context, calls are shown to nobody."""
+    return watched(None)

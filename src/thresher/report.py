@@ -17,6 +17,7 @@ from rich.text import Text
 
 from . import site_counts
 from .compat import trace_structured_json
+from .op_checks import OpCheck
 
 T = TypeVar("T")
 
@@ -91,6 +92,7 @@ class Report:
 
     error, budget, unverified: as in PassReport, for all passes together; the budget is the sum of theirs.
     predicted, measured: time before over time after, by the cost model and by the clock; None without.
+    operators: each operator of ours that ran while the passes were verified, against its reference on the example.
     """
 
     recipe: str
@@ -102,6 +104,7 @@ class Report:
     unverified: str | None = None
     predicted: float | None = None
     measured: float | None = None
+    operators: dict[str, OpCheck] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> PassReport:
         for report in self.passes:

@@ -9,6 +9,7 @@ import torch
 import zoo
 
 import thresher
+from thresher import ops
 from thresher.certificate import FORMAT, Certificate
 from thresher.errors import ArgumentError, ThresherError
 from thresher.passes import base
@@ -65,7 +66,9 @@ def test_it_holds_everything_and_survives_json():
     assert certificate.recipe_fingerprint == made.recipe.fingerprint()
     assert Recipe.of(certificate.recipe) == made.recipe
     assert certificate.versions["torch"] and certificate.machine["cpu"] and certificate.target == "reference"
-    assert [o.name for o in certificate.ops] == ["varlen_attention"] and certificate.ops[0].calls == 2
+    (operator,) = certificate.ops
+    assert (operator.name, operator.calls) == ("varlen_attention", 2)
+    assert operator.checked > 0 and operator.error <= operator.tolerance["float32"]
     assert certificate.passes[1].predicted and set(certificate.passes[1].predicted.values()) == {1.5}
     again = Certificate.from_json(certificate.to_json())
     assert again == certificate
@@ -96,6 +99,26 @@ def test_a_broken_budget_rolls_back_and_names_the_site():
     assert not account.predicted
     torch.testing.assert_close(made(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
     assert made.certificate.error == 0.0 and site in str(made.certificate) + str(made.report)
+
+
+def test_an_operator_that_is_wrong_on_the_example_is_told_apart_from_its_pass(monkeypatch):
+    op = ops.get("varlen_attention")
+    wrong = ops.Provider("wrong", "cpu", lambda *a: op.reference(*a) * 1.01)
+    monkeypatch.setattr(op, "providers", [wrong])
+    report = compiled(prepack=True).report
+    assert report["prepack"].rolled_back
+    check = report.operators["varlen_attention"]
+    assert check.provider == "wrong" and check.error == pytest.approx(0.01, rel=1e-3)
+
+
+def test_results_of_integers_count_what_differs():
+    from thresher.op_checks import difference
+
+    a, b = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 4, 3])
+    assert difference(a, b) == 0.5 and difference((a, torch.ones(2)), (a, torch.ones(2))) == 0
+    assert difference(torch.tensor([float("nan")]), torch.ones(1)) != 0
+    eight = torch.ones(4).to(torch.float8_e4m3fn)
+    assert difference(eight, eight) == 0
 
 
 def test_an_unverified_recipe_does_not_hold():
