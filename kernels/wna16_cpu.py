@@ -14,13 +14,15 @@ _FUSED_ROWS = 16  # beyond it, one dequantisation costs less than decoding again
 _SLAB = 1 << 20  # weights dequantised at a time: 4 MiB, small beside the weight, large enough for a matmul
 _MIN_WORK = 1 << 18  # multiply-adds; below it a second thread costs more than it saves
 _SCALE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+"""Bytes of an activation where the CPU multiplies integers: finer than the type's own rounding."""
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 @functools.cache
 def _linear():
     function = native.load("wna16").wna16_linear_f32
-    function.argtypes = [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 3
+    function.argtypes = [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 4
     function.restype = None
     return function
 
@@ -106,6 +108,7 @@ def _wna16_cpu(x, codes, scales, zeros, bias, bits, group_size):
         scales.shape[1],
         bits,
         _SCALE_KINDS[scales.dtype],
+        _PLANES[x.dtype],
         torch.get_num_threads() if outputs * inputs >= _MIN_WORK else 1,
     )
     return out.to(x.dtype)

@@ -7,6 +7,7 @@
 // precision of either, so a row whose weights are all zero gives 1e-7 of |x|, not 0.
 // The vector type is the compiler's own: it becomes AVX2 or NEON where there is one.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -82,6 +83,7 @@ void widen(const Weight& w, int64_t row, float* scale, float* shift) {
 }
 
 #include "wna16_avx512.h"
+#include "wna16_vnni.h"
 
 struct Input {
     const float* x;     // [m, stride], zero-padded to whole vectors
@@ -200,10 +202,19 @@ Weight weight(const uint8_t* codes, const void* scales, const uint8_t* zeros, in
 }  // namespace
 
 // out [m, n] = x [m, k] W^T + bias. codes: [n, words] of 32 bits; groups divide k into multiples of 8, or groups = 1.
+// planes: bytes that may carry an activation where integers multiply faster; 0 keeps fp32.
 extern "C" void wna16_linear_f32(const float* x, const uint8_t* codes, const void* scales, const uint8_t* zeros,
                                  const float* bias, float* out, int64_t m, int64_t n, int64_t k, int64_t words,
-                                 int64_t groups, int bits, int scale_kind, int threads) {
+                                 int64_t groups, int bits, int scale_kind, int planes, int threads) {
     const Weight w = weight(codes, scales, zeros, scale_kind, n, k, words, groups, bits);
+#if defined(WNA16_VNNI)
+    const std::vector<char> right = bytes::linear(w, x, m, bias, out, bits, planes, threads);
+    for (size_t i = 0; i < right.size(); ++i)
+        if (!right[i])
+            wna16_linear_f32(x + i * k, codes, scales, zeros, bias, out + i * n, 1, n, k, words, groups, bits,
+                             scale_kind, 0, threads);
+    if (!right.empty()) return;
+#endif
     const int64_t stride = (k + kLanes - 1) / kLanes * kLanes;
     const float* const given = x;
     std::vector<float> padded, sums(m * groups);

@@ -140,6 +140,23 @@ def test_nonfinite_activations_stay_visible_in_their_own_row():
 
 
 @needs_cpp
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_activations_as_integers_lose_nothing_to_outliers(bits, dtype, bound):
+    """Where the CPU multiplies integers, steps come from a block's largest value; it must not overflow either."""
+    codes, scales, zeros = weight(32, 576, bits, 64, zeros=True)
+    x = torch.randn(7, 576, generator=torch.Generator().manual_seed(1))
+    x[:, 5] *= 300
+    args = (x.to(dtype), bitpack.pack(codes, bits), scales, zeros, None, bits, 64)
+    exact = linear.reference(args[0].double(), *args[1:])
+    with linear.force("cpu_cpp"):
+        actual = linear(*args)
+        beside = linear(torch.cat([args[0][:6], args[0][:1] * float("inf")]), *args[1:])
+    assert relative(actual, exact) < bound
+    assert torch.equal(actual[:6], beside[:6]) and not beside[6].isfinite().any()
+
+
+@needs_cpp
 def test_last_row_is_read_no_further_than_it_reaches():
     """The weight's memory is followed by NaN-like bytes in one buffer: they must not change the result."""
     codes, scales, _ = weight(5, 24, 2)
