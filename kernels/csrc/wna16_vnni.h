@@ -2,8 +2,8 @@
 //
 // A vector of 64 bytes of a row holds 16 lanes of 32 / bits codes. Its bytes, shifted right by j * bits and masked, are
 // unsigned codes in [0, 15], four to a lane, and one instruction multiplies them by signed bytes and sums each lane.
-// Activations become integers of 16 bits (for bf16 and fp16) or 24 bits (for fp32), in steps of the largest of one
-// block's 512 / bits columns; byte planes carry them, so nothing is lost beyond 2^-16 or 2^-24 of that largest value:
+// Activations become integers of 16 bits (for bf16 and fp16) or 24 bits (for fp32), in steps set by the largest of one
+// block's 512 / bits columns; byte planes carry them, so nothing is lost beyond 2^-15 or 2^-23 of that largest value:
 // less than the rounding of the activations' own type. A lane's codes share a scale, since groups are multiples of 32.
 // Zero points are applied to the groups' sums of the same integers, so a weight of zeros cancels but for fp32's rounding.
 #pragma once
@@ -43,10 +43,14 @@ void round_block(const float* x, int64_t count, int8_t* out, float* step, float*
         largest = _mm512_max_ps(largest, size);
     }
     const float amax = _mm512_reduce_max_ps(largest);
-    // A little below what P signed bytes hold: rounding up at the largest must not overflow the first digit.
-    constexpr float kLimit = P == 2 ? 127 * 256 : 127 * 65536;
-    const float inverse = amax > 0 ? std::fmin(kLimit / amax, 3.4028235e38f) : 0.0f;
-    *step = amax / kLimit;
+    // A step is a power of two, so that only the integers round: sixteen bits hold bf16 exactly to 2^-7 of the largest.
+    constexpr float kLimit = P == 2 ? 127 * 256 + 127 : 127 * 65536 + 127 * 256 + 127;  // of P signed bytes
+    int exponent;
+    std::frexp(amax, &exponent);
+    exponent = (exponent < -100 ? -100 : exponent) - (8 * P - 1);  // below 2^-100 steps would leave fp32's range
+    if (amax > std::ldexp(kLimit, exponent)) ++exponent;
+    const float inverse = finite ? std::ldexp(1.0f, -exponent) : 0.0f;
+    *step = std::ldexp(1.0f, exponent);
     alignas(64) int8_t digits[P][S::kBlock];
     __m512i total = _mm512_setzero_si512();
     for (int c = 0; c < S::kChunks; ++c) {

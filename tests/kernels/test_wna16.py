@@ -141,7 +141,7 @@ def test_nonfinite_activations_stay_visible_in_their_own_row():
 
 @needs_cpp
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 4e-3)])
 def test_activations_as_integers_lose_nothing_to_outliers(bits, dtype, bound):
     """Where the CPU multiplies integers, steps come from a block's largest value; it must not overflow either."""
     codes, scales, zeros = weight(32, 576, bits, 64, zeros=True)
