@@ -1,9 +1,8 @@
-"""The packed body: finds where padded values enter it, and traces its nodes again at [1, T]."""
+"""The packed body: its nodes traced again at one row of T tokens, or at rows of a capacity."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -15,114 +14,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from thresher.capture import assemble
-from thresher.layout import Gather, Passed, PlanField, Visibility
 from thresher.program import Program, value
 
-from .extract import is_computed
+from .packed_frontier import Frontier, plan_fields
 from .token_axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, hint, sizes
-from .visibility import Attention
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Frontier:
-    """The values that enter the body from outside it, with the labels they need there.
-
-    sites: the attentions, by the node that holds the result. rows: sequences share rows, so that attention
-        is masked; else the body is one row, and attention goes by segments.
-    entering: node -> labels; all None for a value that is the same for every token.
-    masks: masks of generic attention, passed as they are. prologue: nodes that must be computed padded.
-    """
-
-    program: Program
-    axes: TokenAxes
-    sites: dict[fx.Node, Attention]
-    visibilities: dict[fx.Node, Visibility]
-    rows: bool = False
-    entering: dict[fx.Node, Labels] = field(default_factory=dict)
-    masks: list[fx.Node] = field(default_factory=list)
-
-    @property
-    def prologue(self) -> list[fx.Node]:
-        return [n for n in [*self.entering, *self.masks] if n not in self.axes]
-
-    def explore(self) -> None:
-        """Visit every labelled node's other arguments. Raises Stop when one cannot be laid out in tokens."""
-        for node in list(self.axes.labels):
-            if node.op == "placeholder":
-                self.entering[node] = self.axes[node]
-            elif node in self.sites:
-                mask = self.sites[node].mask
-                if self.visibilities[node].kind == "generic" and mask is not None and mask not in self.masks:
-                    self.masks.append(mask)
-            elif node.target is aten.embedding.default:
-                self._enter(node.args[1], self.axes[node][:-1])  # type: ignore[arg-type]
-            else:
-                for argument in node.all_input_nodes:
-                    if is_computed(argument) and argument not in self.axes:
-                        self._enter(argument, self._needed(node, argument))
-
-    def _needed(self, node: fx.Node, argument: fx.Node) -> Labels:
-        """Labels an unlabelled argument must have to line up with a node's labelled result."""
-        if node.target in (aten.embedding.default, aten.linear.default, aten.mm.default, aten.addmm.default,
-                           aten.matmul.default, aten.layer_norm.default, aten.rms_norm.default):  # fmt: skip
-            return (None,) * value(argument).dim()
-        result = self.axes[node]
-        if not isinstance(result, tuple):
-            raise Stop(f"{node.name} gives several results and takes {argument.name} beside the tokens")
-        rank = value(argument).dim()
-        aligned = result[len(result) - rank :] if rank else ()
-        wide = {label for label, size in zip(aligned, sizes(argument)) if label is not None and size != 1}
-        if not wide:
-            return (None,) * rank
-        if BATCH in wide and SEQUENCE not in aligned:
-            raise Stop(f"{argument.name} has a value per row and no sequence dimension")
-        return aligned  # a size of 1 stands for all rows, or for all of a row's tokens
-
-    def _enter(self, node: fx.Node, labels: Labels) -> None:
-        known = self.entering.get(node, labels)
-        if known != labels:
-            raise Stop(f"{node.name} is used with two different layouts")
-        if (
-            BATCH in labels
-            and node.target is aten.embedding.default
-            and labels[-1] is None
-            and is_computed(node.args[1])
-        ):
-            # look the table up for real tokens only; a [B, S, hidden] tensor of pads is never made
-            self.axes.labels[node] = labels
-            self._enter(node.args[1], labels[:-1])  # type: ignore[arg-type]
-            return
-        self.entering[node] = labels
-
-
-def body_inputs(
-    frontier: Frontier, places: Sequence[fx.Node], prologue: Sequence[fx.Node]
-) -> list[Gather | PlanField | Passed]:
-    """Where each of the body's placeholders comes from, in the order `trace_body` makes them."""
-
-    def origin(node: fx.Node) -> tuple[str, int]:
-        return ("input", places.index(node)) if node in places else ("prologue", prologue.index(node))
-
-    found: list[Gather | PlanField | Passed] = []
-    for node, labels in frontier.entering.items():
-        if TOKENS in labels:
-            found.append(Gather(*origin(node), labels.index(TOKENS), labels.index(TOKENS)))
-        elif SEQUENCE in labels:
-            batch = labels.index(BATCH) if BATCH in labels else None
-            found.append(Gather(*origin(node), batch, labels.index(SEQUENCE)))
-        else:
-            found.append(Passed(*origin(node)))
-    found += [PlanField(name) for name in plan_fields(frontier)]
-    return found + [Passed(*origin(m)) for m in frontier.masks]
-
-
-def plan_fields(frontier: Frontier) -> list[str]:
-    """What the body takes from the packing plan."""
-    if frontier.rows:
-        return ["segments", "columns"]
-    return ["cu_seqlens", "max_len"] + (["rows", "columns"] if frontier.masks else [])
 
 
 def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node]) -> Program:
@@ -268,6 +165,10 @@ def _attend_in_rows(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, 
 
 def _unrepeated(node: fx.Node, axes: TokenAxes) -> fx.Node:
     """Keys or values before they are repeated for each query head: the operator shares them instead."""
+    if node.target is aten.repeat_interleave.self_int and isinstance(node.args[0], fx.Node):
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        of_heads = value(node).dim() == 4 and dim in (1, -3) and node.args[0] in axes
+        return node.args[0] if of_heads else node
     if node.target is not aten.reshape.default or not isinstance(node.args[0], fx.Node):
         return node
     spread = node.args[0]

@@ -11,7 +11,8 @@ from thresher.layout import PackedLayout, Packing, Passed, Scatter, Visibility
 from thresher.program import Program, module_fqn
 
 from .extract import extract
-from .packed_body import Frontier, body_inputs, trace_body
+from .packed_body import trace_body
+from .packed_frontier import Frontier, body_inputs
 from .token_axes import BATCH, SEQUENCE, TOKENS, Stop, TokenAxes
 from .visibility import Attention, MaskProbe
 

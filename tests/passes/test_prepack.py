@@ -178,6 +178,37 @@ class TestProgram:
         assert [n.meta["val"].shape[1] for n in call.args[:3]] == [4, 2, 2]
 
 
+class Grouped(torch.nn.Module):
+    """Two key heads for four query heads, repeated by `repeat_interleave`; or, wrongly, along the sequence."""
+
+    def __init__(self, along=1):
+        super().__init__()
+        self.embed, self.along = torch.nn.Embedding(50, 16), along
+        self.q, self.kv = torch.nn.Linear(16, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embed(input_ids)
+        q = self.q(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        kv = self.kv(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        kv = kv.repeat_interleave(2, self.along)
+        if self.along == 2:
+            kv = kv[:, :, ::2].repeat(1, 2, 1, 1)
+        seen = attention_mask[:, None, None].bool()
+        out = torch.nn.functional.scaled_dot_product_attention(q, kv, kv, attn_mask=seen)
+        return out.transpose(1, 2).flatten(2)
+
+
+def test_heads_repeated_one_by_one_are_shared_too():
+    _, program, _ = matched(capture(Grouped(), **zoo_inputs()))
+    call = next(n for n in program.nodes() if "varlen_attention" in str(n.target))
+    assert [n.meta["val"].shape[1] for n in call.args[:3]] == [4, 2, 2]
+
+
+def test_tokens_repeated_one_by_one_stop_the_flow():
+    site, _, _ = matched(capture(Grouped(along=2), **zoo_inputs()))
+    assert "repeats the sequence dimension" in site.reason
+
+
 class TestEarlyGather:
     def test_a_selection_passes_the_head_and_a_soft_cap(self):
         class Head(torch.nn.Module):
