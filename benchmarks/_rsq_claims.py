@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _rsq_other
+
 Row = Mapping[str, Any]
 
 
@@ -29,7 +31,8 @@ def claims(bench: Any, rows: Sequence[Row], said: str) -> None:
     def compare(claim: str, ours: str, theirs: str, key: str, target: str, invert: bool = True) -> None:
         if (ours, 0) not in found or (theirs, 0) not in found:
             missing = ours if (ours, 0) not in found else theirs
-            bench.not_measured(claim, f"The row {missing} was not run.")
+            absent = _rsq_other.ABSENT if missing == _rsq_other.NAME else f"The row {missing} was not run."
+            bench.not_measured(claim, absent)
             return
         for name in (key,) if key == "kl" else [f"ppl_{t}" for t in texts]:
             a, b = found[ours, 0][name], found[theirs, 0][name]

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _rsq_other
 import torch
 from _harness import Benchmark, arguments
 
@@ -59,6 +60,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "rsq-mixed-3": dict(average_bits=3.0, group_size=64, symmetric=False),
     "rsq3-best": dict(bits=3, symmetric=False, activation_order=True, power=0.5, damping=0.1),
     "rotate-rtn3": dict(bits=3, method="nearest", importance="uniform"),
+    _rsq_other.NAME: {},  # made by another package
 }
 QUICK = ("quarot3", "rsq3", "rtn3")
 WINDOWS, LENGTH = 4, 512
@@ -237,6 +239,16 @@ def _measure_all(args: Any, names: list[str], folder: Path) -> str:
         for name in names:
             path = folder / f"{name}-{seed}.json"
             if path.exists():
+                continue
+            if name == _rsq_other.NAME:
+                other = _rsq_other.row(
+                    folder / f"tokens-{seed}.pt", path.with_suffix(".safetensors"), judge, seed
+                )
+                if other is None:
+                    print(_rsq_other.ABSENT, flush=True)
+                else:
+                    path.write_text(json.dumps(other))
+                    print(json.dumps(other), flush=True)
                 continue
             if program is None:
                 program = _capture(model, [Batch({"input_ids": tokens[:2]})])
