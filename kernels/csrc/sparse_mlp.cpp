@@ -42,6 +42,45 @@ struct Row {
     INLINE const char* bytes() const { return reinterpret_cast<const char*>(place); }
 };
 
+// Half types come 2 * V columns at a time, those at even places and then those at odd ones: a shift and a mask widen
+// them where a conversion in order would move them across the register as well. `down` puts them back in order.
+template <class W>
+constexpr bool SPLIT = std::is_same<W, bf16>::value && V == 16;
+#if defined(__AVX512F__)
+INLINE void wide_pair(Row<bf16> row, vf* even, vf* odd) {
+    const __m512i both = _mm512_loadu_si512(row.place);
+    *even = (vf)_mm512_slli_epi32(both, 16);
+    *odd = (vf)_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000)));
+}
+// 32 columns out of their split sums, rounded as `put` does.
+INLINE __m512i rounded(vf sum) {
+    const __m512i u = (__m512i)sum, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)sum, (__m512)sum, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(nearest, nan, u, _mm512_set1_epi32(0x400000));
+}
+INLINE void put_pair(bf16* out, const float* sums, const bf16* bias) {
+    vf even = widen(sums), odd = widen(sums + V), e, o;
+    if (bias) {
+        wide_pair(Row<bf16>{bias}, &e, &o);
+        even += e, odd += o;
+    }
+    const __m512i high = _mm512_and_si512(rounded(odd), _mm512_set1_epi32(int(0xffff0000)));
+    _mm512_storeu_si512(out, _mm512_or_si512(_mm512_srli_epi32(rounded(even), 16), high));
+}
+#endif
+// C * V columns of a row.
+template <int C, class W>
+INLINE void wide(Row<W> row, vf* out) {
+#if defined(__AVX512F__)
+    if constexpr (SPLIT<W> && C % 2 == 0) {
+        UNROLL for (int c = 0; c < C; c += 2) wide_pair(row + c * V, out + c, out + c + 1);
+        return;
+    }
+#endif
+    UNROLL for (int c = 0; c < C; ++c) out[c] = (row + c * V).wide();
+}
+
 // Two columns a byte, the first in the low half, each the code less 8. Only even numbers of columns are added.
 struct i4 {
     uint8_t pair;
@@ -84,10 +123,8 @@ INLINE void tile(const Row<W>* rows, const float* coef, int n, float* acc, int64
         UNROLL for (int c = 0; c < C; ++c) sum[t][c] = widen(acc + t * ld + col + c * V);
     UNROLL for (int r = 0; r < (N ? N : n); ++r) {
         vf w[C];
-        UNROLL for (int c = 0; c < C; ++c) {
-            w[c] = (rows[r] + (col + c * V)).wide();
-            IN_REGISTER(w[c]);
-        }
+        wide<C>(rows[r] + col, w);
+        UNROLL for (int c = 0; c < C; ++c) IN_REGISTER(w[c]);
         UNROLL for (int t = 0; t < T; ++t)
             UNROLL for (int c = 0; c < C; ++c)
                 sum[t][c] = multiply_add(all(coef[r * T + t]), w[c], sum[t][c]);
@@ -122,8 +159,11 @@ int64_t stream(const Row<W>* rows, const Row<W>* later, const float* coef, float
         if (Row<W>::BITS == 8) fetch<W, C * V>(later + ROWS, col);
         vf sum[C];
         UNROLL for (int c = 0; c < C; ++c) sum[c] = widen(acc + col + c * V);
-        UNROLL for (int r = 0; r < N; ++r)
-            UNROLL for (int c = 0; c < C; ++c) sum[c] = multiply_add(k[r], (row[r] + (col + c * V)).wide(), sum[c]);
+        UNROLL for (int r = 0; r < N; ++r) {
+            vf w[C];
+            wide<C>(row[r] + col, w);
+            UNROLL for (int c = 0; c < C; ++c) sum[c] = multiply_add(k[r], w[c], sum[c]);
+        }
         UNROLL for (int c = 0; c < C; ++c) std::memcpy(acc + col + c * V, &sum[c], sizeof(vf));
     }
     return col;
@@ -157,6 +197,8 @@ void pass(const Row<W>* rows, const Row<W>* later, const float* coef, int n, flo
             tile<W, T, C, ROWS>(rows, coef, n, acc, ld, col);
         }
     for (; col + C * V <= end; col += C * V) tile<W, T, C, 0>(rows, coef, n, acc, ld, col);
+    if (C > 2)
+        for (; col + 2 * V <= end; col += 2 * V) tile<W, T, 2, 0>(rows, coef, n, acc, ld, col);
     for (; col + V <= end; col += V) tile<W, T, 1, 0>(rows, coef, n, acc, ld, col);
     for (; col < end; ++col)
         for (int t = 0; t < T; ++t) {
@@ -326,9 +368,13 @@ void down(const Active& active, int64_t tokens, const W* weight, const float* sc
         share(D, omp_get_num_threads(), omp_get_thread_num(), &begin, &end);
         add_rows(active, tokens, weight, scale, groups, D, part, acc, begin, end);
         if (bias || narrow)
-            for (int64_t t = 0; t < tokens; ++t)
-                for (int64_t d = begin; d < end; ++d)
-                    put(out + t * D + d, acc[t * D + d] + (bias ? one(bias[d]) : 0.0f));
+            for (int64_t t = 0; t < tokens; ++t) {
+                const float* sums = acc + t * D;
+                int64_t d = begin;
+                if constexpr (SPLIT<W>)
+                    for (; d + 2 * V <= end; d += 2 * V) put_pair(out + t * D + d, sums + d, bias ? bias + d : nullptr);
+                for (; d < end; ++d) put(out + t * D + d, sums[d] + (bias ? one(bias[d]) : 0.0f));
+            }
     }
 }
 
