@@ -133,7 +133,7 @@ def kernel(bench: Benchmark, quick: bool) -> None:
                     return len(rows)
 
                 forms["F.linear"] = linear
-            best, middle = least(forms, 7 if quick else 11)
+            best, middle = least(forms, 9 if quick else 25)
             dense = min(best[n] for n in ("1.00", "F.linear") if n in best)
             if kind == "int4":  # unpacking bounds its own dense run, not bytes: half of int8's is the ideal
                 dense = min(dense, int8_dense / 2)

@@ -22,9 +22,11 @@ import torch
 from . import native, sparse_native
 from . import sparse_mlp as gated
 
-BATCHES = (1, 4, 16, 64)  # numbers of tokens that are measured; others use the next larger one
-_ROUNDS = 5
-_SECONDS = 0.2  # per shape, after the first two rounds
+BATCHES = (1, 4, 16, 32, 64)  # numbers of tokens that are measured; others use the next larger one
+_ROUNDS = 9
+_SECONDS = 0.5  # per shape, after the first two rounds
+_PRODUCT = 16  # tokens above which the dense product computes rather than reads
+_MOST = 0.7  # break-even there at most: who wins at full density then hangs on how busy the machine is just now
 _COLD = 1 << 26  # bytes of weights to rotate through, so that caches hold none of them
 
 
@@ -104,10 +106,10 @@ def measure(site: Site, tokens: int) -> float:
         return sparse_native.matmul(h, down, scale, None)
 
     at_half, at_full, at_dense = least_seconds((sparse(half), sparse(full), dense))
-    slope = (at_full - at_half) / 0.5
+    slope, most = (at_full - at_half) / 0.5, _MOST if tokens > _PRODUCT else 1.0
     if at_full <= at_dense or slope <= 0:
-        return 1.0
-    return min(1.0, max(0.0, (at_dense - (at_full - slope)) / slope))
+        return most
+    return min(most, max(0.0, (at_dense - (at_full - slope)) / slope))
 
 
 def _weights(site: Site, generator: torch.Generator):
