@@ -30,6 +30,12 @@ class NotRotatable(Exception):
     """Why a residual stream cannot be kept rotated, as a full sentence."""
 
 
+_WITH_DEFT = (
+    " DEFT took MLPs of this model, and their weights are not rotated: quantize with rotate=False and rotate_down=False to "
+    "use both, or leave deft out."
+)
+
+
 @dataclass
 class Stream:
     """A residual stream that may be rotated.
@@ -51,6 +57,11 @@ def follow(program: Program, structure: Structure, tower: Tower) -> Stream:
         if not layer.complete:
             raise NotRotatable(
                 f"Layer {layer.fqn} was not recovered whole, so the stream's writers are unknown."
+                + (
+                    _WITH_DEFT
+                    if any(str(n.target).startswith("thresher.sparse_") for n in program.graph.nodes)
+                    else ""
+                )
             )
     if not tower.embeddings:
         raise NotRotatable(f"What starts the stream of {tower.layers[0].fqn} was not recovered.")

@@ -144,3 +144,16 @@ def test_data_may_be_strings_a_loader_or_neither():
 def test_shifted_copies_multiply_the_sequences():
     model, _ = zoo.ZOO["llama"].build()
     assert thresher.quantize(model, tokens(3), thresher.RSQ(expand=2)).report.tokens == 72
+
+
+@pytest.mark.slow
+def test_behind_deft_unrotated_codes_serve_and_rotated_ones_say_what_to_do(tmp_path):
+    model, inputs = zoo.ZOO["llama_reglu"].build()[0], dict(zoo.ZOO["llama_reglu"].inputs())
+    both = {"deft": {"min_bytes": 0}, "rsq": {"budget": 1.0}}
+    for options, expected in ((dict(rotate=False, rotate_down=False), 10), ({}, 0)):
+        low = thresher.quantize(model, [inputs], thresher.RSQ(bits=8, **options))
+        path = low.save(tmp_path / f"{expected}.safetensors")
+        compiled = thresher.compile(model, inputs, recipe=both, stats=str(path), target="reference")
+        deft, rsq = compiled.report.passes
+        assert (len(deft.rewritten), len(rsq.rewritten)) == (2, expected)
+    assert any("rotate=False" in m.reason for m in rsq.missed)
