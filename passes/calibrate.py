@@ -36,7 +36,11 @@ FORMAT = "thresher-statistics-1"
 
 
 class Collector(Protocol):
-    """Gathers what a pass needs from a tapped value, batch by batch."""
+    """Gathers what a pass needs from a tapped value, batch by batch.
+
+    One that has `merge(other)`, which takes in what another gathered on other batches, can be used over several
+    ranks; it must be possible to pickle it.
+    """
 
     def add(self, value: torch.Tensor, real: torch.Tensor | None) -> None:
         """One batch's value. real: bool [batch, sequence], False at pads; None when all tokens are real."""
@@ -169,6 +173,33 @@ class Calibration:
         self.batches += 1
         with torch.no_grad():
             return list(_Sweep(watched, real).run(*inputs))
+
+    def gather(self, group: Any) -> None:
+        """Take in what the other ranks of a process group gathered, each on batches of its own.
+
+        Every rank of the group must call it, and all have the same afterwards. Raises ThresherError, on all ranks,
+        when they do not have the same weights, or when a pass gathers what cannot be merged.
+        """
+        import torch.distributed as dist
+
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, (self._fingerprint, self.batches, self._collectors), group=group)
+        prints = {fingerprint for fingerprint, batches, _ in everyone if batches}
+        if len(prints) > 1:
+            raise ThresherError(f"The ranks calibrate different weights: {', '.join(sorted(prints))}.")
+        merged: dict[tuple[str, str], Collector] = {}
+        for _, _, collectors in everyone:  # in rank order on every rank, so that all round alike
+            for (name, site), theirs in collectors.items():
+                mine = merged.setdefault((name, site), theirs)
+                if mine is theirs:
+                    continue
+                if not hasattr(mine, "merge"):
+                    raise ThresherError(
+                        f"What {name} gathers at {site} cannot be merged over ranks. Calibrate it on one rank."
+                    )
+                mine.merge(theirs)
+        self._fingerprint, self._collectors = next(iter(prints), ""), merged
+        self.batches = sum(batches for _, batches, _ in everyone)
 
     def statistics(self) -> Statistics:
         """What was gathered so far. Raises ThresherError when there was not a single batch."""

@@ -41,6 +41,11 @@ class InputStatistics:
         self.total = squares if self.total is None else self.total + squares
         self.rows += rows.shape[0]
 
+    def merge(self, other: InputStatistics) -> None:
+        self.amax, self.rows = torch.maximum(self.amax, other.amax), self.rows + other.rows
+        if other.total is not None:
+            self.total = other.total if self.total is None else self.total + other.total
+
     def result(self) -> dict[str, torch.Tensor]:
         total = torch.zeros(0) if self.total is None else self.total / max(1, self.rows)
         return {"amax": self.amax, "square_mean": total.cpu()}

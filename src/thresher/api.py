@@ -235,12 +235,14 @@ def _stand_in(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def calibrate(
-    model: torch.nn.Module, batches: Iterable[Any], recipe: Any = None, **options: Any
+    model: torch.nn.Module, batches: Iterable[Any], recipe: Any = None, *, group: Any = None, **options: Any
 ) -> Statistics:
     """Run a model over example batches and gather what the recipe's passes need to know.
 
     batches: each a dict of keyword arguments, or a tuple of positional ones, as the model is called.
     recipe, options: see `Recipe.of`; only passes that need data are asked.
+    group: a torch.distributed process group whose ranks hold the same model and each give batches of their own;
+        all of them must call, and all get what was gathered together. ThresherError when a pass cannot merge.
     Save the result and name the file where the model is compiled: `compile(..., stats="stats.safetensors")`.
     """
     calibration = Calibration(Recipe.of(recipe, **options))
@@ -249,6 +251,8 @@ def calibrate(
         for batch in progress(batches, "calibrating"):
             args, kwargs = _example(batch)
             watched(*args, **kwargs)
+    if group is not None:
+        calibration.gather(group)
     return calibration.statistics()
 
 

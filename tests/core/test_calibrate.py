@@ -1,5 +1,6 @@
 """Calibration through the public way in: taps see real data of every batch, statistics name their model."""
 
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -96,3 +97,17 @@ def test_what_cannot_be_calibrated_says_so(tmp_path):
     (tmp_path / "x").write_bytes(b"no")
     with pytest.raises(ArgumentError, match="stats"):
         Statistics.load(tmp_path / "x")
+
+
+def test_what_cannot_be_merged_over_ranks_says_so(monkeypatch):
+    """Two ranks with the same collectors; `CountReal` has no `merge`."""
+    import torch.distributed as dist
+
+    def both(found, mine, group):
+        found[:] = [mine, pickle.loads(pickle.dumps(mine))]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "all_gather_object", both)
+    model, _ = zoo.ZOO["llama"].build()
+    with pytest.raises(ThresherError, match=r"What look gathers at .* cannot be merged"):
+        thresher.calibrate(model, batches(model.config.vocab_size), look=True, group=object())

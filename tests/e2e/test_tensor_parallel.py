@@ -1,4 +1,5 @@
-"""A Llama sharded over two ranks (gloo, CPU): a graph with DTensors is left to Inductor, says so, and is right."""
+"""Two ranks (gloo, CPU): replicas calibrate together, each on its own batches; a Llama sharded with DTensors is left
+to Inductor, says so, and is right."""
 
 import os
 import socket
@@ -24,6 +25,15 @@ model, inputs = zoo.ZOO["llama_reglu"].build()
 model.config.use_cache = False
 with torch.no_grad():
     expected = model(**inputs).logits
+batches = [{{k: v[i : i + 2] for k, v in inputs.items()}} for i in (0, 1)]
+look = {{"nvfp4": {{"min_weights": 0, "sensitive": 1}}}}
+alone = thresher.calibrate(model, batches, look)
+shared = thresher.calibrate(model, [batches[dist.get_rank()]], look, group=dist.group.WORLD)
+assert alone.fingerprint == shared.fingerprint and len(alone["nvfp4"]) == len(shared["nvfp4"]) > 10
+for site, known in alone["nvfp4"].items():
+    torch.testing.assert_close(dict(shared["nvfp4"][site]), dict(known))
+print("calibrated", dist.get_rank(), flush=True)
+torch._dynamo.reset()
 mesh = init_device_mesh("cpu", (2,))
 for layer in model.model.layers:
     parallelize_module(layer.mlp, mesh, {{
@@ -63,3 +73,4 @@ def launch(code: str, tmp_path: Path) -> str:
 def test_sharded_weights_are_left_to_inductor_and_said(tmp_path):
     said = launch(WORKER, tmp_path)
     assert "rank 0" in said and "rank 1" in said
+    assert "calibrated 0" in said and "calibrated 1" in said

@@ -245,3 +245,16 @@ def test_masks_that_do_not_fit_are_refused(mask, rows, argument):
             *tensors, mask, p.rows if rows is None else rows, p.cols, p.cu_seqlens, p.max_len, 1.0
         )
     assert error.value.argument == argument
+
+
+@pytest.mark.parametrize("window", [-1, 3])
+def test_no_gradient_crosses_segments(window):
+    """The definition itself: an output of one segment depends on that segment's inputs only, and causally on them."""
+    lengths = (5, 7, 4)
+    ends = torch.tensor([0, 5, 12, 16], dtype=torch.int32)
+    q, k, v = (torch.randn(1, h, sum(lengths), 8, requires_grad=True) for h in (4, 2, 2))
+    out = varlen_attention.reference(q, k, v, ends, 7, 0.3, True, window, 0.0)
+    out[:, :, 9].sum().backward()  # the fifth token of the middle segment
+    for tensor, first in ((k, 5), (v, 5), (q, 9)):
+        reached = tensor.grad.abs().sum((0, 1, 3)).nonzero().flatten().tolist()
+        assert reached == list(range(max(first, 9 - window if window >= 0 else first), 10))
