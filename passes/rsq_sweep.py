@@ -21,7 +21,7 @@ from .rsq_rewrite import materialise
 aten = torch.ops.aten
 Values = dict[fx.Node, Any]
 
-_CHUNK = 1 << 23  # weights converted to fp64 at a time: 64 MiB
+_CHUNK = 1 << 21  # weights converted to fp64 at a time: 16 MiB, of which rotating holds a few copies
 
 
 def bind(program: Program, named: Mapping[str, Any], most: Sequence[int] = ()) -> list[Any]:
@@ -131,8 +131,8 @@ class Sweep:
     def _call(self, node: fx.Node, env: Values) -> Any:
         if node.target is aten.linear.default and self.dtype == torch.float64:
             return self._wide_linear(node, env)
-        if node.target is aten.embedding.default and self.dtype is not None:
-            return self._wide_embedding(node, env)
+        if node.target is aten.embedding.default and self._looks_up_first(node):
+            return self._look_up(node, env)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._value(n, env))
         if self.dtype is not None:
             args, kwargs = torch.utils._pytree.tree_map_only(
@@ -147,12 +147,18 @@ class Sweep:
         floating = isinstance(given, torch.Tensor) and given.is_floating_point()
         return given.to(self.dtype) if floating and self.dtype is not None else given
 
-    def _wide_embedding(self, node: fx.Node, env: Values) -> torch.Tensor:
+    def _looks_up_first(self, node: fx.Node) -> bool:
+        held = self.program.weights.get(str(node.args[0].target))  # type: ignore[union-attr]
+        return held is not None and (self.dtype is not None or held.derive is not None)
+
+    def _look_up(self, node: fx.Node, env: Values) -> torch.Tensor:
         """Looked up before it is converted or rotated: rows are independent, and few of them are read."""
         name = str(node.args[0].target)  # type: ignore[union-attr]
         held, index = self.program.weights[name], self._value(node.args[1], env)  # type: ignore[arg-type]
         rows, place = torch.unique(index, return_inverse=True)
-        tensors = [t[rows].to(self.dtype) for t in (held.made_from if held.derive else (held.tensor,))]
+        tensors = [
+            t[rows].to(self.dtype or t.dtype) for t in (held.made_from if held.derive else (held.tensor,))
+        ]
         table = held.derive(*tensors) if held.derive else tensors[0]
         return table[place]
 
