@@ -26,7 +26,7 @@ BATCHES = (1, 4, 16, 32, 64)  # numbers of tokens that are measured; others use 
 _ROUNDS = 9
 _SECONDS = 0.5  # per shape, after the first two rounds
 _PRODUCT = 16  # tokens above which the dense product computes rather than reads
-_MOST = 0.7  # break-even there at most: who wins at full density then hangs on how busy the machine is just now
+_MOST = 0.7  # largest break-even there: who wins at full density depends on how busy the machine is
 _COLD = 1 << 26  # bytes of weights to rotate through, so that caches hold none of them
 
 
