@@ -139,6 +139,7 @@ class _Parts:
 
     def convert(self, program: Program, name: str) -> Any:
         """One program as an untidied ONNX model; weights are called by their FQN."""
+        from .onnx_attention import group_query
         from .onnx_forms import Forms
         from .onnx_graph import rename_initializers, restore_types
 
@@ -157,6 +158,8 @@ class _Parts:
             forms.tables()
         if self.runtime == "tensorrt":
             add_masks(copy)
+        elif self.runtime != "portable":
+            group_query(copy, on_gpu=self.runtime == "ort-cuda")
         columns = _columns(copy) if windowed(copy) else None
         decompose(copy, additive=self.runtime == "tensorrt", columns=columns)
         self.fields = list(copy.input_names)

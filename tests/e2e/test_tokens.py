@@ -3,7 +3,7 @@
 import pytest
 import torch
 import zoo
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import IMAGE, make, prompt
 
 import thresher
 from thresher.runtime.kv_cache import MixedPrecisionCache
@@ -11,39 +11,14 @@ from thresher.runtime.kv_layer import KVPolicy
 from thresher.runtime.kv_prefill import generate, prefill
 from thresher.sessions import collect
 
-IMAGE = 96
 PRUNE = dict(min_image_tokens=2, bucket=1, min_saving=-1.0)
 ZIP = dict(keep=0.4, recent=4, spread=4, bucket=4, min_saving=-9.0)
 WHOLE = KVPolicy(bits=None, important=1.0, drop=True)  # full precision, each layer at its own length
 
 
-def _llama(layers=3):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        initializer_range=0.15,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
 def llama():
-    return _llama()
-
-
-def _prompt(batch=2, tokens=48):
-    ids = torch.randint(1, IMAGE, (batch, tokens), generator=torch.Generator().manual_seed(0))
-    ids[:, 4:36] = IMAGE
-    return ids
+    return make()
 
 
 def _compile(model, inputs, **recipe):
@@ -56,10 +31,10 @@ def _pruning(**options):
 
 
 @pytest.mark.filterwarnings("ignore::thresher.ThresherWarning")
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl"])
 @torch.no_grad()
 def test_vision_language_models_as_they_are(name):
-    model, inputs = zoo.ZOO[name].build()
+    model, inputs = zoo.BESIDE[name]() if name in zoo.BESIDE else zoo.ZOO[name].build()
     inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
     expected = model(**inputs).logits
     torch._dynamo.reset()
@@ -81,7 +56,7 @@ def test_vision_language_models_as_they_are(name):
 
 @torch.no_grad()
 def test_generation_behind_a_prefill_that_kept_all_is_the_models_own(llama):
-    ids = _prompt()
+    ids = prompt()
     expected = llama.generate(ids, max_new_tokens=8, do_sample=False)
     inputs = dict(input_ids=ids)
     call = _compile(llama, {**inputs, "use_cache": True}, **_pruning(stages=((1, 1.0),), always=True))
@@ -93,7 +68,7 @@ def test_generation_behind_a_prefill_that_kept_all_is_the_models_own(llama):
 @torch.no_grad()
 def test_a_second_turn_of_several_tokens_on_the_pruned_cache(llama, restore):
     """Right-aligned, at the positions the unpruned prompt leaves off."""
-    ids, more = _prompt(), _prompt()[:, 38:45]
+    ids, more = prompt(), prompt()[:, 38:45]
     call = _compile(
         llama, dict(input_ids=ids, use_cache=True), **_pruning(stages=((1, 0.25),), restore=restore)
     )
@@ -120,7 +95,7 @@ def test_a_second_turn_of_several_tokens_on_the_pruned_cache(llama, restore):
 @torch.no_grad()
 def test_generation_behind_zipvl(llama, kv, lengths):
     """v2 forgets what is unimportant; v1 keeps it at fewer bits, as the cache's policy says."""
-    ids = _prompt()
+    ids = prompt()
     options = dict(ZIP, kv=kv, image_token_id=IMAGE, keep=0.1)
     call = _compile(llama, dict(input_ids=ids, use_cache=True), zipvl=options)
     cache = MixedPrecisionCache(llama.config, WHOLE if kv == "drop" else KVPolicy(important=0.5, block=16))
@@ -134,7 +109,7 @@ def test_generation_behind_zipvl(llama, kv, lengths):
 @torch.no_grad()
 def test_with_quantized_weights(llama):
     """Later passes rewrite the pruned program's linears."""
-    ids = _prompt()
+    ids = prompt()
     inputs = dict(input_ids=ids, use_cache=False)
     pruned = _compile(llama, inputs, **_pruning(stages=((1, 0.5),), policy="uniform"))
     quantized = dict(nvfp4={"min_weights": 0}, verify=False)
@@ -150,7 +125,7 @@ def test_with_quantized_weights(llama):
 @torch.no_grad()
 def test_with_prepacking_each_row_is_pruned_as_alone(llama, policy):
     """Budgets, probes and softmax of each packed sequence are its own."""
-    ids = _prompt(3)
+    ids = prompt(3)
     mask = torch.ones_like(ids)
     ids[1, 4:20] = 7  # 16 image tokens instead of 32
     mask[0, 44:] = 0
@@ -169,7 +144,7 @@ def test_with_prepacking_each_row_is_pruned_as_alone(llama, policy):
 @pytest.mark.slow
 @torch.no_grad()
 def test_inductor_agrees(llama):
-    ids = _prompt()
+    ids = prompt()
     inputs = dict(input_ids=ids, use_cache=False)
     recipe = _pruning(stages=((1, 0.5),))
     expected = _compile(llama, inputs, **recipe)(**inputs).logits

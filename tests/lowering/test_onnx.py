@@ -356,6 +356,32 @@ def test_attention_under_the_batchs_own_mask(tmp_path):
         close(ort(record.path, inputs), program.run(*tensors))
 
 
+def test_causal_attention_of_a_prompt_is_onnx_runtimes_own_operator(tmp_path):
+    """Keys are not repeated for the queries that share them; a mask keeps the standard form."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def layer(x, mask):
+        batch, tokens, _ = x.shape
+        q, k, v = (t.unflatten(2, (-1, 16)).transpose(1, 2) for t in x.split((64, 32, 32), 2))
+        wide = [t[:, :, None].expand(batch, 2, 2, tokens, 16).reshape(batch, 4, tokens, 16) for t in (k, v)]
+        own = attend(q, k, v, is_causal=True, enable_gqa=True)
+        return own, attend(q, *wide, is_causal=True, scale=0.3), attend(q, *wide, mask)
+
+    def given(batch, tokens):
+        mask = torch.rand(batch, 1, tokens, tokens, generator=GENERATOR) < 0.5
+        return {"x": random(batch, tokens, 128), "mask": mask | torch.eye(tokens, dtype=torch.bool)}
+
+    moving = {"x": {0: ANY, 1: ANY}, "mask": {0: ANY, 2: ANY, 3: ANY}}
+    program = small_programs.program(layer, given(2, 9), {}, moving)
+    record = lowering.export(program, tmp_path / "m.onnx", runtime="ort")
+    assert record.nodes["com.microsoft::GroupQueryAttention"] == 2 and record.nodes["Attention"] == 1
+    for sizes in ((2, 9), (1, 5), (3, 17)):
+        inputs = given(*sizes)
+        close(ort(record.path, inputs), program.run(*inputs.values()), 1e-5)
+    nodes = lowering.export(program, tmp_path / "g.onnx", runtime="ort-cuda").nodes
+    assert "com.microsoft::GroupQueryAttention" not in nodes, "on a GPU it takes half types only"
+
+
 @pytest.mark.slow
 def test_a_model_is_rewritten_exported_run_and_compared(tmp_path):
     model, inputs = zoo.ZOO["llama"].build()

@@ -1,8 +1,9 @@
 """ZipVL on small random decoders: the chosen tokens attend as if alone, all others get zeros."""
 
 import pytest
+import tiny_llama
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import make
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import thresher
@@ -15,26 +16,14 @@ TOKENS = 60
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        attention_bias=True,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = make(num_hidden_layers=2, initializer_range=0.2, attention_bias=True)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.o_proj.bias)  # tokens left out still get it
     return model
 
 
 def prompt(batch=2, seed=0):
-    return torch.randint(1, 96, (batch, TOKENS), generator=torch.Generator().manual_seed(seed))
+    return tiny_llama.prompt(batch, TOKENS, seed, span=None)
 
 
 def compiled(model, inputs, **options):

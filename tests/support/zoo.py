@@ -425,3 +425,26 @@ _add("qwen2_vl", _qwen2_vl, "qwen2_vl", kv_heads=2, attention=3, mlp=3, inputs=_
 
 TEXT = tuple(name for name, entry in ZOO.items() if entry.inputs is tokens)
 """Models that take `input_ids` and `attention_mask` and nothing else."""
+
+
+def _qwen2_5_vl() -> tuple[torch.nn.Module, Inputs]:
+    """As Qwen2-VL, with the vision tower's window attention; its language model has the same graph."""
+    vision = dict(
+        depth=2, hidden_size=24, out_hidden_size=32, intermediate_size=40, num_heads=3, patch_size=4,
+        temporal_patch_size=2, window_size=16, fullatt_block_indexes=[1],
+    )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = dict(**_DECODER, num_key_value_heads=2, rope_parameters=rope)
+    markers = dict(
+        image_token_id=IMAGE_TOKEN, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93
+    )
+    torch.manual_seed(SEED)
+    model = hf.Qwen2_5_VLForConditionalGeneration(
+        hf.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **markers)
+    )
+    _spread(model)
+    return model.eval(), _qwen2_vl_inputs()
+
+
+BESIDE: dict[str, Callable[[], tuple[torch.nn.Module, Inputs]]] = {"qwen2_5_vl": _qwen2_5_vl}
+"""Models that differ too little from one of the zoo to be put through every test."""
