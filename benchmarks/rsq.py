@@ -196,7 +196,7 @@ def main() -> None:
     def add(parser: Any) -> None:
         parser.add_argument("--rows", default="", help="comma-separated; default all")
         parser.add_argument("--seeds", type=int, default=1)
-        parser.add_argument("--sequences", type=int, default=16)
+        parser.add_argument("--sequences", type=int, default=32)
         parser.add_argument("--merge", action="store_true", help="measure nothing new")
 
     args = arguments(__doc__, add)
@@ -215,7 +215,8 @@ def main() -> None:
 
     root = Path(__file__).resolve().parents[1]
     claims(bench, rows, said)
-    add_claims_of(bench, root / "benchmarks" / "results" / "rsq_speed.json")  # timed apart: _rsq_speed.py
+    for part in ("rsq_speed", "rsq_memory"):  # measured apart: _rsq_speed.py, _rsq_memory.py
+        add_claims_of(bench, root / "benchmarks" / "results" / f"{part}.json")
     plots(rows, root / "docs")
     bench.finish()
 

@@ -73,7 +73,7 @@ def quantize(
     tokenizer: Any = None,
     sequences: int = 128,
     length: int = 512,
-    batch_size: int = 8,
+    batch_size: int = 4,
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> Quantized:
