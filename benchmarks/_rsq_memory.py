@@ -55,18 +55,19 @@ def main() -> None:
     quantize(model, texts, config, tokenizer=tokenizer, sequences=args.sequences, length=LENGTH)
     seconds, spent, most = time.perf_counter() - wall, time.process_time() - cpu, peak()
     tokens = f"{args.sequences} x {LENGTH} tokens"
+    part = f", {args.pieces} of {len(model.model.layers)} layers" if args.pieces else ""
     bench.row(part="memory", tokens=args.sequences * LENGTH, pieces=args.pieces or len(model.model.layers),
               threads=torch.get_num_threads(), model_mb=round(held, 1), imports_mb=round(baseline, 1),
               loaded_mb=round(loaded, 1), peak_mb=round(most, 1), wall_s=round(seconds, 1),
               cpu_s=round(spent, 1))  # fmt: skip
-    bench.claim(f"peak of the process over the fp32 model, {tokens}", most / held, "<= 2.5")
+    bench.claim(f"peak of the process over the fp32 model, {tokens}{part}", most / held, "<= 2.5")
     bench.claim(
-        f"peak without Python and its imports over the fp32 model, {tokens}",
+        f"peak without Python and its imports over the fp32 model, {tokens}{part}",
         (most - baseline) / held,
         "<= 2.5",
     )
     if args.pieces or args.sequences < 128:
-        left_out = f"It stopped after {args.pieces} layers" if args.pieces else f"It was run on {tokens}"
+        left_out = f"It stopped after {args.pieces} layer(s)" if args.pieces else f"It was run on {tokens}"
         bench.not_measured(
             "calibration and quantization of 128 x 512 tokens in 12 minutes on 2 cores",
             f"{left_out}, in {seconds:.0f} s by the clock and {spent:.0f} s of CPU time; other work had the cores.",
