@@ -18,6 +18,7 @@ import fcntl
 import statistics
 import time
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,8 +143,8 @@ def attention(b: Benchmark, model: CostModel, errors, args) -> None:
                   measured=round(measured, 3), error=round(errors["packed attention"][-1], 3))  # fmt: skip
 
 
-def torchao_forms(make_model, batch):
-    """torchao's int8 forms of a model, compiled; {} with the reason where it cannot."""
+def torchao_forms(make_model, batch, warm_up=None):
+    """torchao's int8 forms of a model, compiled by `warm_up`, else one call; {} with the reason where it cannot."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
     found, refused = {}, {}
@@ -156,7 +157,7 @@ def torchao_forms(make_model, batch):
             quantize_(model, config())
             compiled = torch.compile(model)
             with torch.no_grad():
-                compiled(**batch)
+                warm_up(compiled) if warm_up else compiled(**batch)
             found[name] = compiled
         except Exception as reason:  # what torchao cannot do here is a row, not the end of the benchmark
             refused[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:200]}"
@@ -231,64 +232,86 @@ def judged(b, what, baseline, times, losses, given) -> None:
 
 
 def serve(b: Benchmark, args) -> None:
-    rows, longest, steps = (4, 64, 4) if args.quick else (8, 192, 64)
+    rows, longest, steps = (4, 64, 4) if args.quick else (16, 512, 64)
     model, tokenizer = models.smollm2()
     batch = models.mixed_length_batch(tokenizer, rows, max_len=longest, padding_side="left")
-    loss = auto._metric("kl", model, batch)
-    given = {"exact": Recipe.of("exact"), "serve-latency": Recipe.of("serve-latency")}
+    judged_on = models.mixed_length_batch(tokenizer, 4, max_len=96, padding_side="left")
+    loss = auto._metric("kl", model, judged_on)
+    torch._dynamo.config.recompile_limit = 32  # several backends share the model's code, each with two graphs
     calls = {"eager, padded": model, "Inductor, padded": torch.compile(model, dynamic=True)}
-    started, budget_s = time.time(), args.seconds
-    losses, spent = {"eager, padded": 0.0, "Inductor, padded": 0.0}, {}
-    for name, recipe in given.items():
-        losses[name] = loss(thresher.compile(model, batch, recipe, target="reference"))
+    losses, given, spent = {"eager, padded": 0.0, "Inductor, padded": 0.0}, [], {}
+    for name in ("exact", "serve-latency"):
+        recipe = Recipe.of(name)
+        losses[name] = loss(thresher.compile(model, judged_on, recipe, target="reference"))
+        if losses[name] > BUDGET and not args.quick:
+            b.row(part="serve", form=f"{name} (not timed: outside 1 %)", loss=losses[name])
+            continue
+        given.append(name)
         calls[name] = torch.compile(
             model, dynamic=True, backend=backend.thresher_backend, options={"recipe": recipe}
         )
+    started, ao = time.time(), {}
     for name in list(calls):
-        if time.time() - started > budget_s:
-            b.not_measured(
-                f"SmolLM2, {name}", f"Compiling the others took more than {budget_s} s of this run."
-            )
-            del calls[name]
-            continue
-        torch._dynamo.reset()
         generate(calls[name], batch, 2)  # compiles prefill and decode
+        b.row(part="serve", form=f"{name}: first call", wall_s=round(time.time() - started, 1))
+    if time.time() - started < args.seconds / 2:
+        ao, refused = torchao_forms(lambda: models.smollm2()[0], batch, lambda call: generate(call, batch, 2))
+        losses.update({name: loss(call) for name, call in ao.items()})
+        for name, reason in refused.items():
+            b.not_measured(f"SmolLM2, {name}", reason)
+    else:
+        b.not_measured(
+            "SmolLM2: torchao", f"Compiling the others took over {args.seconds // 2} s of this run."
+        )
+    for _ in range(2):  # in turns, so that what else the machine does meets all alike
         with alone(args.lock):
-            spent[name] = [generate(calls[name], batch, steps) for _ in range(2 if args.quick else 3)]
+            for name, call in {**calls, **ao}.items():
+                spent.setdefault(name, []).append(generate(call, batch, steps))
+    total, parts = {}, {}
     for name, runs in spent.items():
         best = {k: min(r[k] for r in runs) for k in ("prefill", "decode")}
-        b.row(part="serve", form=name, prefill_ms=round(best["prefill"] * 1e3, 2), decode_ms=round(best["decode"] * 1e3, 2),
-              loss=losses[name], steps=steps, rows=rows)  # fmt: skip
-        spent[name] = sum(best.values())
-    if "Inductor, padded" in spent:
-        fit = {n: spent[n] for n in given if n in spent and losses[n] <= BUDGET}
-        if fit:
-            best = min(fit, key=fit.get)
-            b.claim(
-                "SmolLM2: best recipe within 1 % over padded Inductor",
-                spent["Inductor, padded"] / fit[best],
-                ">= 3",
-            )
-    b.not_measured("SmolLM2: torchao", "torchao's compiled decode did not fit the time of this run.")
+        b.row(part="serve", form=name, prefill_ms=round(best["prefill"] * 1e3, 1), decode_ms=round(best["decode"] * 1e3, 1),
+              loss=losses[name], same_tokens=runs[0]["tokens"].equal(spent["eager, padded"][0]["tokens"]),
+              steps=steps, rows=rows)  # fmt: skip
+        total[name], parts[name] = sum(best.values()), best
+    chosen = min(given, key=total.get)
+    what = f"SmolLM2, prefill of {rows} mixed rows and {steps} decode steps"
+    b.claim(
+        f"{what}: best recipe within 1 % over padded Inductor",
+        total["Inductor, padded"] / total[chosen],
+        ">= 3",
+    )
+    b.claim(f"{what}: its prefill alone over padded Inductor",
+            parts["Inductor, padded"]["prefill"] / parts[chosen]["prefill"], ">= 3")  # fmt: skip
+    b.claim(
+        f"{what}: best recipe within 1 % over padded eager", total["eager, padded"] / total[chosen], ">= 1"
+    )
+    others = [total[n] for n in ao if losses[n] <= BUDGET]
+    if others:
+        b.claim(
+            f"{what}: best recipe within 1 % over torchao's best within 1 %",
+            min(others) / total[chosen],
+            ">= 1",
+        )
 
 
-def generate(call, batch, steps: int) -> dict[str, float]:
-    """CPU seconds of a prefill and of greedy decode steps, with the cache that the model hands back."""
+def generate(call, batch, steps: int) -> dict[str, Any]:
+    """CPU seconds of a prefill and of greedy decode steps, with the cache that the model hands back; the tokens."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     mask = batch["attention_mask"]
     with torch.no_grad():
         start = clock()
-        out = call(input_ids=batch["input_ids"], attention_mask=mask, use_cache=True)
+        out = call(input_ids=batch["input_ids"], attention_mask=mask, use_cache=True, logits_to_keep=1)
         prefill = clock() - start
-        token = out.logits[:, -1:].argmax(-1)
+        tokens = [out.logits[:, -1:].argmax(-1)]
         start = clock()
         for _ in range(steps):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             positions = mask.sum(1, keepdim=True) - 1
-            out = call(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=out.past_key_values,
-                       use_cache=True)  # fmt: skip
-            token = out.logits[:, -1:].argmax(-1)
-        return {"prefill": prefill, "decode": clock() - start}
+            out = call(input_ids=tokens[-1], attention_mask=mask, position_ids=positions,
+                       past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)  # fmt: skip
+            tokens.append(out.logits[:, -1:].argmax(-1))
+        return {"prefill": prefill, "decode": clock() - start, "tokens": torch.cat(tokens, 1)}
 
 
 def main() -> None:
