@@ -15,19 +15,14 @@ import torch
 from thresher.hadamard import base_matrix, decompose, sylvester
 
 from . import hadamard as defs
-
-try:
-    import triton
-    import triton.language as tl
-
-    MISSING: str | None = None
-except ImportError:
-    MISSING = "Triton is not installed; install it with: pip install 'thresher[gpu]'"
+from .optional_triton import MISSING
 
 _MOST_ROWS = 32  # of L; beyond it the products spill registers
 _COLUMNS = 64
 
 if MISSING is None:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def transform(x, signs, left, y, height, width, blocks, scale, SIGNED: tl.constexpr, H: tl.constexpr,

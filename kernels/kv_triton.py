@@ -4,21 +4,15 @@ Decoding has few queries and many slots, so the slots are split over programs (f
 leaves a running maximum, a mass and a weighted sum of values, which the last kernel brings together.
 Codes are widened in registers. Rows are the queries that share one key-value head, at least 16 of
 them, as the tensor cores want.
-
-This module imports without Triton: `MISSING` then says why, and no kernel is defined.
 """
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-
-    MISSING: str | None = None
-except ImportError:
-    MISSING = "Triton is not installed; install it with: pip install 'thresher[gpu]'"
+from .optional_triton import MISSING
 
 if MISSING is None:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def _unpack(codes, ROWS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):

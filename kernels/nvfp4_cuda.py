@@ -16,7 +16,7 @@ import torch
 
 from thresher.ops import Op
 
-from . import nvfp4_triton
+from . import nvfp4_triton, optional_triton
 from .derived import derived
 from .nvfp4_format import BLOCK, swizzle
 from .nvfp4_quantize import NVFP4Weight, quantize
@@ -65,7 +65,7 @@ def _needs(least: tuple[int, int], what: str) -> str | None:
 
 
 def _triton_needs(least: tuple[int, int], what: str) -> Callable[[], str | None]:
-    return lambda: nvfp4_triton.MISSING or _needs(least, what)
+    return lambda: optional_triton.MISSING or _needs(least, what)
 
 
 def _scaled_mm_supported() -> str | None:

@@ -5,21 +5,15 @@ Decoding costs a few integer operations: an E2M1 code moved to the top bits of a
 product is the weight times 2^-8, exact in fp16 and bf16 (six significant bits); 2^8 and the tensor scale
 multiply the fp32 accumulator. Scales travel as uint8: sm_80 has no fp8 type. An E4M3 NaN (0x7F) decodes
 to an fp16 NaN, so poisoned blocks stay visible.
-
-This module imports without Triton: `MISSING` then says why, and no kernel is defined.
 """
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-
-    MISSING: str | None = None
-except ImportError:
-    MISSING = "Triton is not installed; install it with: pip install 'thresher[gpu]'"
+from .optional_triton import MISSING
 
 if MISSING is None:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def _decode_codes(packed):

@@ -13,6 +13,7 @@ import torch
 
 from thresher import site_counts
 
+from . import optional_triton
 from . import sparse_down as down_defs
 from . import sparse_mlp as mlp_defs
 from . import sparse_triton as kernels
@@ -27,8 +28,8 @@ REDUCE = {"BN": 256, "num_warps": 4}
 
 
 def _supported() -> str | None:
-    if kernels.MISSING is not None:
-        return kernels.MISSING
+    if optional_triton.MISSING is not None:
+        return optional_triton.MISSING
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU."
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):

@@ -8,21 +8,15 @@ Neurons are cut into chunks; each chunk's sum over its active rows goes to its o
 `gemv` tests neurons as it goes and loads only active rows; `compact` lists them first, for `up` and
 `down`, which then work on full tiles whatever the density. The shape of the first follows TEAL
 (arXiv 2408.14690), that of the second Polar Sparsity (arXiv 2505.14884).
-
-This module imports without Triton: `MISSING` then says why, and no kernel is defined.
 """
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-
-    MISSING: str | None = None
-except ImportError:
-    MISSING = "Triton is not installed; install it with: pip install 'thresher[gpu]'"
+from .optional_triton import MISSING
 
 if MISSING is None:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def _kept(act, threshold, token, neuron, tokens, neurons, THRESHOLD: tl.constexpr):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import optional_triton
 from . import token_scores as scores
 from . import token_transition as transitions
 from . import token_triton as kernels
@@ -14,7 +15,7 @@ _WIDEST_HEAD = 256
 
 def supported() -> str | None:
     """Why this machine cannot run the kernels, or None."""
-    return kernels.MISSING or (None if torch.cuda.is_available() else "PyTorch sees no CUDA GPU.")
+    return optional_triton.MISSING or (None if torch.cuda.is_available() else "PyTorch sees no CUDA GPU.")
 
 
 def _refuse_scores(q, k, probes, segments, scale) -> str | None:

@@ -3,21 +3,15 @@
 Scores take two passes over the keys, because a key's share needs its row's softmax denominator:
 first each probe row's log-sum-exp, then, per block of keys, the shares of all rows and heads added
 up in registers. The map is never written and no sum is atomic, so results repeat bit for bit.
-
-This module imports without Triton: `MISSING` then says why, and no kernel is defined.
 """
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-
-    MISSING: str | None = None
-except ImportError:
-    MISSING = "Triton is not installed; install it with: pip install 'thresher[gpu]'"
+from .optional_triton import MISSING
 
 if MISSING is None:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def _rows(q, probes, segments, first, P, q_row, D,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import optional_triton
 from . import varlen_attention as defs
 from . import varlen_triton as kernels
 
@@ -109,8 +110,8 @@ def tiling(width: int, dtype: torch.dtype, masked: bool) -> Tiling:
 
 
 def _triton_supported() -> str | None:
-    if kernels.MISSING is not None:
-        return kernels.MISSING
+    if optional_triton.MISSING is not None:
+        return optional_triton.MISSING
     return None if torch.cuda.is_available() else "PyTorch sees no CUDA GPU."
 
 

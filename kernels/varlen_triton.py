@@ -3,23 +3,17 @@
 The online softmax of FlashAttention-2 (arXiv 2307.08691), over the keys the block can see and no
 others. Keys beyond the segment are never loaded, so nothing outside it reaches a result, and the
 order of summation depends on the segment alone: replacing a neighbour changes no bit.
-
-This module imports without Triton: `MISSING` then says why, and no kernel is defined.
 """
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-
-    MISSING: str | None = None
-except ImportError:
-    MISSING = "Triton is not installed; install it with: pip install 'thresher[gpu]'"
+from .optional_triton import MISSING
 
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
 if MISSING is None:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def _consume(acc, total, peak, q, k, v, mask, rows, cols, first, last, low, high, k_stride, v_stride,

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from . import optional_triton, wna16_triton
 from . import wna16 as defs
-from . import wna16_triton
 
 GEMV_ROWS = 4
 
@@ -54,8 +54,8 @@ def launch(x, codes, scales, zeros, bias, bits: int, group_size: int, *, gemv: b
 
 
 def _supported() -> str | None:
-    if wna16_triton.MISSING:
-        return wna16_triton.MISSING
+    if optional_triton.MISSING:
+        return optional_triton.MISSING
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "The low-bit kernel needs an NVIDIA GPU, and torch sees none."
     found = torch.cuda.get_device_capability()

@@ -4,21 +4,15 @@ Codes are a bit stream (see `thresher.bitpack`). Widths that divide 32 are read 
 spread over a new axis; 3-bit codes straddle words, so each code reads the word it begins in and the one it ends
 in, which the cache serves. `code - zero` is exact in fp16 and bf16; its product with the scale is rounded to the
 type of the tensor cores.
-
-This module imports without Triton: `MISSING` then says why, and no kernel is defined.
 """
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-
-    MISSING: str | None = None
-except ImportError:
-    MISSING = "Triton is not installed; install it with: pip install 'thresher[gpu]'"
+from .optional_triton import MISSING
 
 if MISSING is None:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def _codes(codes, rows, k, N, words, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
