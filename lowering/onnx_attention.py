@@ -38,7 +38,7 @@ def group_query(program: Program, on_gpu: bool = False) -> int:
         k, v = _unrepeated(k), _unrepeated(v)
         scale = given.get("scale")
 
-        def form(q: Any, k: Any, v: Any, scale: float | None = scale) -> Any:
+        def form(q: Any, k: Any, v: Any, scale: Any = scale) -> Any:
             return _form(q, k, v, scale)
 
         made = trace_before(program, node, form, [q, k, v])
