@@ -14,6 +14,7 @@ Run a benchmark as `python benchmarks/NAME.py [--quick] [--json PATH]`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import operator
@@ -24,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,19 @@ class Timing:
         """The four times, named for a row."""
         times = {k: v for k, v in asdict(self).items() if k not in ("rounds", "calls")}
         return {f"{name}_ms": round(value, 4) for name, value in times.items()}
+
+
+@contextlib.contextmanager
+def alone(path: str | Path | None) -> Iterator[None]:
+    """Hold a lock file, where several benchmarks share a machine; nothing where none is named."""
+    if not path:
+        yield
+        return
+    import fcntl
+
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def interleave(

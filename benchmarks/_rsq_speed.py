@@ -5,29 +5,14 @@ python benchmarks/_rsq_speed.py [--quick] [--json PATH] [--part kernel,decode]
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from _harness import Benchmark, arguments, interleave
+from _harness import Benchmark, alone, arguments, interleave
 
 from thresher import bitpack
 
 SIZE = 4096
-
-
-@contextlib.contextmanager
-def lock(path: str) -> Iterator[None]:
-    """Hold a file's lock; nothing where no path is given."""
-    if not path:
-        yield
-        return
-    import fcntl
-
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def linears(bits: int, group: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -78,12 +63,12 @@ def main() -> None:
     import thresher.backend  # noqa: F401 (defines the operators)
 
     if "kernel" in args.part:
-        with lock(args.lock):
+        with alone(args.lock):
             kernel(bench, args.quick)
     if "decode" in args.part:
         from _rsq_decode import decode
 
-        decode(bench, args.quick, lambda: lock(args.lock))
+        decode(bench, args.quick, lambda: alone(args.lock))
     bench.finish()
 
 

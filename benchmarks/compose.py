@@ -13,16 +13,12 @@ serve    SmolLM2-135M: prefill of a mixed-length batch and greedy decode steps, 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import statistics
-import time
 import warnings
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Benchmark, arguments, interleave
+from _harness import Benchmark, alone, arguments, interleave
 
 import thresher
 from thresher import auto, backend, bench, device_rates, devices, models
@@ -36,17 +32,6 @@ SHAPES = {  # out, in
     "SmolLM2 q": (576, 576), "SmolLM2 k": (192, 576), "SmolLM2 up": (1536, 576), "SmolLM2 down": (576, 1536),
     "4096": (4096, 4096),
 }  # fmt: skip
-
-
-@contextlib.contextmanager
-def alone(path):
-    """Hold the lock file, if one was named."""
-    if path is None:
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def cost(b: Benchmark, args) -> None:
@@ -231,101 +216,18 @@ def judged(b, what, baseline, times, losses, given) -> None:
     )
 
 
-def serve(b: Benchmark, args) -> None:
-    rows, longest, steps = (4, 64, 4) if args.quick else (16, 512, 64)
-    model, tokenizer = models.smollm2()
-    batch = models.mixed_length_batch(tokenizer, rows, max_len=longest, padding_side="left")
-    judged_on = models.mixed_length_batch(tokenizer, 4, max_len=96, padding_side="left")
-    loss = auto._metric("kl", model, judged_on)
-    torch._dynamo.config.recompile_limit = 32  # several backends share the model's code, each with two graphs
-    calls = {"eager, padded": model, "Inductor, padded": torch.compile(model, dynamic=True)}
-    losses, given, spent = {"eager, padded": 0.0, "Inductor, padded": 0.0}, [], {}
-    for name in ("exact", "serve-latency"):
-        recipe = Recipe.of(name)
-        losses[name] = loss(thresher.compile(model, judged_on, recipe, target="reference"))
-        if losses[name] > BUDGET and not args.quick:
-            b.row(part="serve", form=f"{name} (not timed: outside 1 %)", loss=losses[name])
-            continue
-        given.append(name)
-        calls[name] = torch.compile(
-            model, dynamic=True, backend=backend.thresher_backend, options={"recipe": recipe}
-        )
-    started, ao = time.time(), {}
-    for name in list(calls):
-        generate(calls[name], batch, 2)  # compiles prefill and decode
-        b.row(part="serve", form=f"{name}: first call", wall_s=round(time.time() - started, 1))
-    if time.time() - started < args.seconds / 2:
-        ao, refused = torchao_forms(lambda: models.smollm2()[0], batch, lambda call: generate(call, batch, 2))
-        losses.update({name: loss(call) for name, call in ao.items()})
-        for name, reason in refused.items():
-            b.not_measured(f"SmolLM2, {name}", reason)
-    else:
-        b.not_measured(
-            "SmolLM2: torchao", f"Compiling the others took over {args.seconds // 2} s of this run."
-        )
-    for _ in range(2):  # in turns, so that what else the machine does meets all alike
-        with alone(args.lock):
-            for name, call in {**calls, **ao}.items():
-                spent.setdefault(name, []).append(generate(call, batch, steps))
-    total, parts = {}, {}
-    for name, runs in spent.items():
-        best = {k: min(r[k] for r in runs) for k in ("prefill", "decode")}
-        b.row(part="serve", form=name, prefill_ms=round(best["prefill"] * 1e3, 1), decode_ms=round(best["decode"] * 1e3, 1),
-              loss=losses[name], same_tokens=runs[0]["tokens"].equal(spent["eager, padded"][0]["tokens"]),
-              steps=steps, rows=rows)  # fmt: skip
-        total[name], parts[name] = sum(best.values()), best
-    chosen = min(given, key=total.get)
-    what = f"SmolLM2, prefill of {rows} mixed rows and {steps} decode steps"
-    b.claim(
-        f"{what}: best recipe within 1 % over padded Inductor",
-        total["Inductor, padded"] / total[chosen],
-        ">= 3",
-    )
-    b.claim(f"{what}: its prefill alone over padded Inductor",
-            parts["Inductor, padded"]["prefill"] / parts[chosen]["prefill"], ">= 3")  # fmt: skip
-    b.claim(
-        f"{what}: best recipe within 1 % over padded eager", total["eager, padded"] / total[chosen], ">= 1"
-    )
-    others = [total[n] for n in ao if losses[n] <= BUDGET]
-    if others:
-        b.claim(
-            f"{what}: best recipe within 1 % over torchao's best within 1 %",
-            min(others) / total[chosen],
-            ">= 1",
-        )
-
-
-def generate(call, batch, steps: int) -> dict[str, Any]:
-    """CPU seconds of a prefill and of greedy decode steps, with the cache that the model hands back; the tokens."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    mask = batch["attention_mask"]
-    with torch.no_grad():
-        start = clock()
-        out = call(input_ids=batch["input_ids"], attention_mask=mask, use_cache=True, logits_to_keep=1)
-        prefill = clock() - start
-        tokens = [out.logits[:, -1:].argmax(-1)]
-        start = clock()
-        for _ in range(steps):
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            positions = mask.sum(1, keepdim=True) - 1
-            out = call(input_ids=tokens[-1], attention_mask=mask, position_ids=positions,
-                       past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)  # fmt: skip
-            tokens.append(out.logits[:, -1:].argmax(-1))
-        return {"prefill": prefill, "decode": clock() - start, "tokens": torch.cat(tokens, 1)}
-
-
 def main() -> None:
     def more(parser):
         parser.add_argument("--part", choices=("cost", "embed", "serve", "all"), default="all")
         parser.add_argument("--lock", help="file to hold while timing")
-        parser.add_argument(
-            "--seconds", type=int, default=1500, help="stop compiling SmolLM2's forms after this many"
-        )
+        parser.add_argument("--forms", nargs="+", help="of the part serve: these only, and the padded ones")
 
     args = arguments(__doc__, more)
     warnings.simplefilter("ignore")
     b = Benchmark("compose", args)
     assert bench
+    from _serve import serve
+
     for name, part in (("cost", cost), ("embed", embed), ("serve", serve)):
         if args.part in (name, "all"):
             if args.quick and args.part == "all" and name == "serve":

@@ -9,14 +9,12 @@ the last token only.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import Benchmark, Timing, arguments, interleave
+from _harness import Benchmark, Timing, alone, arguments, interleave
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import thresher
@@ -35,11 +33,9 @@ def part(function: Callable[[Benchmark, argparse.Namespace], None]) -> Callable[
 
 def timed(args: argparse.Namespace, forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
     """`interleave`, alone on the machine as far as a lock file tells."""
-    with contextlib.ExitStack() as stack:
-        for form in forms.values():
-            form()  # what compiles does so before the lock is taken
-        if args.lock is not None:
-            fcntl.flock(stack.enter_context(args.lock.open("w")), fcntl.LOCK_EX)
+    for form in forms.values():
+        form()  # what compiles does so before the lock is taken
+    with alone(args.lock):
         return interleave(forms, rounds=rounds, warmup=1)
 
 

@@ -5,9 +5,9 @@ constant rate and for as long as it takes, and last a mixture in which chain que
 cosine to zero. A run is repeated by its seed.
 
 Left to itself, a decoder this small spends its steps without finding the second look-up of a chain. Two things
-show it where to look. While it learns one look-up, two steps in three hide the image from the text in the first
-`EARLY` layers, so that the later ones learn it too. While it learns chains, the state behind the early layers is
-asked for the second colour, in the embedding's own terms. So the first look-up happens early and the second late,
+show it where to look. Once it has learned one look-up, two steps in three hide the image from the text in the first
+`EARLY` layers, until the later ones have learned it too. While it learns chains, the state behind the early layers
+is asked for the second colour, in the embedding's own terms. So the first look-up happens early and the second late,
 and what the second one needs must survive a cut in between.
 """
 
@@ -33,8 +33,8 @@ TURNS, BATCH, EVERY = 8, 8, 50
 ENCODER_STEPS, ENCODER_RATE = 600, 3e-3
 LOOK_UP = {data.DIRECT: 0.8, data.NAMED: 0.2}  # shares of each kind of question
 CHAIN = {data.CHAIN: 0.6, data.DIRECT: 0.25, data.NAMED: 0.15}
-LOOK_UP_RATE, LEARNED, PATIENCE = 3e-3, 0.85, 3000  # until this accuracy, at most so many steps
-CHAIN_RATE, CHAIN_STEPS = 2e-3, 1500  # as high a rate as before would undo what was learned
+LOOK_UP_RATE, LEARNED, PATIENCE = 3e-3, 0.85, 2000  # until this accuracy, at most so many steps
+LATE_RATE, CHAIN_RATE, CHAIN_STEPS = 2e-3, 2e-3, 1200  # a higher rate would undo what was learned
 EARLY = 2  # layers in which the first look-up of a chain happens
 WEIGHT_DECAY, CLIP, WARM_UP = 0.02, 1.0, 100
 
@@ -136,34 +136,38 @@ def _decoder_loss(
 
 
 def _train_decoder(model: TinyVLM, make: torch.Generator, log: Callable[[str], None]) -> None:
-    """Look-ups until early and late layers have learned them, then chains."""
+    """A look-up, then the same in the late layers, each until it is learned; then chains."""
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=LOOK_UP_RATE, weight_decay=WEIGHT_DECAY)
-    begin, switched, step = time.process_time(), 0, 0
-    seen: dict[bool, list[float]] = {False: [], True: []}
-    while not switched or step - switched < CHAIN_STEPS:
-        step += 1
-        if switched:
-            rate = CHAIN_RATE * (1 + math.cos(math.pi * (step - switched) / CHAIN_STEPS)) / 2 + 1e-5
-        else:
-            rate = LOOK_UP_RATE * min(1, step / WARM_UP)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        late = not switched and step % 3 != 0
-        loss, accuracy = _decoder_loss(model, CHAIN if switched else LOOK_UP, make, late)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, CLIP)
-        optimizer.step()
-        seen[late].append(accuracy)
-        if step % EVERY == 0:
-            means = [sum(found) / len(found) for found in seen.values() if found]
-            spent = time.process_time() - begin
-            said = ", late layers alone ".join(f"{mean:.3f}" for mean in means)
-            log(f"{'chain' if switched else 'direct'} {step}: accuracy {said}, {spent:.0f} CPU-s")
-            if not switched and (min(means) > LEARNED or step >= PATIENCE):
-                switched = step
-            seen = {False: [], True: []}
+    begin = time.process_time()
+
+    def stage(name: str, shares: dict[int, float], steps: int, rate_at: Callable[[int], float]) -> None:
+        found: list[float] = []
+        for step in range(1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step)
+            late = name == "late" and step % 3 != 0
+            loss, accuracy = _decoder_loss(model, shares, make, late)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, CLIP)
+            optimizer.step()
+            if late or name != "late":
+                found.append(accuracy)
+            if step % EVERY == 0:
+                mean, found = sum(found) / len(found), []
+                log(f"{name} {step}: accuracy {mean:.3f}, {time.process_time() - begin:.0f} CPU-s")
+                if name != "chain" and mean > LEARNED:
+                    return
+
+    stage("early", LOOK_UP, PATIENCE, lambda step: LOOK_UP_RATE * min(1, step / WARM_UP))
+    stage("late", LOOK_UP, PATIENCE, lambda step: LATE_RATE)
+    stage(
+        "chain",
+        CHAIN,
+        CHAIN_STEPS,
+        lambda step: CHAIN_RATE * (1 + math.cos(math.pi * step / CHAIN_STEPS)) / 2 + 1e-5,
+    )
 
 
 def train(seed: int = 0, log: Callable[[str], None] = print) -> TinyVLM:
