@@ -258,3 +258,25 @@ def test_no_gradient_crosses_segments(window):
     for tensor, first in ((k, 5), (v, 5), (q, 9)):
         reached = tensor.grad.abs().sum((0, 1, 3)).nonzero().flatten().tolist()
         assert reached == list(range(max(first, 9 - window if window >= 0 else first), 10))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_lets_a_nan_cross_segments():
+    """Why FlexAttention is no provider: masked keys still multiply their values, and 0 * NaN is NaN."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    lengths = torch.tensor([50, 30])
+    segment = torch.repeat_interleave(torch.arange(2), lengths)
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 80, 16, generator=make) for _ in range(3))
+    v[:, :, 60] = torch.nan
+
+    def same(batch, head, i, j):
+        return segment[i] == segment[j]
+
+    with torch.no_grad():
+        theirs = flex_attention(q, k, v, block_mask=create_block_mask(same, None, None, 80, 80, device="cpu"))
+    ends = torch.tensor([0, 50, 80], dtype=torch.int32)
+    ours = torch.ops.thresher.varlen_attention(q, k, v, ends, 50, 0.25, False, -1, 0.0)
+    assert theirs[:, :, :50].isnan().all()
+    assert not ours[:, :, :50].isnan().any() and ours[:, :, 50:].isnan().all()
