@@ -63,40 +63,38 @@ def test_a_cache_directory_that_cannot_be_written(tmp_path):
     assert done.returncode == 2 and "THRESHER_CACHE_DIR" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        # the disk is full: no file may grow beyond 20,000 bytes
-        """
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-        try:
-            thresher.save(fast, "m.thresher", example_inputs=inputs)
-        except Exception as reason:
-            assert isinstance(reason, (thresher.ThresherError, OSError)), reason
-            sys.exit(3)
-        """,
-        # the process is killed in the middle of writing
-        """
-        from thresher.runtime import artifact
-        whole = artifact._write_archive
-        def torn(file, members, manifest):
-            file.write(b"x" * 5000)
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        artifact._write_archive = torn
-        thresher.save(fast, "m.thresher", example_inputs=inputs)
-        """,
-    ],
-    ids=["disk full", "killed"],
-)
-def test_the_old_artifact_survives_a_save_that_fails(tmp_path, fault):
+# no file may grow beyond 20,000 bytes
+DISK_FULL = """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+try:
+    thresher.save(fast, "m.thresher", example_inputs=inputs)
+except Exception as reason:
+    assert isinstance(reason, (thresher.ThresherError, OSError)), reason
+    sys.exit(3)
+"""
+# the process is killed in the middle of writing
+KILLED = """
+from thresher.runtime import artifact
+def torn(file, members, manifest):
+    file.write(b"x" * 5000)
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+artifact._write_archive = torn
+thresher.save(fast, "m.thresher", example_inputs=inputs)
+"""
+
+
+def test_the_old_artifact_survives_saves_that_fail(tmp_path):
     make = f"os.chdir({str(tmp_path)!r})\nfast = compiled(prepack=True)\n"
-    run(make + "thresher.save(fast, 'm.thresher', example_inputs=inputs)")
-    before = (tmp_path / "m.thresher").read_bytes()
-    run(make + textwrap.dedent(fault), code_wanted=-9 if "SIGKILL" in fault else 3)
-    assert (tmp_path / "m.thresher").read_bytes() == before
+    save = "thresher.save(fast, 'm.thresher', example_inputs=inputs)\n"
+    keep = "import shutil; shutil.copy('m.thresher', 'before')\n"
+    saved = tmp_path / "m.thresher"
+    run(make + save + keep + DISK_FULL, code_wanted=3)
+    assert saved.read_bytes() == (tmp_path / "before").read_bytes()
+    run(make + KILLED, code_wanted=-9)
+    assert saved.read_bytes() == (tmp_path / "before").read_bytes()
     run(
-        make
-        + "loaded = thresher.load('m.thresher', target='reference')\ncheck(loaded)\nassert loaded.manifest['certificate']"
+        f"os.chdir({str(tmp_path)!r})\nloaded = thresher.load('m.thresher', target='reference')\n"
+        "check(loaded)\nassert loaded.manifest['certificate']"
     )
