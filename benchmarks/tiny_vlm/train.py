@@ -4,11 +4,8 @@ The encoder first learns to name what each cell shows. Then the decoder learns t
 constant rate and for as long as it takes, and last a mixture in which chain questions prevail, under a
 cosine to zero. A run is repeated by its seed.
 
-Left to itself, a decoder this small spends its steps without finding the second look-up of a chain. Two things
-show it where to look. Once it has learned one look-up, two steps in three hide the image from the text in the first
-`EARLY` layers, until the later ones have learned it too. While it learns chains, the state behind the early layers
-is asked for the second colour, in the embedding's own terms. So the first look-up happens early and the second late,
-and what the second one needs must survive a cut in between.
+This recipe does not reach its end yet: look-ups are learned (0.86 to 0.89), chains are not (0.20 to 0.26 in three
+seeds). Asking the state behind the second layer for the second colour gives that colour (0.95) without its use.
 """
 
 from __future__ import annotations
@@ -28,14 +25,13 @@ from thresher.kernels.native import cache_dir
 from . import data
 from .model import TinyVLM
 
-RECIPE = 3  # raise it with any change to data, model or training, so that old weights are not taken
+RECIPE = 2  # raise it with any change to data, model or training, so that old weights are not taken
 TURNS, BATCH, EVERY = 8, 8, 50
 ENCODER_STEPS, ENCODER_RATE = 600, 3e-3
 LOOK_UP = {data.DIRECT: 0.8, data.NAMED: 0.2}  # shares of each kind of question
 CHAIN = {data.CHAIN: 0.6, data.DIRECT: 0.25, data.NAMED: 0.15}
-LOOK_UP_RATE, LEARNED, PATIENCE = 3e-3, 0.85, 2000  # until this accuracy, at most so many steps
-LATE_RATE, CHAIN_RATE, CHAIN_STEPS = 2e-3, 2e-3, 1200  # a higher rate would undo what was learned
-EARLY = 2  # layers in which the first look-up of a chain happens
+LOOK_UP_RATE, LEARNED, PATIENCE = 3e-3, 0.88, 3000  # until this accuracy, at most so many steps
+CHAIN_RATE, CHAIN_STEPS = 1.5e-3, 2000  # as high a rate as before would undo what was learned
 WEIGHT_DECAY, CLIP, WARM_UP = 0.02, 1.0, 100
 
 
@@ -90,29 +86,10 @@ def _encoder_loss(model: TinyVLM, heads: nn.Linear, make: torch.Generator) -> tu
     return loss, right.float().mean().item()
 
 
-_LENGTH = data.PATCHES + TURNS * data.TURN
-_CAUSAL = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool).tril()
-_BLIND = _CAUSAL.clone()
-_BLIND[data.PATCHES :, : data.PATCHES] = False  # the text does not see the image
-
-
-def _hidden(model: TinyVLM, embeds: torch.Tensor, late: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """States behind the early and behind all layers, normalised. late: the early layers hide the image."""
-    inner = model.decoder.model
-    rotary = inner.rotary_emb(embeds, torch.arange(_LENGTH)[None])
-    hidden = early = embeds
-    for index, layer in enumerate(inner.layers):
-        mask = _BLIND if late and index < EARLY else _CAUSAL
-        hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=rotary)
-        if index == EARLY - 1:
-            early = hidden
-    return inner.norm(early), inner.norm(hidden)
-
-
 def _decoder_loss(
-    model: TinyVLM, shares: dict[int, float], make: torch.Generator, late: bool
+    model: TinyVLM, shares: dict[int, float], make: torch.Generator
 ) -> tuple[torch.Tensor, float]:
-    """Eight turns on one image; the answers count, and the second colour of chains."""
+    """Eight turns on one image; only the answers count."""
     scene = data.draw(BATCH, "train", make)
     draw = torch.multinomial(torch.tensor(list(shares.values())), BATCH * TURNS, True, generator=make)
     mode = torch.tensor(list(shares))[draw].view(BATCH, TURNS)
@@ -121,53 +98,38 @@ def _decoder_loss(
     subject = torch.where(mode == data.NAMED, number, subject)
     digits, _ = data.answer(scene, mode, subject)
     text = torch.cat([data.question(mode, subject), digits[..., None]], dim=-1).flatten(1)
-    early, hidden = _hidden(model, model.embed(scene.images, text)[0], late)
+    hidden = model.decoder.model(inputs_embeds=model.embed(scene.images, text)[0], use_cache=False)[0]
     asked = data.PATCHES + torch.arange(TURNS) * data.TURN + data.QUESTION - 1
     logits = model.decoder.lm_head(hidden[:, asked])
-    loss = cross_entropy(logits.flatten(0, 1), digits.flatten())
-    if data.CHAIN in shares:
-        first = subject % data.COLOURS
-        sought = torch.where(mode == data.CHAIN, scene.digit_of.gather(1, first) % data.COLOURS, first)
-        colours = model.decoder.get_input_embeddings().weight[data.COLOUR0 : data.COLOUR0 + data.COLOURS]
-        counts = mode != data.DIRECT
-        loss = loss + 0.5 * cross_entropy((early[:, asked] @ colours.t())[counts], sought[counts])
     right = (logits.argmax(-1) == digits)[mode == max(shares, key=lambda kind: shares[kind])]
-    return loss, right.float().mean().item()
+    return cross_entropy(logits.flatten(0, 1), digits.flatten()), right.float().mean().item()
 
 
 def _train_decoder(model: TinyVLM, make: torch.Generator, log: Callable[[str], None]) -> None:
-    """A look-up, then the same in the late layers, each until it is learned; then chains."""
+    """Look-ups until they are learned, then chains."""
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=LOOK_UP_RATE, weight_decay=WEIGHT_DECAY)
-    begin = time.process_time()
-
-    def stage(name: str, shares: dict[int, float], steps: int, rate_at: Callable[[int], float]) -> None:
-        found: list[float] = []
-        for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(step)
-            late = name == "late" and step % 3 != 0
-            loss, accuracy = _decoder_loss(model, shares, make, late)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(weights, CLIP)
-            optimizer.step()
-            if late or name != "late":
-                found.append(accuracy)
-            if step % EVERY == 0:
-                mean, found = sum(found) / len(found), []
-                log(f"{name} {step}: accuracy {mean:.3f}, {time.process_time() - begin:.0f} CPU-s")
-                if name != "chain" and mean > LEARNED:
-                    return
-
-    stage("early", LOOK_UP, PATIENCE, lambda step: LOOK_UP_RATE * min(1, step / WARM_UP))
-    stage("late", LOOK_UP, PATIENCE, lambda step: LATE_RATE)
-    stage(
-        "chain",
-        CHAIN,
-        CHAIN_STEPS,
-        lambda step: CHAIN_RATE * (1 + math.cos(math.pi * step / CHAIN_STEPS)) / 2 + 1e-5,
-    )
+    begin, mean, switched, step = time.process_time(), 0.0, 0, 0
+    while not switched or step - switched < CHAIN_STEPS:
+        step += 1
+        if switched:
+            rate = CHAIN_RATE * (1 + math.cos(math.pi * (step - switched) / CHAIN_STEPS)) / 2 + 1e-5
+        else:
+            rate = LOOK_UP_RATE * min(1, step / WARM_UP)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, accuracy = _decoder_loss(model, CHAIN if switched else LOOK_UP, make)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+        mean += accuracy / EVERY
+        if step % EVERY == 0:
+            spent = time.process_time() - begin
+            log(f"{'chain' if switched else 'direct'} {step}: accuracy {mean:.3f}, {spent:.0f} CPU-s")
+            if not switched and (mean > LEARNED or step >= PATIENCE):
+                switched = step
+            mean = 0.0
 
 
 def train(seed: int = 0, log: Callable[[str], None] = print) -> TinyVLM:
