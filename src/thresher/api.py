@@ -13,7 +13,7 @@ import torch
 
 from . import backend, capture, sessions
 from .certificate import Certificate
-from .compat import isolated, without_fake_mode
+from .compat import isolated, room_for_graphs, without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .passes.calibrate import Calibration, Statistics
 from .program import Program
@@ -36,7 +36,13 @@ class Compiled:
         self.sessions: list[Session] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with sessions.collect() as made, torch.no_grad(), _unwrapped(), _specialized_floats():
+        with (
+            sessions.collect() as made,
+            torch.no_grad(),
+            _unwrapped(),
+            _specialized_floats(),
+            room_for_graphs(),
+        ):
             result = self._call(*args, **kwargs)
         self.sessions += made
         return result
@@ -111,9 +117,11 @@ def compile(
 
         recipe = auto.find_recipe(model, kwargs, target=target, **(search or {})).recipe
     chosen = Recipe.of(recipe, **options)
+    # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs
+    own = functools.partial(backend.thresher_backend)
     call = torch.compile(
         model,
-        backend=backend.thresher_backend,
+        backend=own,
         dynamic=dynamic,
         mode=None,
         options={"recipe": chosen, "target": target, "mode": mode, "strict": True},  # type: ignore[dict-item]
@@ -121,6 +129,11 @@ def compile(
     )
     compiled = Compiled(model, call, chosen)
     compiled(*args, **kwargs)
+    if not compiled.sessions:
+        raise ThresherError(
+            f"torch.compile handed over no graph of {type(model).__name__}, so that it runs as it is. "
+            "TORCH_LOGS=graph_breaks,recompiles says why."
+        )
     return compiled
 
 

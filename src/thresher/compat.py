@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import re
 from typing import Any
@@ -54,11 +56,25 @@ def trace_structured_json(name: str, payload: str) -> None:
     )
 
 
+_MOST_GRAPHS = 1024
+
+
+@functools.cache
 def isolated() -> dict[str, Any]:
     """Arguments of torch.compile that keep its compiled graphs apart from other calls' on the same class.
 
-    Without them a second model of one class would run on the first one's graph, its report and its limit of
-    recompilations. Empty for a torch that cannot keep them apart.
+    Without them models of one class share one limit of recompilations, and, compiled by equal backends, their
+    graphs. Empty for a torch that cannot keep them apart.
     """
     known = inspect.signature(torch.compile).parameters
     return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+
+
+def room_for_graphs() -> contextlib.AbstractContextManager[Any]:
+    """Within the context, models of one class that are not kept apart may have many graphs between them.
+
+    Dynamo's usual limit is eight, behind which it runs further models as they are, unsaid.
+    """
+    if isolated():
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, accumulated_recompile_limit=_MOST_GRAPHS)

@@ -12,6 +12,7 @@ import thresher
 from thresher import ops
 from thresher.certificate import FORMAT, Certificate
 from thresher.errors import ArgumentError, ThresherError
+from thresher.kernels import catalog
 from thresher.passes import base
 from thresher.recipe import CONFIGS, PassConfig, Recipe
 
@@ -102,6 +103,7 @@ def test_a_broken_budget_rolls_back_and_names_the_site():
 
 
 def test_an_operator_that_is_wrong_on_the_example_is_told_apart_from_its_pass(monkeypatch):
+    catalog.load()
     op = ops.get("varlen_attention")
     wrong = ops.Provider("wrong", "cpu", lambda *a: op.reference(*a) * 1.01)
     monkeypatch.setattr(op, "providers", [wrong])
