@@ -24,13 +24,14 @@ def serve(b: Benchmark, args: Any) -> None:
     model, tokenizer = models.smollm2()
     batch = models.mixed_length_batch(tokenizer, rows, max_len=longest, padding_side="left")
     real = int(batch["attention_mask"].sum())
-    loss = auto._metric("kl", model, models.mixed_length_batch(tokenizer, 4, max_len=96, padding_side="left"))
-    losses, total, prefill, tokens = {EAGER: 0.0, PADDED: 0.0}, {}, {}, {}
+    judged_on = models.mixed_length_batch(tokenizer, 4, max_len=96, padding_side="left")
+    loss = auto._metric("kl", model, judged_on)
+    losses, total, prefill, tokens = {}, {}, {}, {}
     chosen = args.forms or [*RECIPES, "torchao int8 weights", "torchao int8 dynamic"]
     for name in [EAGER, PADDED, *chosen]:
         torch._dynamo.reset()
         try:
-            call, losses[name] = _form(name, model, loss, losses.get(name))
+            call, losses[name] = _form(name, model, loss, judged_on)
         except Exception as reason:  # what torchao cannot do here is a row, not the end of the benchmark
             b.not_measured(
                 f"SmolLM2, {name}", f"{type(reason).__name__}: {str(reason).splitlines()[0][:200]}."
@@ -69,8 +70,8 @@ def serve(b: Benchmark, args: Any) -> None:
         b.not_measured(name, "No form of torchao was run, or none stayed within 1 %.")
 
 
-def _form(name: str, model: Any, loss: Any, known: float | None) -> tuple[Any, float]:
-    """A way of calling the model, and its KL to the fp32 model."""
+def _form(name: str, model: Any, loss: Any, judged_on: dict[str, torch.Tensor]) -> tuple[Any, float]:
+    """A way of calling the model, and its KL to the fp32 model on `judged_on`."""
     if name == EAGER:
         return model, 0.0
     if name == PADDED:
@@ -88,14 +89,10 @@ def _form(name: str, model: Any, loss: Any, known: float | None) -> tuple[Any, f
         )
         return torch.compile(own, dynamic=True), loss(own)
     recipe = Recipe.of(name)
-    judged = loss(thresher.compile(model, _judged_on(), recipe, target="reference"))
+    judged = loss(thresher.compile(model, judged_on, recipe, target="reference"))
     torch._dynamo.reset()
     options = {"recipe": recipe}
     return torch.compile(model, dynamic=True, backend=backend.thresher_backend, options=options), judged
-
-
-def _judged_on() -> dict[str, torch.Tensor]:
-    return models.mixed_length_batch(models.smollm2()[1], 4, max_len=96, padding_side="left")
 
 
 def _packed() -> int:

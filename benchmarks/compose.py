@@ -19,6 +19,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from _harness import Benchmark, alone, arguments, interleave
+from _serve import BUDGET, serve
 
 import thresher
 from thresher import auto, backend, bench, device_rates, devices, models
@@ -26,7 +27,6 @@ from thresher.passes.cost import CostModel
 from thresher.recipe import PRESETS, Recipe
 
 assert backend
-BUDGET = 0.01
 SHAPES = {  # out, in
     "MiniLM q": (384, 384), "MiniLM up": (1536, 384), "MiniLM down": (384, 1536),
     "SmolLM2 q": (576, 576), "SmolLM2 k": (192, 576), "SmolLM2 up": (1536, 576), "SmolLM2 down": (576, 1536),
@@ -226,8 +226,6 @@ def main() -> None:
     warnings.simplefilter("ignore")
     b = Benchmark("compose", args)
     assert bench
-    from _serve import serve
-
     for name, part in (("cost", cost), ("embed", embed), ("serve", serve)):
         if args.part in (name, "all"):
             if args.quick and args.part == "all" and name == "serve":
