@@ -101,19 +101,27 @@ struct Steps {
     }
 };
 
+// Weights that share a scale; with one scale a row, more than any row has.
+inline int64_t group_size(int64_t k, int64_t groups) { return groups > 1 ? k / groups : int64_t(1) << 40; }
+
+// Which of a block's scales each of 16 lanes has, a lane being `codes` weights on end.
+inline __m512i scale_of_lane(int64_t codes, int64_t group) {
+    alignas(64) int32_t places[16];
+    for (int l = 0; l < 16; ++l) places[l] = static_cast<int32_t>(l * codes / group);
+    return _mm512_load_si512(places);
+}
+
 // out[m, first + r] for R weight rows and M activation rows. x: as `arrange` gives. held: 2 * R * groups floats.
 template <int kBits, int R, int M>
 void tile(const Weight& w, int64_t first, const float* x, const float* sums, const float* bias, float* out,
           float* held) {
     constexpr int C = lane_codes<kBits>(), B = block_codes<kBits>(), W = block_words<kBits>();
     const int64_t blocks = (w.k + B - 1) / B, words = w.row_bytes / 4;
-    const int64_t group = w.groups > 1 ? w.k / w.groups : int64_t(1) << 40;
+    const int64_t group = group_size(w.k, w.groups);
     alignas(64) float values[16];
     for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i & ((1 << (kBits < 4 ? kBits : 4)) - 1));
     const __m512 table = _mm512_load_ps(values);
-    alignas(64) int32_t places[16];  // which of a block's scales a lane has
-    for (int l = 0; l < 16; ++l) places[l] = static_cast<int32_t>(l * C / group);
-    const __m512i place = _mm512_load_si512(places);
+    const __m512i place = scale_of_lane(C, group);
     const uint8_t* rows[R];
     for (int r = 0; r < R; ++r) {
         rows[r] = w.codes + (first + r) * w.row_bytes;

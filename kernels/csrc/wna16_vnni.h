@@ -87,7 +87,7 @@ template <int kBits, int P>
 Rounded round_all(const float* x, int64_t m, int64_t k, int64_t groups) {
     using S = Shape<kBits>;
     const int64_t blocks = (k + S::kBlock - 1) / S::kBlock, each = P * S::kParts * 64;
-    const int64_t group = groups > 1 ? k / groups : int64_t(1) << 40;
+    const int64_t group = wide::group_size(k, groups);
     Rounded out;
     out.planes.resize(m * blocks * each);
     out.steps.resize(m * blocks);
@@ -108,10 +108,8 @@ void tile(const Weight& w, int64_t first, const Rounded& x, int64_t at_row, cons
           float* held) {
     using S = Shape<kBits>;
     const int64_t blocks = (w.k + S::kBlock - 1) / S::kBlock, words = w.row_bytes / 4, each = P * S::kParts * 64;
-    const int64_t group = w.groups > 1 ? w.k / w.groups : int64_t(1) << 40;
-    alignas(64) int32_t places[16];  // which of a block's scales a lane has
-    for (int l = 0; l < 16; ++l) places[l] = static_cast<int32_t>(l * S::kLane / group);
-    const __m512i place = _mm512_load_si512(places);
+    const int64_t group = wide::group_size(w.k, w.groups);
+    const __m512i place = wide::scale_of_lane(S::kLane, group);
     const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
     const uint8_t* rows[R];
     for (int r = 0; r < R; ++r) {
