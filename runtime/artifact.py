@@ -15,14 +15,12 @@ caller who passes `allow_compiled=True`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
 import sys
 import tempfile
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from thresher.lowering import aoti
 from thresher.program import Program
 from thresher.report import Report
 
+from . import archive
 from .layout_json import decode_layout, encode_layout, programs_of, prove
 from .loaded import Loaded
 from .program_json import ArtifactError, decode, encode, find_target, relations
@@ -45,12 +44,7 @@ from .signature import describe_inputs
 from .tensor_file import Pool, parse
 
 FORMAT = 1
-WEIGHTS, PROGRAMS, COMPILED, MANIFEST = (
-    "weights.safetensors",
-    "programs.json",
-    "compiled.pt2",
-    "manifest.json",
-)
+WEIGHTS, PROGRAMS, COMPILED = "weights.safetensors", "programs.json", "compiled.pt2"
 
 
 def write(
@@ -102,8 +96,8 @@ def write(
             manifest["compiled"] = aoti.machine()
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             members[COMPILED] = _file_chunks(aoti.package(program, folder / COMPILED))
-        with _replacing(target) as file:
-            _write_archive(file, members, manifest)
+        with archive.replacing(target) as file:
+            archive.write(file, members, manifest)
     return target
 
 
@@ -125,10 +119,10 @@ def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compil
             "The file's machine code would be executed: allow it only for files you trust.",
         )
     catalog.load()
-    with _open(Path(path)) as (file, archive):
-        manifest = _manifest(archive, path)
+    with archive.opened(Path(path)) as (file, found):
+        manifest = archive.manifest_of(found, path)
         _check_versions(manifest, path)
-        members = {name: _member(file, archive, manifest, name, path) for name in manifest["sha256"]}
+        members = {name: archive.member(file, found, manifest, name, path) for name in manifest["sha256"]}
     code = members.get(COMPILED)
     if target == "compiled":
         _check_compiled(manifest, code, path)
@@ -146,114 +140,14 @@ def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compil
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a file says about itself, checked, without reading its weights. Raises ArtifactError."""
-    with _open(Path(path)) as (_, archive):
-        return _manifest(archive, path)
-
-
-def _write_archive(file: Any, members: Mapping[str, Iterable[memoryview]], manifest: dict[str, Any]) -> None:
-    hashes = manifest["sha256"] = {}
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, chunks in members.items():
-            digest = hashlib.sha256()
-            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    member.write(chunk)
-            hashes[name] = digest.hexdigest()
-        text = json.dumps(manifest, indent=1, default=str).encode()
-        archive.writestr(zipfile.ZipInfo(MANIFEST), text)
-        archive.comment = hashlib.sha256(text).hexdigest().encode()
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A new file beside `path` that takes its place only when it is complete and on the disk."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
-        raise ArtifactError(f"Cannot write into {path.parent}: {error.strerror}.") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        if isinstance(error, OSError):
-            raise ArtifactError(
-                f"{path} was not written: {error.strerror}. A file that was there before is unchanged."
-            ) from error
-        raise
+    with archive.opened(Path(path)) as (_, found):
+        return archive.manifest_of(found, path)
 
 
 def _file_chunks(path: Path) -> Iterator[memoryview]:
     with open(path, "rb") as file:
         while data := file.read(1 << 24):
             yield memoryview(data)
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be opened: {error.strerror}.") from error
-    with file:
-        try:
-            archive = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
-            raise ArtifactError(
-                f"{path} is truncated or not a Thresher artifact: its table of contents is missing. Copy it again."
-            ) from error
-        with archive:
-            yield file, archive
-
-
-def _manifest(archive: zipfile.ZipFile, path: Any) -> dict[str, Any]:
-    try:
-        text = archive.read(MANIFEST)
-    except (KeyError, zipfile.BadZipFile, OSError) as error:
-        raise ArtifactError(
-            f"{path} is not a Thresher artifact, or is damaged: it has no readable manifest."
-        ) from error
-    if hashlib.sha256(text).hexdigest().encode() != archive.comment:
-        raise ArtifactError(f"{path} was altered: its manifest does not match its checksum.")
-    manifest = json.loads(text)
-    extra = set(archive.namelist()) - {MANIFEST, *manifest["sha256"]}
-    if extra or len(archive.namelist()) != len(set(archive.namelist())):
-        raise ArtifactError(f"{path} was altered: it holds members its manifest does not list.")
-    return manifest
-
-
-def _member(file: Any, archive: zipfile.ZipFile, manifest: Any, name: str, path: Any) -> torch.Tensor:
-    """A member's bytes, uint8 [n], checked against the manifest."""
-    try:
-        info = archive.getinfo(name)
-    except KeyError:
-        raise ArtifactError(f"{path} is damaged: it has no {name}.") from None
-    file.seek(info.header_offset)
-    header = file.read(30)
-    start = (
-        info.header_offset
-        + 30
-        + int.from_bytes(header[26:28], "little")
-        + int.from_bytes(header[28:30], "little")
-    )
-    data = torch.empty(info.file_size, dtype=torch.uint8)
-    view = memoryview(data.numpy())  # type: ignore[arg-type]
-    file.seek(start)
-    whole = info.compress_type == zipfile.ZIP_STORED and file.readinto(view) == len(view)
-    if not whole or hashlib.sha256(view).hexdigest() != manifest["sha256"][name]:
-        raise ArtifactError(
-            f"{path} was altered or truncated: {name} does not match its checksum. Copy it again."
-        )
-    return data
 
 
 def _check_versions(manifest: Mapping[str, Any], path: Any) -> None:

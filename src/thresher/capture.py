@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,31 +123,48 @@ def _input_name(expression: str, fallback: str) -> str:
     return (last[1] or last[2]) if last else fallback
 
 
+@dataclass(frozen=True)
+class Places:
+    """What a Dynamo graph's arguments are: a name and a fake value for each, the weights among them by their
+    index, and for each either `input:NAME` or `weight:FQN`."""
+
+    names: list[str]
+    fakes: list[Any]
+    weights: dict[int, tuple[str, torch.Tensor]]
+    roles: list[str]
+
+
+def places_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Places:
+    """Tell the weights from the inputs, by where Dynamo found them."""
+    found = Places([], [], {}, [])
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for index, (node, example) in enumerate(zip(nodes, example_inputs, strict=True)):
+        known = node.meta.get("example_value", example)
+        found.fakes.append(known)
+        argument = node.meta.get("grapharg")
+        expression = source_name(argument.source) if argument is not None else node.name
+        parts = _PART.findall(expression)
+        name = _input_name(expression, node.name) if "size()" not in expression else node.name
+        found.names.append(name)
+        kind = parts[-1][0] if parts else ""
+        if isinstance(known, torch.Tensor) and kind in ("_parameters", "_buffers"):
+            fqn = ".".join(part for _, part in parts)
+            real = argument.example if argument is not None else example
+            found.weights[index] = (fqn, real if isinstance(real, torch.Tensor) else known)
+            found.roles.append(f"weight:{fqn}")
+        else:
+            found.roles.append(f"input:{name}")
+    return found
+
+
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Program, list[str]]:
     """Capture the graph Dynamo gave to a backend.
 
     Returns the Program and, for each of the compiled function's arguments in order, either
     `input:NAME` or `weight:FQN`, which tells what the caller passes there at run time.
     """
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    names, weights, roles, fakes = [], {}, [], []
-    for index, (node, example) in enumerate(zip(places, example_inputs, strict=True)):
-        known = node.meta.get("example_value", example)
-        fakes.append(known)
-        argument = node.meta.get("grapharg")
-        expression = source_name(argument.source) if argument is not None else node.name
-        parts = _PART.findall(expression)
-        name = _input_name(expression, node.name) if "size()" not in expression else node.name
-        names.append(name)
-        kind = parts[-1][0] if parts else ""
-        if isinstance(known, torch.Tensor) and kind in ("_parameters", "_buffers"):
-            fqn = ".".join(part for _, part in parts)
-            real = argument.example if argument is not None else example
-            weights[index] = (fqn, real if isinstance(real, torch.Tensor) else known)
-            roles.append(f"weight:{fqn}")
-        else:
-            roles.append(f"input:{name}")
-    return assemble(_trace(gm, fakes), names, weights, []), roles
+    places = places_of(gm, example_inputs)
+    return assemble(_trace(gm, places.fakes), places.names, places.weights, []), places.roles
 
 
 def from_export(exported: torch.export.ExportedProgram) -> Program:

@@ -75,12 +75,12 @@ except Exception as reason:
 """
 # the process is killed in the middle of writing
 KILLED = """
-from thresher.runtime import artifact
+from thresher.runtime import archive
 def torn(file, members, manifest):
     file.write(b"x" * 5000)
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
-artifact._write_archive = torn
+archive.write = torn
 thresher.save(fast, "m.thresher", example_inputs=inputs)
 """
 

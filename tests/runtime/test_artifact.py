@@ -199,10 +199,10 @@ def test_an_interrupted_save_leaves_the_old_file(saved):
         "    print('writing', flush=True)\n"
         "    time.sleep(60)\n"
         "artifact.Pool.chunks = lambda self: chunks()\n"
-        "from thresher.runtime.artifact import _replacing, _write_archive\n"
+        "from thresher.runtime import archive\n"
         "from pathlib import Path\n"
-        "with _replacing(Path(sys.argv[1])) as file:\n"
-        "    _write_archive(file, {'weights.safetensors': chunks()}, {})\n"
+        "with archive.replacing(Path(sys.argv[1])) as file:\n"
+        "    archive.write(file, {'weights.safetensors': chunks()}, {})\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline().strip() == b"writing"
@@ -216,14 +216,14 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(saved):
     before = path.read_bytes()
     script = (
         "import resource, signal, sys, torch\n"
-        "from thresher.runtime.artifact import _replacing, _write_archive\n"
+        "from thresher.runtime import archive\n"
         "from thresher.runtime.program_json import ArtifactError\n"
         "from pathlib import Path\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
-        "    with _replacing(Path(sys.argv[1])) as file:\n"
-        "        _write_archive(file, {'weights.safetensors': iter([memoryview(b'x' * 100000)])}, {})\n"
+        "    with archive.replacing(Path(sys.argv[1])) as file:\n"
+        "        archive.write(file, {'weights.safetensors': iter([memoryview(b'x' * 100000)])}, {})\n"
         "except ArtifactError as error:\n"
         "    print(error)\n"
     )
