@@ -7,7 +7,9 @@ from importlib.metadata import entry_points
 
 PASS_MODULES: tuple[str, ...] = (
     # one name a line, sorted
+    "bf16",
     "causal_mask",
+    "decode_attention",
     "deft",
     "nvfp4",
     "prepack",

@@ -247,6 +247,19 @@ def _varlen_masked(model: CostModel, node: fx.Node) -> float:
     return _varlen(model, node, False)
 
 
+@price("kv_attention")
+def _kv_attention(model: CostModel, node: fx.Node) -> float:
+    """A few queries over a cache: the share of its slots that the mask shows, where the rows' lengths are known."""
+    q, tail = node.args[0], node.args[2]
+    rows, heads, queries, width = (model.size(s) for s in value(q).shape)
+    slots = model.size(value(tail).shape[2])
+    seen = sum(model.lengths) / max(rows, 1) if model.lengths and len(model.lengths) == rows else slots
+    seen = min(seen, slots)
+    flops = 4 * rows * heads * queries * seen * width
+    moved = 2 * _WIDTH.get(_dtype(q), 4) * model.numel(tail) * seen / max(slots, 1)
+    return model.attention(flops, seen, width, _dtype(q), moved, packed=False)
+
+
 @price("nvfp4_linear")
 def _nvfp4(model: CostModel, node: fx.Node) -> float:
     x = node.args[0]

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -49,8 +50,9 @@ inline float dot(const float *a, const float *b, int64_t width) {
   int64_t c = 0;
   for (; c + LANES <= width; c += LANES)
     for (int l = 0; l < LANES; ++l) lanes[l] += a[c + l] * b[c + l];
-  float sum = 0;
-  for (int l = 0; l < LANES; ++l) sum += lanes[l];
+  for (int half = LANES / 2; half; half /= 2)  // in pairs: one after the other would wait for every addition
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  float sum = lanes[0];
   for (; c < width; ++c) sum += a[c] * b[c];
   return sum;
 }
@@ -159,7 +161,12 @@ struct Rows {
                    const uint8_t *visible) {
     for (int64_t slot = 0; slot < slots; slot += CHUNK) {
       const int64_t width = std::min<int64_t>(CHUNK, slots - slot);
+      if (visible && !std::memchr(visible + slot, 1, width)) continue;  // a stretch of padding
       for (int64_t j = 0; j < width; ++j) {
+        if (visible && !visible[slot + j]) {
+          for (int64_t r = 0; r < count; ++r) score[r * CHUNK + j] = NEVER;
+          continue;
+        }
         for (int64_t c = 0; c < dim; ++c) row[c] = widen(k[(slot + j) * k_stride + c]);
         for (int64_t r = 0; r < count; ++r) {
           const bool past = slot + j <= slots - queries + r % queries;
@@ -168,6 +175,7 @@ struct Rows {
       }
       soften(width, visible ? visible + slot : nullptr);
       for (int64_t j = 0; j < width; ++j) {
+        if (visible && !visible[slot + j]) continue;
         for (int64_t c = 0; c < dim_v; ++c) row[c] = widen(v[(slot + j) * v_stride + c]);
         for (int64_t r = 0; r < count; ++r) add(r, score[r * CHUNK + j]);
       }

@@ -78,10 +78,9 @@ def candidates(stats: str | None = None) -> dict[str, Recipe]:
     """The presets, and each way to store weights on top of the exact rewrites. stats: of RSQ, tried too when given."""
     found = {name: Recipe.of(name) for name in PRESETS}
     for mode in ("exact", "int16", "int8"):
-        options = {"prepack": True, "nvfp4": {"activations": mode}, "min_gain": 1.0}
-        found[f"exact + nvfp4 {mode}"] = Recipe.of(options)
+        found[f"exact + nvfp4 {mode}"] = Recipe.of("exact", nvfp4={"activations": mode}, min_gain=1.0)
     if stats is not None:
-        found["exact + rsq"] = Recipe.of({"prepack": True, "rsq": True, "stats": stats})
+        found["exact + rsq"] = Recipe.of("exact", rsq=True, stats=stats)
         found["rsq"] = Recipe.of({"rsq": True, "stats": stats})
     return found
 

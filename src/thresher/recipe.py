@@ -62,14 +62,16 @@ FRESHNESS = ("check", "repack", "trust")
 # means: rewrites that need no calibration data and change nothing but rounding. 0.97 allows for the cost
 # model's error: a rewrite that is expected to change nothing is not worth a note.
 PRESETS: dict[str, dict[str, Any]] = {
-    "exact": {"prepack": True},
+    "exact": {"prepack": True, "decode_attention": True},
     "none": {},
     "embed": {"prepack": True, "deft": True, "min_gain": 0.97},
-    "serve-throughput": {"causal_mask": True, "prepack": True, "deft": True, "min_gain": 0.97},
-    "serve-latency": {"prepack": True, "deft": True, "nvfp4": {"activations": "int16"}, "min_gain": 0.97},
-    "edge-cpu": {"prepack": True, "deft": True, "nvfp4": {"activations": "int8"}},
+    "serve-throughput": {"causal_mask": True, "prepack": True, "decode_attention": True, "deft": True, "min_gain": 0.97},
+    "serve-latency": {"prepack": True, "decode_attention": True, "deft": True, "nvfp4": {"activations": "int16"},
+                      "min_gain": 0.97},
+    "serve-bf16": {"prepack": True, "decode_attention": True, "deft": True, "bf16": True, "min_gain": 0.97},
+    "edge-cpu": {"prepack": True, "decode_attention": True, "deft": True, "nvfp4": {"activations": "int8"}},
     "blackwell": {"prepack": True, "nvfp4": {"activations": "nvfp4"}},
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "api.md"
 UPDATE = "run: THRESHER_UPDATE_DOCS=1 python -m pytest tests/core/test_docs.py"
 BEGIN, END = "<!-- reference: written by tests/core/test_docs.py -->", "<!-- end of reference -->"
-OURS = ("prepack", "causal_mask", "transprune", "zipvl", "deft", "rsq", "nvfp4")
+OURS = ("prepack", "causal_mask", "decode_attention", "transprune", "zipvl", "deft", "rsq", "nvfp4", "bf16")
 
 
 def reference() -> str:

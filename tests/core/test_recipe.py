@@ -26,9 +26,10 @@ def test_the_same_recipe_from_every_source(tmp_path):
 
 
 def test_presets_and_what_comes_on_top():
-    assert Recipe.of() == Recipe.of("exact") == Recipe.of({"recipe": "exact"}) == Recipe.of(prepack=True)
+    exact = Recipe.of(prepack=True, decode_attention=True)
+    assert Recipe.of() == Recipe.of("exact") == Recipe.of({"recipe": "exact"}) == exact
     assert Recipe.of("none").passes == ()
-    assert Recipe.of("exact", prepack=False).passes == ()
+    assert Recipe.of("exact", prepack=False, decode_attention=False).passes == ()
     assert Recipe.of("exact").fingerprint() != Recipe.of("none").fingerprint()
 
 

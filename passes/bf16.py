@@ -1,0 +1,132 @@
+"""bf16: linears multiply in bfloat16 and add up in fp32, where the processor has instructions for it.
+
+    matched:  a linear of fp32 inputs by a stored fp32 weight that no other pass has claimed and `keep` does not name
+    becomes:  linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).float(), the weight converted once
+
+Half the bytes, and up to twice the multiplications a second (AVX512-BF16, AMX, tensor cores). Everything between
+linears stays fp32: norms, attention, the residual stream. bfloat16 keeps 8 bits of each factor, so a linear's result
+moves by about 0.3 % of its size. It comes after every pass that stores weights in fewer bits, and takes what they left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.program import Program, Weight, value
+from thresher.recipe import PassConfig
+
+from .base import Context, Effect, Match, Miss, Pass, register_pass
+from .keep import check_keep, kept_layers
+from .structure import LinearSite
+from .structure_linears import find_linears
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class BF16Config(PassConfig):
+    """Options of the bf16 pass.
+
+    keep: linears to leave in fp32: "head", "embedding", "first:2", "last:8", or a glob on the module's name.
+    min_weights: leave smaller linears, where conversions cost more than the product.
+    emulate: also where the processor has no bf16 instructions, to save memory or to look at the error.
+    budget: largest accepted difference of any output on the example, relative to its largest value. Outputs at
+        pads count where they are computed, and move most: they attend to nothing that was learned.
+    """
+
+    name = "bf16"
+    keep: tuple[str, ...] = ()
+    min_weights: int = 1 << 14
+    emulate: bool = False
+    budget: float = 0.5
+
+    def validate(self) -> None:
+        check_keep("bf16", self.keep)
+        self.at_least(min_weights=0)
+
+
+@register_pass
+class BF16(Pass):
+    name, order, config_type = "bf16", 70, BF16Config
+    effect = Effect(exact=False, budget=0.5)
+
+    def budget(self, context: Context) -> float:
+        return context.config.budget
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        assert context.structure is not None
+        structure, config = context.structure(), context.config
+        kept = kept_layers(structure, config.keep, context.notes)
+        slow = None if config.emulate else no_instructions(context.device)
+        found: list[Match | Miss] = []
+        for site in structure.linears:
+            reason = kept.get(site) or unfit(program, site, config) or slow
+            held = program.weights[site.weight]
+            claims = held.source or (held.fqn,)
+            found.append(Match(site.fqn, site, claims) if reason is None else Miss(site.fqn, reason))
+        return [*found, *find_linears(program)[1]]
+
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        site: LinearSite = match.data
+        at = site.output
+        weight = program.get_weight(narrow(program.weights[site.weight], site.transposed), before=at)
+        bias = (
+            None if site.bias is None else program.get_weight(narrow(program.weights[site.bias]), before=at)
+        )
+        mode = program.fake_mode()
+        with program.graph.inserting_before(at):
+
+            def insert(target: Any, *args: Any) -> fx.Node:
+                node = program.graph.call_function(target, args)
+                node.meta = {key: known for key, known in at.meta.items() if key != "val"}
+                with mode:
+                    node.meta["val"] = target(*(value(a) if isinstance(a, fx.Node) else a for a in args))
+                return node
+
+            x = insert(aten.to.dtype, site.x, torch.bfloat16)
+            product = insert(aten.linear.default, x, weight, bias)
+            made = insert(aten.to.dtype, product, torch.float32)
+        at.replace_all_uses_with(made)
+        assert context.structure is not None
+        for other in context.structure().linears:  # one that reads this linear's result directly
+            if other.x is at:
+                other.x = made
+
+
+def narrow(held: Weight, transposed: bool = False) -> Weight:
+    """A weight [out, in] or a bias in bfloat16, made anew when the model's changes."""
+    source, made_from, before = held.source or (held.fqn,), held.made_from or (held.tensor,), held.derive
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor.t() if transposed else tensor).to(torch.bfloat16).contiguous()
+
+    def derive(*sources: torch.Tensor) -> torch.Tensor:
+        return cast(sources[0] if before is None else before(*sources))
+
+    can = before is not None or not held.source
+    return Weight(f"{held.fqn}.bf16", cast(held.tensor), source, derive if can else None, made_from)
+
+
+def unfit(program: Program, site: LinearSite, config: BF16Config) -> str | None:
+    """Why a linear cannot or should not be rewritten, or None."""
+    weight = program.weights[site.weight].tensor
+    if weight.numel() < config.min_weights:
+        return f"Its {weight.numel()} weights are fewer than min_weights={config.min_weights}."
+    known = (weight.dtype, value(site.x).dtype, value(site.output).dtype)
+    if known != (torch.float32,) * 3:
+        return f"It turns {known[1]} into {known[2]} by a weight of {known[0]}; only fp32 throughout has bits to spare."
+    return None
+
+
+def no_instructions(device: torch.device) -> str | None:
+    """Why bfloat16 products are no faster than fp32 ones on a device, as a sentence, or None."""
+    if device.type != "cpu":
+        return None
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return None
+    return "This processor multiplies no bfloat16 (neither AVX512-BF16 nor AMX); emulate=True does it all the same."
