@@ -104,7 +104,7 @@ def why_not(site: Attention) -> str | None:
     if mask.dtype != torch.bool:
         return f"Its mask is {mask.dtype} and added to the scores; a bool mask says which keys are hidden."
     if mask.dim() != 4 or any(not isinstance(n, int) or n != 1 for n in mask.shape[1:3]):
-        return f"Its mask of shape {tuple(mask.shape)} differs between heads or queries; the operator takes one row a sequence."
+        return f"Its mask of shape {tuple(mask.shape)} differs between heads; the operator takes one row a sequence."
     if q.device.type != "cpu":
         return f"It runs on {q.device.type}, where attention kernels split a cache over blocks of their own."
     if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
