@@ -95,6 +95,9 @@ class Pass(abc.ABC):
     """Names of passes that cannot be in the same recipe, each with the reason."""
     extends: ClassVar[frozenset[str]] = frozenset()
     """Names of passes whose claimed linears this one may rewrite again."""
+    per_rank: ClassVar[bool] = False
+    """Whether each rank of a tensor-parallel model may rewrite its own part: what this pass decides, it decides from
+    weights and masks, or alike on every rank."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Calibration statistics that must be in the context; without them every site is a Miss."""
 

@@ -45,6 +45,7 @@ class CausalMaskConfig(PassConfig):
 @register_pass
 class CausalMask(Pass):
     name, order, config_type, effect = "causal_mask", 15, CausalMaskConfig, EXACT
+    per_rank = True
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         return [

@@ -38,6 +38,7 @@ class DecodeAttentionConfig(PassConfig):
 @register_pass
 class DecodeAttention(Pass):
     name, order, config_type, effect = "decode_attention", 18, DecodeAttentionConfig, EXACT
+    per_rank = True
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         found: list[Match | Miss] = []

@@ -92,6 +92,7 @@ class Found:
 @register_pass
 class Deft(Pass):
     name, order, config_type, effect = "deft", 40, DeftConfig, EXACT
+    per_rank = True
 
     def budget(self, context: Context) -> float:
         config: DeftConfig = context.config

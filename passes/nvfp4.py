@@ -100,6 +100,7 @@ class Found:
 @register_pass
 class NVFP4(Pass):
     name, order, config_type = "nvfp4", 60, NVFP4Config
+    per_rank = True
     effect = Effect(exact=False, budget=0.5)
     extends = frozenset({"rsq"})
 

@@ -29,6 +29,10 @@ Compare = Callable[[Program, Program, Sequence[Any]], float]
 a packed program is the runtime's job)."""
 ROLLED_BACK = "The pass was rolled back."
 BISECT_SECONDS = 300.0
+ONE_RANK = (
+    "The graph is one rank's part of a tensor-parallel model, and {name} decides from activations, of which each rank "
+    "has its own: their results would not fit together."
+)
 
 
 @dataclass
@@ -129,7 +133,7 @@ class Pipeline:
         claims: dict[str, str] = {}
         avoid = avoid or {}
         self._ledger = Ledger(self.cost, after) if self.cost is not None else None
-        for site in rewriter.match(after, context):
+        for site in self._candidates(rewriter, after, context):
             refused = site if isinstance(site, Miss) else self._refuse(rewriter, site)
             if refused is None and site.site in avoid:
                 refused = Miss(site.site, avoid[site.site])
@@ -146,6 +150,11 @@ class Pipeline:
             claims.update(dict.fromkeys(site.claims, rewriter.name))
             self.fuel -= 1
         return after, account, claims
+
+    def _candidates(self, rewriter: Pass, program: Program, context: Context) -> Sequence[Match | Miss]:
+        if not rewriter.per_rank and any("_c10d_functional" in str(n.target) for n in program.nodes()):
+            return [Miss("the whole program", ONE_RANK.format(name=rewriter.name))]
+        return rewriter.match(program, context)
 
     def _losing(self, after: Program) -> dict[str, str]:
         """Sites of the last rewrite that are not worth it, each with the reason."""

@@ -86,6 +86,7 @@ class PrepackConfig(PassConfig):
 @register_pass
 class Prepack(Pass):
     name, order, config_type, effect = "prepack", 10, PrepackConfig, EXACT
+    per_rank = True
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         moved = gather_early(program)

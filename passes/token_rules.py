@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 
 from thresher.program import sequence_of, value
@@ -45,6 +46,10 @@ rule_of(
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
 )(pointwise)
+if torch.distributed.is_available():  # sums over ranks, position by position
+    rule_of(torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default)(
+        pointwise
+    )
 
 
 def _dim(dim: int, rank: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import capture, devices, sessions
+from . import capture, devices, sessions, sharded
 from .certificate import certify
 from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
@@ -158,7 +158,7 @@ def real_lengths(program: Program, inputs: Sequence[Any] | None) -> list[int] | 
 
 
 def _compare(before: Program, after: Program, inputs: Sequence[Any]) -> float:
-    return relative_difference(before, after, inputs, Reference())
+    return sharded.agreed(relative_difference(before, after, inputs, Reference()), before)
 
 
 def _statistics(recipe: Recipe, program: Program) -> Mapping[str, Any]:
@@ -194,7 +194,8 @@ def _cannot_rewrite(gm: fx.GraphModule) -> str | None:
     """Why a graph is not ours to rewrite: training, or tensors that are not plain ones."""
     for node in gm.graph.nodes:
         known = node.meta.get("example_value")
-        if node.op == "placeholder" and is_traceable_wrapper_subclass(known):
+        wrapped = is_traceable_wrapper_subclass(known) and not sharded.is_sharded(known)
+        if node.op == "placeholder" and wrapped:
             return (
                 f"{node.name} is a {type(known).__name__}, a tensor made of others, and passes read plain tensors. "
                 "Inductor compiles such a graph as it is."
@@ -237,8 +238,11 @@ def _entry(session: Session, roles: Sequence[str]) -> Callable[..., list[Any]]:
         (i, role.removeprefix("weight:")) for i, role in enumerate(roles) if role.startswith("weight:")
     ]
 
+    parts = sharded.Parts()
+
     def call(*arguments: Any) -> list[Any]:
-        results = session([arguments[i] for i in inputs], {fqn: arguments[i] for i, fqn in weights})
+        live = parts.of({fqn: arguments[i] for i, fqn in weights})
+        results = session([arguments[i] for i in inputs], live)
         sessions.tell(session, results)
         return results
 

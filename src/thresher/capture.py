@@ -8,7 +8,7 @@ given graph is never edited: Dynamo refuses graphs with attributes it did not pu
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from . import sharded
 from .compat import source_name
 from .dialect import canonicalise, verify
 from .errors import CaptureError
@@ -48,17 +49,31 @@ class _Inliner(fx.Interpreter):
                     "so that the dtypes stand in the graph."
                 )
             return _Inliner(body).run(*rest)
+        if sharded.takes(args, kwargs):
+            return sharded.call(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if sharded.takes(args, kwargs) and target not in sharded.METHODS:
+            return sharded.call(target, args, kwargs)
+        return super().call_method(target, args, kwargs)
 
-def _trace(source: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+
+def _trace(
+    source: fx.GraphModule, fakes: Sequence[Any], whole: Callable[[Sequence[Any]], Sequence[Any]] = tuple
+) -> fx.GraphModule:
+    """Run a graph once more on fakes. whole: the graph's own arguments, from those that are traced."""
     mode = next((f.fake_mode for f in fakes if isinstance(f, torch._subclasses.fake_tensor.FakeTensor)), None)
     if mode is None:
         raise CaptureError("The graph has no tensor inputs, so there is nothing to rewrite.")
 
     def run(*args: Any) -> Any:
         with fx.traceback.preserve_node_meta():
-            flat, _ = torch.utils._pytree.tree_flatten(_Inliner(source).run(*args))
+            flat, _ = torch.utils._pytree.tree_flatten(_Inliner(source).run(*whole(args)))
+            if any(map(sharded.is_sharded, flat)):
+                raise CaptureError(
+                    "A result is a DTensor. Let the last parallel layer return a plain tensor."
+                )
             return tuple(flat)
 
     with mode, torch.no_grad():  # factories inside must give fakes of the same mode
@@ -126,7 +141,7 @@ def _input_name(expression: str, fallback: str) -> str:
 @dataclass(frozen=True)
 class Places:
     """What a Dynamo graph's arguments are: a name and a fake value for each, the weights among them by their
-    index, and for each either `input:NAME` or `weight:FQN`."""
+    index, and for each `input:NAME`, `weight:FQN`, or `object:NAME` for a device mesh."""
 
     names: list[str]
     fakes: list[Any]
@@ -149,9 +164,11 @@ def places_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Places:
         kind = parts[-1][0] if parts else ""
         if isinstance(known, torch.Tensor) and kind in ("_parameters", "_buffers"):
             fqn = ".".join(part for _, part in parts)
-            real = argument.example if argument is not None else example
-            found.weights[index] = (fqn, real if isinstance(real, torch.Tensor) else known)
+            real = sharded.local(argument.example if argument is not None else example)
+            found.weights[index] = (fqn, real if isinstance(real, torch.Tensor) else sharded.local(known))
             found.roles.append(f"weight:{fqn}")
+        elif sharded.is_object(known):
+            found.roles.append(f"object:{name}")
         else:
             found.roles.append(f"input:{name}")
     return found
@@ -164,7 +181,15 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Prog
     `input:NAME` or `weight:FQN`, which tells what the caller passes there at run time.
     """
     places = places_of(gm, example_inputs)
-    return assemble(_trace(gm, places.fakes), places.names, places.weights, []), places.roles
+    return from_places(gm, places), places.roles
+
+
+def from_places(gm: fx.GraphModule, places: Places) -> Program:
+    """Capture a Dynamo graph whose arguments were told apart."""
+    split = sharded.Local(places.fakes, list(places.weights))
+    weights = {new: places.weights[old] for new, old in enumerate(split.kept) if old in places.weights}
+    traced = _trace(gm, split.parts, split.whole)
+    return assemble(traced, [places.names[i] for i in split.kept], weights, [])
 
 
 def from_export(exported: torch.export.ExportedProgram) -> Program:

@@ -106,7 +106,7 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         end = node.args[3] if len(node.args) > 3 else None
         whole = end is None or (isinstance(end, int) and end >= _MAX)
         return first if step == 1 and (whole or same_shape(result, source)) else None
-    if target in _RESHAPES or target is aten.expand.default:
+    if target in _RESHAPES or target in (aten.expand.default, aten.view_as.default):
         return first if same_shape(result, source) else None
     if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) and node.args[1] == 1:
         return first if result.dtype == source.dtype else None

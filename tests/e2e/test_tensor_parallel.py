@@ -1,5 +1,6 @@
-"""Two ranks (gloo, CPU): replicas calibrate together, each on its own batches; a Llama sharded with DTensors is left
-to Inductor, says so, and is right."""
+"""Two ranks (gloo, CPU): replicas calibrate together, each on its own batches; a Llama sharded with DTensors is packed
+and quantized rank by rank, and gives what one process gives whose weights are rounded in the same parts; layouts that
+are not understood are left to Inductor, and pruning, which would choose other tokens on each rank, is refused."""
 
 import os
 import socket
@@ -12,7 +13,7 @@ import torch
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 WORKER = f"""
-import os, sys, warnings
+import copy, os, sys
 sys.path.insert(0, {str(SUPPORT)!r})
 import torch, zoo, thresher
 import torch.distributed as dist
@@ -35,21 +36,53 @@ for site, known in alone["nvfp4"].items():
 said_by_me = open(os.path.join(sys.argv[1], f"rank{{dist.get_rank()}}"), "w")
 print("calibrated", file=said_by_me)
 torch._dynamo.reset()
-mesh = init_device_mesh("cpu", (2,))
-for layer in model.model.layers:
-    parallelize_module(layer.mlp, mesh, {{
-        "gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel(),
-    }})
-fast = torch.compile(model, backend="thresher")
-with warnings.catch_warnings(record=True) as said, torch.no_grad():
-    warnings.simplefilter("always")
-    actual = fast(**inputs).logits
-reasons = [str(w.message) for w in said if "DTensor" in str(w.message)]
-assert reasons and "left this graph to plain Inductor" in reasons[0], [str(w.message) for w in said]
+mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+plan = {{"self_attn.q_proj": ColwiseParallel(), "self_attn.k_proj": ColwiseParallel(),
+         "self_attn.v_proj": ColwiseParallel(), "self_attn.o_proj": RowwiseParallel(),
+         "mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}}
+recipe = {{"prepack": True, "nvfp4": {{"min_weights": 0, "budget": 2}}, "zipvl": True, "target": "reference"}}
 real = inputs["attention_mask"].bool()
-actual = actual.full_tensor() if hasattr(actual, "full_tensor") else actual
+
+# one process, each part of a weight rounded as its rank rounds it
+def rounded(weight):
+    scales = torch.ops.thresher.nvfp4_quantize(weight, "thresher", "none")
+    eye = torch.eye(weight.shape[1])
+    return torch.ops.thresher.nvfp4_linear(eye, *scales, None, None, "exact").T
+alone = copy.deepcopy(model)
+with torch.no_grad():
+    for layer in alone.model.layers:
+        for name, style in plan.items():
+            held = layer.get_submodule(name).weight
+            parts = held.chunk(2, dim=1 if isinstance(style, RowwiseParallel) else 0)
+            held.copy_(torch.cat([rounded(p) for p in parts], dim=1 if isinstance(style, RowwiseParallel) else 0))
+    expected = alone(**inputs).logits
+    exact = model(**inputs).logits
+for layer in model.model.layers:
+    parallelize_module(layer, mesh, plan)
+with torch.no_grad():
+    actual = torch.compile(model, backend="thresher", options=recipe)(**inputs).logits
+session = thresher.sessions.recent()[-1]
+assert session.counters.packed == 1 and len(session.report["nvfp4"].rewritten) == 14, str(session.report)
+assert "one rank's part" in session.report["zipvl"].missed[0].reason
 torch.testing.assert_close(actual[real], expected[real], atol=1e-4, rtol=1e-4)
-print(reasons[0], file=said_by_me)
+assert (actual - exact)[real].abs().max() > 0.01
+with torch.no_grad():
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.mul_(0.5)
+        layer.mlp.up_proj.weight.mul_(2.0)
+    again = torch.compile(model, backend="thresher", options=recipe)(**inputs).logits
+assert session.counters.repacked
+torch.testing.assert_close(again[real], expected[real], atol=1e-4, rtol=1e-4)
+print("sharded", file=said_by_me)
+
+torch._dynamo.reset()
+odd = torch.nn.Sequential(torch.nn.Linear(8, 7), torch.nn.ReLU()).eval()
+parallelize_module(odd, mesh, {{"0": ColwiseParallel()}})
+try:
+    with torch.no_grad():
+        torch.compile(odd, backend="thresher", options={{"strict": True}})(torch.randn(3, 8))
+except Exception as refused:
+    print(refused, file=said_by_me)
 said_by_me.close()
 dist.destroy_process_group()
 """
@@ -74,6 +107,6 @@ def launch(code: str, tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_sharded_weights_are_left_to_inductor_and_said(tmp_path):
+def test_sharded_weights_are_rewritten_rank_by_rank(tmp_path):
     for said in launch(WORKER, tmp_path):
-        assert "calibrated" in said and "left this graph to plain Inductor" in said
+        assert "calibrated" in said and "sharded" in said and "understood are ColwiseParallel" in said
