@@ -12,6 +12,7 @@ from thresher.program import Program, value
 
 from .prune_scores import Scorer, State, spread
 from .token_axes import SEQUENCE
+from .token_segments import Segments
 from .tokens import Types
 from .tokens_replay import Frame, Replay, put, retrace
 
@@ -55,7 +56,6 @@ class _Builder:
         axes, types = self.found.axes, self.found.types
         self.shortened, self.state, self.full, self.frames = {}, None, None, []
         self.real: torch.Tensor | None = None
-        self.wanted: torch.Tensor | None = None
         replay = Replay(axes, {**env, **extra}, None)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
@@ -80,11 +80,14 @@ class _Builder:
             replay.root.length = length
             image, pad = types.flags(replay.env, hidden)
             position = torch.arange(length, device=hidden.device)[None].expand(batch, length)
+            offsets = replay.env[self.found.offsets] if self.packed else None
+            if offsets is not None:
+                self.first = Segments(offsets)
+                position = position - offsets.long()[self.first.owners(length).long()]
+                self.images = self.first.total(image)
             first = self.config.accumulate_from or after
             self.scorer = Scorer(self.config, self.layers, first)
-            self.state = State(image, pad, position, replay.env.get("token_scores"))
-            if self.packed:
-                self.state.offsets = replay.env[self.found.offsets]
+            self.state = State(image, pad, position, replay.env.get("token_scores"), offsets=offsets)
         state = self.state
         drops = self.found.drops
         going = drops[stage] - (drops[stage - 1] if stage else 0)
@@ -93,12 +96,8 @@ class _Builder:
         if state.pad is not None:
             protected = protected & ~state.pad
         if self.config.reserve:
-            padding = 0 if state.pad is None else state.pad.sum(1, keepdim=True)
-            keep = state.image.sum(1, keepdim=True) - (going - padding).clamp_min(0) if state.pad is not None else (
-                state.image.sum(1, keepdim=True) - going
-            )  # fmt: skip
-            evenly = (keep.clamp_min(0) * round(self.config.reserve * 1024)) // 1024
-            protected = protected | spread(evenly, state.image)
+            evenly = (self._image_kept(stage, going, state) * round(self.config.reserve * 1024)) // 1024
+            protected = protected | spread(evenly, state.image, state)
         if state.offsets is None:
             index = torch.ops.thresher.topk_sorted(score, protected, state.pad, length - going, None)
         else:
@@ -112,30 +111,32 @@ class _Builder:
         self.frames.append(frame)
         state.narrow(index)
 
-    def _choose_packed(
-        self, stage: int, score: Any, protected: Any, count: Any, state: State
-    ) -> torch.Tensor:
-        """The best tokens of each sequence, in `count` places; those left over are a sequence of their own."""
-        offsets = state.offsets
-        assert offsets is not None
-        if self.wanted is None:
-            images = state.image[0].long().cumsum(0)
-            ends = torch.cat([images.new_zeros(1), images])[offsets.long()]
-            self.images, self.lengths = ends.diff(), offsets.diff().long()
-            self.wanted = self.lengths
+    def _image_kept(self, stage: int, going: int, state: State) -> torch.Tensor:
+        """Image tokens left in each row, int64 [B, 1]; of packed sequences, [1, n] at each of their tokens."""
+        if state.offsets is not None:
+            kept = self.images - self._gone(stage)
+            return kept[state.segments().long().clamp_max(kept.shape[0] - 1)]  # type: ignore[union-attr]
+        kept = state.image.sum(1, keepdim=True) - going
+        if state.pad is not None:  # padding goes before any image token
+            kept = kept + torch.minimum(state.pad.sum(1, keepdim=True), torch.full_like(kept, going))
+        return kept.clamp_min(0)
+
+    def _gone(self, stage: int) -> torch.Tensor:
+        """int64 [S]: image tokens that each packed sequence loses by this stage and those before."""
         keep = self.found.stages[stage][1]
         gone = torch.floor((1 - keep) * self.images.double() + 1e-6).long()
         gone = torch.minimum(gone, (self.images - 1).clamp_min(0))
-        counts = self.lengths - torch.where(self.images < self.config.min_image_tokens, 0, gone)
-        spare = counts.new_zeros((offsets.shape[0] - 1 - counts.shape[0],))  # fillers of the stage before
-        index, ends = torch.ops.thresher.topk_segments(
-            score[0], protected[0], offsets, torch.cat([counts, spare]), count
-        )
-        last = torch.full_like(ends[:1], 1) * count
-        ends = ends[: self.lengths.shape[0] + 1]
-        self.real = torch.arange(index.shape[0], device=index.device) < ends[-1]
-        state.offsets = torch.cat([ends, last.to(ends.dtype)])
-        return index[None]
+        return torch.where(self.images < self.config.min_image_tokens, 0, gone)
+
+    def _choose_packed(
+        self, stage: int, score: Any, protected: Any, places: Any, state: State
+    ) -> torch.Tensor:
+        """The best tokens of each sequence; places left over are a sequence of their own."""
+        assert state.offsets is not None
+        segments = Segments(state.offsets, self.first.count)
+        counts = self.first.lengths - self._gone(stage)
+        index, state.offsets, self.real = segments.choose(score, protected, counts, places)
+        return index
 
     def _restored(self, node: fx.Node, replay: Replay) -> Any:
         """A labelled value with all tokens' places."""

@@ -21,6 +21,7 @@ import torch
 
 from .structure import LayerSite
 from .token_axes import BATCH, SEQUENCE
+from .token_segments import Segments
 from .tokens_replay import Replay, pick
 
 _HEADS = (BATCH, None, SEQUENCE, None)
@@ -30,7 +31,8 @@ _HEADS = (BATCH, None, SEQUENCE, None)
 class State:
     """What scoring knows of the current tokens.
 
-    image, pad: bool [B, n]; pad None when no token is padding. position: int64 [B, n] in the whole sequence.
+    image, pad: bool [B, n]; pad None when no token is padding.
+    position: int64 [B, n] in the whole row, or in the packed sequence.
     given: the caller's scores. moved: transition variation summed over layers so far; None before the first.
     scored: layers it covers. offsets: int32, where each packed sequence begins and ends; None without packing.
     """
@@ -64,9 +66,18 @@ class State:
     def segments(self) -> torch.Tensor | None:
         """int32 [B, n] for `probe_scores`: the packed sequence, or 0; -1 for padding. None where all is one."""
         if self.offsets is not None:
-            place = torch.arange(self.position.shape[1], device=self.offsets.device)
-            return torch.bucketize(place, self.offsets[1:], right=True, out_int32=True)[None]
+            return Segments(self.offsets).owners(self.position.shape[1])
         return None if self.pad is None else -self.pad.to(torch.int32)
+
+    def ranks(self, among: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many tokens marked in `among`, bool [B, n], stand before each token of its sequence, itself included,
+        less one; and how many there are in all. int64 [B, n], the second [B, 1] without packing."""
+        rank, total = among.long().cumsum(1) - 1, among.sum(1, keepdim=True)
+        if self.offsets is None:
+            return rank, total
+        totals = Segments(self.offsets).total(among)
+        own = self.segments().long()[0]  # type: ignore[union-attr]
+        return rank - (totals.cumsum(0) - totals)[own], totals[own][None]
 
 
 @dataclass
@@ -130,10 +141,10 @@ class Scorer:
         )[0]
 
 
-def spread(count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """bool [B, n]: `count` [B, 1] of the tokens marked in `among` [B, n], evenly spaced."""
-    rank = among.long().cumsum(1) - 1
-    total = among.sum(1, keepdim=True).clamp_min(1)
+def spread(count: torch.Tensor, among: torch.Tensor, state: State) -> torch.Tensor:
+    """bool [B, n]: `count` of the tokens marked in `among`, evenly spaced; int64 [B, 1], or [1, n] for each sequence."""
+    rank, total = state.ranks(among)
+    total = total.clamp_min(1)
     return among & ((rank + 1) * count // total > rank * count // total)
 
 
@@ -153,9 +164,8 @@ def _random(s: Scorer, after: int, replay: Replay, state: State) -> torch.Tensor
 
 def _uniform(s: Scorer, after: int, replay: Replay, state: State) -> torch.Tensor:
     """Tokens fall in the order in which halving a stretch reaches them, so any number kept is evenly spread."""
-    rank = state.image.long().cumsum(1) - 1
-    total = state.image.sum(1, keepdim=True).clamp_min(1)
-    place = (rank * 65536 // total).clamp_min(0)
+    rank, total = state.ranks(state.image)
+    place = (rank * 65536 // total.clamp_min(1)).clamp_min(0)
     score = torch.zeros_like(place)
     for bit in range(16):  # bits of the place in reverse
         score = score * 2 + (place >> bit & 1)

@@ -72,7 +72,11 @@ def _next(node: fx.Node, norms: Norms, program: Program, may_norm: bool) -> tupl
     """The next value on the way to the stream and what happens there; None where the way ends or forks."""
     following = norms.by_input.get(behind_views(node), []) if may_norm else []
     inside = {n for norm in following for n in norm.nodes}
-    users = [u for u in node.users if u.op != "output" and u not in inside and not _only_into(u, inside)]
+    users = [
+        u
+        for u in node.users
+        if u.op != "output" and u not in inside and not _only_into(u, inside) and not _looks(u)
+    ]
     if len(following) == 1 and not users:
         return following[0].output, following[0]
     if following or len(users) != 1:
@@ -91,6 +95,11 @@ def _next(node: fx.Node, norms: Norms, program: Program, may_norm: bool) -> tupl
         if held is not None and held.tensor.dim() <= 1:
             return user, str(uncast(factor).target)
     return None
+
+
+def _looks(node: fx.Node) -> bool:
+    """Whether an operator only measures what a branch gives, as token pruning does."""
+    return str(node.target) == "thresher.token_transition.default"
 
 
 def _only_into(node: fx.Node, inside: set[fx.Node]) -> bool:

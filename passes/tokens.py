@@ -155,7 +155,9 @@ def publish_image(program: Program, fed: Mapping[int, fx.Node]) -> CallPlan:
 def counts_program(program: Program, types: Types) -> Program | None:
     """Computes what `Types.flags` needs from the caller's inputs: [source, padding mask] as far as present."""
     wanted = [n for n in (types.node, types.padding) if n is not None]
-    return extract(program, program.placeholders, wanted) if wanted else None
+    appended = program.calls.extra_inputs if program.calls is not None else []
+    own = program.placeholders[: len(program.placeholders) - len(appended)]
+    return extract(program, own, wanted) if wanted else None
 
 
 def image_counts(
@@ -181,13 +183,14 @@ def image_counts(
 
 def largest_tower(structure: Structure) -> Tower | None:
     """The tower with the most weights in its layers: the language model of a vision-language model."""
+    return max(structure.towers, key=tower_size, default=None)
 
-    def size(tower: Tower) -> int:
-        return sum(
-            s.in_features * s.out_features for l in tower.layers for b in l.branches for s in b.site.linears
-        )
 
-    return max(structure.towers, key=size, default=None)
+def tower_size(tower: Tower) -> int:
+    """Weights in a tower's layers."""
+    return sum(
+        s.in_features * s.out_features for l in tower.layers for b in l.branches for s in b.site.linears
+    )
 
 
 def layer_flops(layer: Any, tokens: float, kept: float | None = None) -> tuple[float, float]:

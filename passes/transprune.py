@@ -31,6 +31,7 @@ from .prune_replay import prune
 from .prune_scores import POLICIES
 from .structure import Tower
 from .token_axes import BATCH, SEQUENCE, Stop, TokenAxes, hint, propagate
+from .token_segments import caller, caller_types, offsets_node
 from .tokens import (
     Decline,
     Types,
@@ -43,7 +44,7 @@ from .tokens import (
     publish_image,
     whole,
 )
-from .tokens_replay import check, follow_packed_attention, packed_attention
+from .tokens_replay import check, follow_packed_attention
 
 RESTORE = ("zeros", "passthrough", "none")
 MODES = ("paper", "official_code")
@@ -209,7 +210,7 @@ class TransPrune(Pass):
         found: Found = match.data
         config = context.config
         counted: Types = found.counted
-        asked = counts_program(_padded(program), counted)
+        asked = counts_program(caller(program), counted)
         stages, packed = found.stages, program.packing is not None
 
         def decide(values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
@@ -234,6 +235,7 @@ class TransPrune(Pass):
             [*plan.extra_inputs, *extra],
             [*plan.extra_outputs, *kept],
             {**plan.shortened, **{i: Shortened(*s) for i, s in shortened.items()}},
+            behind=[_behind(config, keep) for _, keep in stages] if packed else [],
         )
 
 
@@ -279,31 +281,29 @@ def drops_for(
         return (0,) * len(stages)
     found: list[int] = []
     for _, keep in stages:
-        going = [
-            0 if count < config.min_image_tokens else min(count - 1, floor((1 - keep) * count + 1e-6))
-            for count in image
-        ]
+        going = [_going(config, keep, count) for count in image]
         spare = sum(going) if packed else min(go + pad for go, pad in zip(going, pads))
         found.append(max([spare // config.bucket * config.bucket, *found[-1:]]))
     return tuple(found)
 
 
-def _padded(program: Program) -> Program:
-    """The program that takes the caller's inputs as they are."""
-    return program if program.packing is None else program.packing.padded
+def _going(config: TransPruneConfig, keep: float, images: int) -> int:
+    """How many of a sequence's image tokens go where a share of them is kept."""
+    if images < config.min_image_tokens:
+        return 0
+    return min(images - 1, floor((1 - keep) * images + 1e-6))
+
+
+def _behind(config: TransPruneConfig, keep: float) -> Any:
+    """What a cut leaves of packed sequences; see `CallPlan.behind`."""
+    return lambda lengths, images: [n - _going(config, keep, i) for n, i in zip(lengths, images)]
 
 
 def _packed(program: Program, config: TransPruneConfig, types: Types) -> tuple[fx.Node, Types]:
     """Offsets of a packed program's sequences, and where types come from in the caller's inputs."""
     if types.kind != "ids":
         raise Decline("The program is packed, and image tokens are found in it by image_token_id only.")
-    sites = program.nodes(packed_attention())
-    if not sites:
-        raise Decline("The program is packed, and its attention takes masks.")
-    padded = program.packing.padded
-    tokens = padded.placeholders[program.packing.tokens]
-    counted = find_types(padded, config, [hint(s) for s in value(tokens).shape[:2]], None)
-    return sites[0].all_input_nodes[3], counted
+    return offsets_node(program), caller_types(program, config)
 
 
 def _drops_now(
@@ -312,7 +312,7 @@ def _drops_now(
     if context.inputs is None:
         context.notes.append("without example inputs, half of the tokens are taken for an image's.")
         return tuple(floor((1 - k) * length / 2) // config.bucket * config.bucket for _, k in stages)
-    asked = counts_program(_padded(program), types)
+    asked = counts_program(caller(program), types)
     values = asked.run(*context.inputs) if asked is not None else []
     return drops_for(types, config, stages, values, context.inputs, program.packing is not None)
 

@@ -21,20 +21,25 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 
 from thresher.call_plan import CallPlan, Choice, Shortened
 from thresher.errors import ArgumentError
+from thresher.layout import Counted
 from thresher.program import Program, value
 from thresher.recipe import PassConfig
 
 from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .calibrate import Tap
 from .causal_mask import candidates, make_causal
-from .structure import LayerSite, Tower
-from .token_axes import BATCH, SEQUENCE, Stop, TokenAxes, hint, propagate
-from .tokens import Decline, Types, counts_program, find_types, image_counts, largest_tower, layer_flops
+from .structure import LayerSite
+from .token_axes import Stop, hint
+from .token_segments import caller, caller_types
+from .tokens import Decline, Types, counts_program, find_types, largest_tower, layer_flops
+from .zipvl_budget import CallLengths, SequenceBudget, budget, protected_tokens, zip_flops
 from .zipvl_calibrate import Pair
-from .zipvl_replay import budget, rewrite_layers
+from .zipvl_replay import HEADS, rewrite_layers
+from .zipvl_stretches import Stretch, find_stretches, shown
 
 MODES = ("protected", "paper")
 GATHER = ("projections", "attention")
@@ -93,13 +98,16 @@ class ZipVLConfig(PassConfig):
 
 @dataclass
 class Plan:
-    """What `match` worked out for the whole program. protected: most protected tokens of a row."""
+    """What `match` worked out for the whole program. protected: most protected tokens of a row.
 
-    tower: Tower
+    counted: where token types come from in the caller's inputs of a packed program.
+    """
+
+    stretches: list[Stretch]
     types: Types
-    axes: TokenAxes
     layers: list[tuple[LayerSite, float]]
     protected: int
+    counted: Types
 
 
 @register_pass
@@ -130,35 +138,57 @@ class ZipVL(Pass):
             if reason is None:
                 make_causal(node)
         program.clean()
-        tower = largest_tower(context.structure()) if context.structure else None
-        if tower is None:
-            return []
         config = context.config
         try:
-            start = tower.layers[0].input
-            if value(start).dim() != 3:
-                raise Decline(
-                    f"The hidden state has {value(start).dim()} dimensions, not [batch, tokens, width]."
-                )
-            types = find_types(program, config, [hint(s) for s in value(start).shape[:2]], context.inputs)
-            axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
-            protected = self._protected(program, types, context)
+            stretches = find_stretches(program, context.structure()) if context.structure else []
+            if not stretches:
+                return []
+            types, counted = self._types(program, stretches, context)
+            lengths, protected = self._rows(program, stretches, (types, counted), context)
         except (Decline, Stop) as reason:
-            return [Miss(layer.fqn, str(reason)) for layer in tower.layers]
-        length = hint(value(start).shape[1])
-        good: list[tuple[LayerSite, float | None]] = []
+            return [Miss("the whole program", str(reason))]
+        good: list[tuple[LayerSite, float]] = []
         misses: list[Match | Miss] = []
-        for layer in tower.layers[config.first_layer - 1 :]:
-            why = _why_not(layer) or self._why_dense(layer, axes, length, protected, context)
-            if why is not None:
-                misses.append(Miss(layer.attention.fqn if layer.attention else layer.fqn, why))
-            else:
-                good.append((layer, self._share(layer, context)))
+        number = 0
+        for stretch in stretches:
+            for layer in stretch.layers:
+                number += 1
+                if number < config.first_layer:
+                    continue
+                why = _why_not(layer) or self._why_dense(layer, stretch, lengths[stretch], context)
+                if why is not None:
+                    misses.append(Miss(layer.attention.fqn if layer.attention else layer.fqn, why))
+                else:
+                    good.append((layer, self._share(layer, context)))  # type: ignore[arg-type]
         if not good:
             return misses
-        context.predicted["flops_dense"] = sum(sum(layer_flops(layer, length)) for layer in tower.layers)
-        plan = Plan(tower, types, axes, good, protected)  # type: ignore[arg-type]
+        context.predicted["flops_dense"] = sum(
+            sum(layer_flops(layer, n)) for s in stretches for layer in s.layers for n, _ in lengths[s]
+        )
+        plan = Plan(stretches, types, good, protected, counted)
         return [*misses, Match(", ".join(layer.fqn for layer, _ in good), plan)]
+
+    def _types(self, program: Program, stretches: list[Stretch], context: Context) -> tuple[Types, Types]:
+        """Where token types come from: in the program, and in the caller's inputs."""
+        config = context.config
+        sizes = [hint(s) for s in value(stretches[0].start).shape[:2]]
+        if program.packing is None:
+            types = find_types(program, config, sizes, context.inputs)
+            return types, types
+        types, counted = (
+            find_types(program, config, sizes, None),
+            caller_types(program, config, context.inputs),
+        )
+        if counted.kind not in ("ids", "none") or types.kind != counted.kind:
+            raise Decline("The program is packed, and image tokens are found in it by image_token_id only.")
+        if config.kv == "drop" and any(
+            value(n).dim() == 4 for n in program.outputs if isinstance(n, fx.Node)
+        ):
+            raise Decline(
+                "The program is packed, and keys and values of important tokens only, as kv='drop' returns them, have"
+                " no place in the padded results; kv='quantize' keeps them all at fewer bits."
+            )
+        return types, counted
 
     def _share(self, layer: LayerSite, context: Context) -> float | None:
         """The share of tokens that attend in a layer; None without calibration."""
@@ -172,11 +202,11 @@ class ZipVL(Pass):
         )
 
     def _why_dense(
-        self, layer: LayerSite, axes: TokenAxes, length: int, protected: int, context: Context
+        self, layer: LayerSite, stretch: Stretch, rows: list[tuple[int, int]], context: Context
     ) -> str | None:
-        config, site = context.config, layer.attention
+        config, site, axes = context.config, layer.attention, stretch.axes
         assert site is not None
-        if layer.output not in axes or axes.get(site.k.result) != (BATCH, None, SEQUENCE, None):
+        if layer.output not in axes or axes.get(site.k.result) != HEADS:
             return f"Its tokens cannot be followed: {axes.stopped.get(layer.output, 'its keys have another layout')}."
         share = self._share(layer, context)
         if share is None:
@@ -184,19 +214,48 @@ class ZipVL(Pass):
                 f"It needs calibration at tau {config.tau}: run thresher.calibrate(model, batches, zipvl={{...}}) and"
                 " compile with stats=, or give keep."
             )
-        kept = budget(length, share, protected, config.bucket)
         probes = config.recent + config.spread
-        if length <= probes:
-            return f"The prompt has {length} tokens, and {probes} are probed."
-        dense = sum(layer_flops(layer, length))
-        spared = dense - zip_flops(layer, length, kept, probes, config.gather)
+        longest = max(n for n, _ in rows)
+        if longest <= probes:
+            return f"The prompt has {longest} tokens, and {probes} are probed."
+        dense = sum(sum(layer_flops(layer, n)) for n, _ in rows)
+        kept = [budget(n, share, p, config.bucket) if n > probes else n for n, p in rows]
+        spared = dense - sum(zip_flops(layer, n, k, probes, config.gather) for (n, _), k in zip(rows, kept))
         if spared < config.min_saving * dense:
             return (
-                f"{kept} of {length} tokens would attend, which saves {spared / dense:.1%} of the layer's FLOPs;"
-                f" min_saving is {config.min_saving:.0%}."
+                f"{sum(kept)} of {sum(n for n, _ in rows)} tokens would attend, which saves {spared / dense:.1%} of the"
+                f" layer's FLOPs; min_saving is {config.min_saving:.0%}."
             )
         context.predicted["flops_saved"] = context.predicted.get("flops_saved", 0.0) + spared
         return None
+
+    def _rows(
+        self, program: Program, stretches: list[Stretch], plan_types: tuple[Types, Types], context: Context
+    ) -> tuple[dict[Stretch, list[tuple[int, int]]], int]:
+        """(tokens, protected ones) of the example's sequences in each stretch, and the most protected ones of a row."""
+        config, (types, counted) = context.config, plan_types
+        if program.packing is None:
+            protected = self._protected(program, types, context)
+            return {s: [(s.length, protected)] for s in stretches}, protected
+        offsets = stretches[0].offsets
+        count = hint(value(offsets).shape[0]) - 1 if offsets is not None else 1
+        lengths, images = [stretches[0].length // count] * count, counted
+        inputs = context.inputs
+        if inputs is not None:
+            lengths = [int(n) for n in (inputs[program.packing.mask] != 0).sum(1)]
+        else:
+            images = Types("none")
+        text = SequenceBudget(config, 1.0, counted.kind == "ids")
+        rows = {}
+        for number, stretch in enumerate(stretches):
+            known = self._call_lengths(program, images, number)(lengths, inputs or ())
+            rows[stretch] = [(n, text.protected(t)) for n, t in known]
+        return rows, 0
+
+    def _call_lengths(self, program: Program, counted: Types, number: int) -> CallLengths:
+        behind = program.calls.behind[:number] if program.calls is not None else ()
+        asked = counts_program(caller(program), counted) if counted.kind != "none" else None
+        return CallLengths(counted, asked, tuple(behind))
 
     def _protected(self, program: Program, types: Types, context: Context) -> int:
         config = context.config
@@ -211,24 +270,48 @@ class ZipVL(Pass):
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         plan: Plan = match.data
         config = context.config
-        asked = counts_program(program, plan.types)
-        extra = ["token_types"] if plan.types.kind == "extra" else []
-
-        def decide(values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
-            return (protected_tokens(plan.types, config, values, inputs),)
-
-        done = rewrite_layers(program, plan, config, extra)
         old = program.calls or CallPlan()
+        extra = [n for n in ("token_types",) if plan.types.kind == "extra" and n not in old.extra_inputs]
+        choices = dict(old.choices)
+        sizes: dict[Any, Counted] = {}
+        if program.packing is None:
+            asked = counts_program(program, plan.types)
+
+            def decide(values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
+                return (protected_tokens(plan.types, config, values, inputs),)
+
+            choices[self.name] = Choice((plan.protected,), asked, decide)
+        else:
+            sizes = self._counted(program, plan, config)
+        done = rewrite_layers(program, plan, config, extra, sizes)
         program.calls = CallPlan(
-            {**old.choices, self.name: Choice((plan.protected,), asked, decide)},
-            list(dict.fromkeys([*old.extra_inputs, *extra])),
+            choices,
+            [*old.extra_inputs, *extra],
             [*old.extra_outputs, *done.names],
             {**old.shortened, **{i: Shortened(2, kept, False) for i, kept in done.shortened.items()}},
             {**old.scored, **done.scored},
             old.published,
+            old.behind,
         )
         shares = ", ".join(f"{share:.2f}" for _, share in plan.layers)
         context.notes.append(f"{plan.types.describe()}; share of tokens that attend, by layer: {shares}.")
+
+    def _counted(self, program: Program, plan: Plan, config: ZipVLConfig) -> dict[Any, Counted]:
+        """How many tokens attend in a call, all packed sequences together, for each stretch and share."""
+        found = {}
+        where = {layer: (i, s) for i, s in enumerate(plan.stretches) for layer in s.layers}
+        for layer, share in plan.layers:
+            number, stretch = where[layer]
+            rule = SequenceBudget(config, share, plan.counted.kind == "ids")
+            lengths = self._call_lengths(program, plan.counted, number)
+
+            def places(
+                tokens: Sequence[int], inputs: Sequence[Any], rule: Any = rule, lengths: Any = lengths
+            ) -> int:
+                return max(2, sum(rule.kept(n, text) for n, text in lengths(tokens, inputs)))
+
+            found[(stretch, share)] = Counted(places)
+        return found
 
 
 def _why_not(layer: LayerSite) -> str | None:
@@ -236,39 +319,15 @@ def _why_not(layer: LayerSite) -> str | None:
     site = layer.attention
     if site is None:
         return "No attention was recovered in this layer."
-    if site.spelling != "sdpa":
-        return f"Its attention is spelled {site.spelling}; only scaled_dot_product_attention is rewritten."
+    if site.spelling == "eager":
+        return "Its attention is spelled eager; only scaled_dot_product_attention is rewritten."
     if site.past is not None or site.cross:
         return "Its keys are not the queries' own tokens, so this is no prompt."
-    if not site.is_causal:
-        return f"Its attention is {site.visibility.kind}, not causal."
-    if site.window is not None:
-        return f"It sees a window of {site.window + 1} tokens only, which has little to save."
+    seen = shown(site)
+    if seen.kind != "causal":
+        return f"Its attention is {seen.kind}, not causal."
+    if seen.window >= 0:
+        return f"It sees a window of {seen.window + 1} tokens only, which has little to save."
     if site.softcap is not None:
         return "It caps its logits, which the attention operators here do not."
     return None
-
-
-def zip_flops(layer: LayerSite, length: int, kept: int, probes: int, gather: str) -> float:
-    """FLOPs of a layer rewritten so, probes included; a multiply-add counts as two."""
-    site = layer.attention
-    assert site is not None
-    linears, attention = layer_flops(layer, length, kept)
-    if gather == "projections" and not site.fused:
-        q, v, o = (2 * s.in_features * s.out_features for s in (site.q.linear, site.v.linear, site.o))
-        linears -= (q + o + v) * (length - kept) - q * probes
-    return linears + attention + 2 * probes * length * site.heads * site.head_dim
-
-
-def protected_tokens(types: Types, config: ZipVLConfig, values: Sequence[Any], inputs: Sequence[Any]) -> int:
-    """The most protected tokens of any row, rounded up to whole buckets."""
-    if config.mode == "paper":
-        return 0
-    if types.kind == "none":
-        return config.recent + config.sinks
-    images, pads = image_counts(types, values, inputs)
-    if images is None:
-        return config.recent + config.sinks
-    length = types.length(values, inputs)
-    most = max(length - image - pad for image, pad in zip(images, pads))
-    return -(-most // config.bucket) * config.bucket

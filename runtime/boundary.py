@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from thresher.layout import Gather, Packing, Passed, PlanField, Scatter
+from thresher.layout import Counted, Gather, Packing, Passed, PlanField, Scatter
 
 from .binpack import best_capacity, pack_dataset
 from .packing import PackPlan, ladder, pack, plan, row_plan, unpack
@@ -25,13 +25,17 @@ def make_plan(mask: torch.Tensor, lengths: Sequence[int], packing: Packing) -> P
 
 
 def argument(
-    where: Gather | PlanField | Passed, sources: Mapping[str, Sequence[Any]], packing: PackPlan
+    where: Gather | PlanField | Passed | Counted, sources: Mapping[str, Sequence[Any]], packing: PackPlan
 ) -> Any:
     """One input of the body."""
     if isinstance(where, PlanField):
         columns = packing.cols if packing.segments is None else packing.cols.unflatten(0, packing.shape)
         return {"cu_seqlens": packing.cu_seqlens, "max_len": packing.max_len, "rows": packing.rows,
                 "columns": columns, "segments": packing.segments}[where.name]  # fmt: skip
+    if isinstance(where, Counted):
+        filled = packing.cu_seqlens.shape[0] > packing.batch + 1
+        lengths = [*packing.lengths, packing.filler] if filled else packing.lengths
+        return where.of(lengths, sources["input"])
     tensor = sources[where.origin][where.index]
     if isinstance(where, Passed) or where.sequence is None:
         return tensor

@@ -64,14 +64,18 @@ class CallSession(Session):
         results = super().__call__([*inputs, *(known[n] for n in self.plan.extra_inputs)], weights)
         count = len(self.plan.extra_outputs)
         if count:
-            self.extras = dict(zip(self.plan.extra_outputs, results[-count:]))
+            given = zip(self.plan.extra_outputs, results[-count:])
+            self.extras = {
+                name: value for name, value in given if value is not None
+            }  # None where a call ran padded
             results = results[:-count]
         for index, name in self.plan.published.items():
             tokens.publish(results[index], self.extras[name])
         for index, short in self.plan.shortened.items():
             tokens.note(results[index], kept=self.extras[short.kept])
         for index, name in self.plan.scored.items():
-            tokens.note(results[index], scores=self.extras[name])
+            if name in self.extras:
+                tokens.note(results[index], scores=self.extras[name])
         return results
 
     def wanted(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> Choices:

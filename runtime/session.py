@@ -124,7 +124,7 @@ class Session:
             lowered, fresh = self._epilogue
             late = [fetch(a) for a in layout.epilogue_arguments]
             sources["epilogue"] = lowered.run(late, self._live(lowered, fresh, weights))
-        return [hand_over(r) for r in layout.results]
+        return [*(hand_over(r) for r in layout.results), *(fetch(r) for r in layout.extras)]
 
     def _lowered_body(self) -> Lowered:
         if self._body is None:
@@ -158,7 +158,7 @@ class Session:
         tokens = sum(lengths)
         if tokens < 2:
             return "The batch has fewer than two real tokens."
-        if tokens == len(lengths) * width:
+        if tokens == len(lengths) * width and self.program.calls is None:  # pruning happens in the body only
             return "The batch has no padding."
         least = layout.packing.min_gain
         if least > 1 and layout.packing.gain(lengths, width) < least:
@@ -202,7 +202,7 @@ class Session:
                 r[real].unsqueeze(0) if isinstance(where, Scatter) and per_token(r) else r
                 for r, where in zip(results, layout.results)
             ]
-        return results
+        return [*results, *(None for _ in layout.extras)]
 
     def _lower_epilogue(self, layout: PackedLayout | None) -> tuple[Lowered, Freshness] | None:
         if layout is None or layout.epilogue is None:

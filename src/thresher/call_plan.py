@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ArgumentError
+from .layout import Counted
 from .program import Program
 
 
@@ -47,6 +48,7 @@ class CallPlan:
     extra_outputs: names of the trailing results that are not the caller's. shortened: by result.
     scored: result, keys of a layer, -> the extra result with its tokens' importance.
     published: result, an embedding, -> the extra result that tells its image tokens (see `tokens.publish`).
+    behind: of a packed program, for each cut in it: (tokens, image tokens) of each sequence -> tokens behind the cut.
     """
 
     choices: dict[str, Choice] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class CallPlan:
     shortened: dict[int, Shortened] = field(default_factory=dict)
     scored: dict[int, str] = field(default_factory=dict)
     published: dict[int, str] = field(default_factory=dict)
+    behind: list[Callable[[Sequence[int], Sequence[int]], list[int]]] = field(default_factory=list)
 
 
 def refuse_to_keep(program: Program, what: str, stated: Collection[str] = ()) -> None:
@@ -62,6 +65,13 @@ def refuse_to_keep(program: Program, what: str, stated: Collection[str] = ()) ->
 
     stated: passes whose choice the caller gave, and so promised for every call.
     """
+    if program.packing is not None and any(isinstance(a, Counted) for a in program.packing.arguments):
+        raise ArgumentError(
+            what,
+            "a packed program that is told with each call how many tokens attend",
+            "a program that fits every call as it stands",
+            "Leave zipvl or prepack out of the recipe; together they work within the process.",
+        )
     choices = program.calls.choices if program.calls is not None else {}
     open_ones = {name: choice.made for name, choice in choices.items() if name not in stated}
     if not open_ones:

@@ -124,6 +124,7 @@ def export_onnx(
     if isinstance(model, Program):
         program, names, layout = model, None, model.packing
         outside = layout.padded if layout is not None else program
+        refuse_to_keep(program, "model", program.calls.choices if program.calls is not None else ())
         given = [*positional, *named.values()]
         inputs = [named.get(n, given[i]) for i, n in enumerate(outside.input_names)] if given else []
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .program import Program
 
@@ -32,6 +33,17 @@ class PlanField:
     `segments` when sequences share rows."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A packed input that is a number, worked out for each call before it starts, so that the body waits for no device.
+
+    of: `(lengths, inputs) -> int`, from the number of tokens of each packed sequence, filler last, and the caller's
+        inputs.
+    """
+
+    of: Callable[[Sequence[int], Sequence[Any]], int]
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,7 @@ class PackedLayout:
     epilogue: what follows the first operator that mixes positions; None when nothing does.
     epilogue_arguments: where each of the epilogue's placeholders comes from.
     results: where each of the caller's results comes from.
+    extras: where results beyond the caller's come from (`CallPlan.extra_outputs`); calls that run padded have none.
     padded: the program before packing, for the calls that cannot be packed.
     visibilities: what was found for each mask, by the attention site that uses it.
     masks: prologue outputs that are masks of generic attention; a call in which one of them lets a real
@@ -117,7 +130,7 @@ class PackedLayout:
     mask: int
     tokens: int
     prologue: Program | None
-    arguments: list[Gather | PlanField | Passed]
+    arguments: list[Gather | PlanField | Passed | Counted]
     epilogue: Program | None
     epilogue_arguments: list[Scatter | Passed]
     results: list[Scatter | Passed]
@@ -127,6 +140,7 @@ class PackedLayout:
     reclassify: Callable[[int], dict[str, Visibility]] | None = None
     proven: int = 0
     packing: Packing = Packing()
+    extras: tuple[Scatter | Passed, ...] = ()
 
     def windowed(self) -> bool:
         """Whether some attention counts distances, which holes in a row would falsify."""

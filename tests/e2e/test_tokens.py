@@ -1,11 +1,16 @@
 """Token passes on whole models: vision-language models as Hugging Face has them, generation, second turns."""
 
+import captures
 import pytest
 import torch
 import zoo
 from tiny_llama import IMAGE, make, prompt
 
 import thresher
+from thresher.backend import run_pipeline
+from thresher.lowering.reference import Reference
+from thresher.recipe import Recipe
+from thresher.runtime.compare import run_plainly
 from thresher.runtime.kv_cache import MixedPrecisionCache
 from thresher.runtime.kv_layer import KVPolicy
 from thresher.runtime.kv_prefill import generate, prefill
@@ -121,24 +126,35 @@ def test_with_quantized_weights(llama):
     assert torch.nn.functional.cosine_similarity(actual[kept], expected[kept], dim=0) > 0.9
 
 
-@pytest.mark.parametrize("policy", ["transprune", "fastv"])
-@torch.no_grad()
-def test_with_prepacking_each_row_is_pruned_as_alone(llama, policy):
-    """Budgets, probes and softmax of each packed sequence are its own."""
-    ids = prompt(3)
+@pytest.fixture(scope="module")
+def mixed(llama):
+    """A padded batch of other image counts, and its program; each row alone, and its program."""
+    ids = prompt(2)
     mask = torch.ones_like(ids)
     ids[1, 4:20] = 7  # 16 image tokens instead of 32
     mask[0, 44:] = 0
+    together = dict(input_ids=ids, attention_mask=mask)
+    alone = [dict(input_ids=ids[row : row + 1, mask[row].bool()]) for row in range(2)]
+    return [(i, captures.export(llama, i, dynamic=i is together)) for i in (together, *alone)]
+
+
+@pytest.mark.parametrize("policy", ["transprune", "fastv"])
+@torch.no_grad()
+def test_with_prepacking_each_row_is_pruned_as_alone(mixed, policy):
+    """Budgets, probes and softmax of each packed sequence are its own."""
     recipe = _pruning(stages=((1, 0.5), (2, 0.25)), policy=policy, instruction=4)
-    inputs = dict(input_ids=ids, attention_mask=mask, use_cache=False)
-    call = _compile(llama, inputs, prepack=True, **recipe)
-    reports = {p.name: p for p in call.report.passes}
-    assert reports["prepack"].rewritten and reports["transprune"].rewritten, reports
-    packed = call(**inputs).logits
-    for row in range(3):
-        alone = dict(input_ids=ids[row : row + 1, mask[row].bool()], use_cache=False)
-        expected = _compile(llama, alone, **recipe)(**alone).logits
-        torch.testing.assert_close(packed[row : row + 1, mask[row].bool()], expected, rtol=1e-4, atol=1e-4)
+    (together, program), *alone = mixed
+
+    def run(program, inputs, **more):
+        given = captures.arguments(program, inputs)
+        after, report = run_pipeline(program, Recipe.of(None, verify=False, **more, **recipe), given)
+        assert all(p.rewritten for p in report.passes), report
+        return run_plainly(after, given, Reference())[0]
+
+    packed = run(program, together, prepack=True)
+    for row, (inputs, program) in enumerate(alone):
+        real = together["attention_mask"][row].bool()
+        torch.testing.assert_close(packed[row : row + 1, real], run(program, inputs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

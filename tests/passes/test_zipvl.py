@@ -3,14 +3,13 @@
 import pytest
 import tiny_llama
 import torch
+import zip_by_hand
 from tiny_llama import make
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from zip_by_hand import OPTIONS
 
 import thresher
 from thresher.errors import ArgumentError
-from thresher.kernels.token_attention import important_attention
 
-OPTIONS = dict(recent=6, spread=6, bucket=4, sinks=2, min_saving=-9.0)
 TOKENS = 60
 
 
@@ -33,40 +32,14 @@ def compiled(model, inputs, **options):
     return thresher.compile(model, inputs, target="reference", zipvl={**OPTIONS, **options}, **stats)
 
 
-def by_hand(model, ids, count):
-    """The method layer by layer, with the map of the probe rows written out."""
-    inner = model.model
-    hidden = inner.embed_tokens(ids)
-    rotary = inner.rotary_emb(hidden, torch.arange(TOKENS)[None])
-    ops = torch.ops.thresher
-    starts = torch.zeros(2, 1).long()
-    rows = ops.probe_positions(starts, starts + TOKENS, 6, 6, 0)[0]
-    place = torch.arange(TOKENS)
-    protected = (place < 2) | (place >= TOKENS - 6)
-    for layer in inner.layers:
-        at = layer.self_attn
-        x = layer.input_layernorm(hidden)
-        q, k, v = (p(x).view(2, TOKENS, -1, 8).transpose(1, 2) for p in (at.q_proj, at.k_proj, at.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, *rotary)
-        scores = q[:, :, rows] @ k.repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5
-        seen = place <= rows[:, None]
-        sums = scores.masked_fill(~seen, -torch.inf).softmax(-1).sum(2).mean(1)
-        rank = (sums / seen.sum(0).clamp_min(1)).masked_fill(protected, torch.inf)
-        index = rank.topk(count).indices.sort().values
-        out = important_attention.reference(q, k, v, index, 8**-0.5)
-        hidden = hidden + at.o_proj(out.transpose(1, 2).reshape(2, TOKENS, -1))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(inner.norm(hidden))
-
-
 @pytest.mark.parametrize("gather", ["projections", "attention"])
 @torch.no_grad()
 def test_it_is_the_method_as_written(model, gather):
     ids = prompt()
     call = compiled(model, ids, keep=0.4, gather=gather)
-    count = -(-(8 + -(-52 * 1638 // 4096)) // 4) * 4
+    expected, _ = zip_by_hand.run(model, ids, zip_by_hand.count(TOKENS, 0.4))
     actual = call(input_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(actual, by_hand(model, ids, count), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     held = call.sessions[-1].extras["realised_tau"]
     assert held.shape == (2, 2) and ((held > 0.3) & (held <= 1)).all()
     account = call.report["zipvl"].predicted
