@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from thresher.errors import ArgumentError, MissingDependencyError, ThresherError, unknown_key
-from thresher.layout import Gather, PackedLayout, Passed, PlanField
+from thresher.layout import Counted, Gather, PackedLayout, Passed, PlanField
 from thresher.program import Program, value
 
 from .decompose import add_masks, decompose, op_name, own_nodes, windowed
@@ -267,7 +267,9 @@ def _with_packing(program: Program, layout: PackedLayout, parts: _Parts) -> Any:
     from .onnx_graph import pack_around
 
     body = parts.convert(program, "body")
-    by_name = dict(zip(program.input_names, layout.arguments, strict=True))
+    # numbers counted for each call are refused before
+    named = zip(program.input_names, layout.arguments, strict=True)
+    by_name = {name: a for name, a in named if not isinstance(a, Counted)}
     fields: list[Gather | PlanField | Passed] = [by_name.get(n, PlanField(n)) for n in parts.fields]
     prologue = parts.convert(layout.prologue, "prologue") if layout.prologue is not None else None
     epilogue = parts.convert(layout.epilogue, "epilogue") if layout.epilogue is not None else None

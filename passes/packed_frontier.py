@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from thresher.layout import Gather, Passed, PlanField, Visibility
+from thresher.layout import Counted, Gather, Passed, PlanField, Visibility
 from thresher.program import Program, value
 
 from .extract import is_computed
@@ -90,13 +90,13 @@ class Frontier:
 
 def body_inputs(
     frontier: Frontier, places: Sequence[fx.Node], prologue: Sequence[fx.Node]
-) -> list[Gather | PlanField | Passed]:
+) -> list[Gather | PlanField | Passed | Counted]:
     """Where each of the body's placeholders comes from, in the order `trace_body` makes them."""
 
     def origin(node: fx.Node) -> tuple[str, int]:
         return ("input", places.index(node)) if node in places else ("prologue", prologue.index(node))
 
-    found: list[Gather | PlanField | Passed] = []
+    found: list[Gather | PlanField | Passed | Counted] = []
     for node, labels in frontier.entering.items():
         if TOKENS in labels:
             found.append(Gather(*origin(node), labels.index(TOKENS), labels.index(TOKENS)))
