@@ -194,6 +194,11 @@ def _cannot_rewrite(gm: fx.GraphModule) -> str | None:
     """Why a graph is not ours to rewrite: training, or tensors that are not plain ones."""
     for node in gm.graph.nodes:
         known = node.meta.get("example_value")
+        if node.op == "placeholder" and sharded.gathered(node):
+            return (
+                f"{node.name} belongs to FSDP, which gathers weights for a call and frees them behind it: what a pass packs "
+                "would have to outlive them. Shard with tensor parallelism instead."
+            )
         wrapped = is_traceable_wrapper_subclass(known) and not sharded.is_sharded(known)
         if node.op == "placeholder" and wrapped:
             return (

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from .errors import CaptureError
 
@@ -66,6 +67,13 @@ class Parts:
             part = local(tensor)
             self._held[fqn] = known = (tensor, version, part if known is None else part.detach())
         return known[2]
+
+
+def gathered(node: fx.Node) -> bool:
+    """Whether a graph's argument is a weight of a module that FSDP manages."""
+    argument = node.meta.get("grapharg")
+    known = getattr(getattr(argument, "source", None), "guard_source", None)
+    return "FSDP" in str(known() if callable(known) else known)
 
 
 def is_object(known: Any) -> bool:

@@ -18,6 +18,7 @@ sys.path.insert(0, {str(SUPPORT)!r})
 import torch, zoo, thresher
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 torch.set_num_threads(1)
@@ -76,13 +77,20 @@ torch.testing.assert_close(again[real], expected[real], atol=1e-4, rtol=1e-4)
 print("sharded", file=said_by_me)
 
 torch._dynamo.reset()
-odd = torch.nn.Sequential(torch.nn.Linear(8, 7), torch.nn.ReLU()).eval()
-parallelize_module(odd, mesh, {{"0": ColwiseParallel()}})
-try:
-    with torch.no_grad():
-        torch.compile(odd, backend="thresher", options={{"strict": True}})(torch.randn(3, 8))
-except Exception as refused:
-    print(refused, file=said_by_me)
+def refused(model):
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend="thresher", options={{"strict": True}})(torch.randn(3, 8))
+    except Exception as reason:
+        print(reason, file=said_by_me)
+class Odd(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 7)
+    def forward(self, x):
+        return self.inner(x).relu()
+refused(parallelize_module(Odd().eval(), mesh, {{"inner": ColwiseParallel()}}))
+refused(fully_shard(Odd().eval(), mesh=mesh))
 said_by_me.close()
 dist.destroy_process_group()
 """
@@ -110,3 +118,4 @@ def launch(code: str, tmp_path: Path) -> list[str]:
 def test_sharded_weights_are_rewritten_rank_by_rank(tmp_path):
     for said in launch(WORKER, tmp_path):
         assert "calibrated" in said and "sharded" in said and "understood are ColwiseParallel" in said
+        assert "belongs to FSDP" in said
