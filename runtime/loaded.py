@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +13,9 @@ from thresher.lowering.inductor import Inductor
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Lowered, Target
 from thresher.program import Program
-from thresher.report import Miss, PassReport, Report
+from thresher.report import Report
 
-from .program_json import materialise
+from .fakes import materialise_for_compiler
 from .session import Counters, Session
 from .signature import bind
 
@@ -40,7 +39,9 @@ class Loaded:
         self, program: Program, manifest: Mapping[str, Any], target: str, machine_code: bytes | None = None
     ):
         self.program, self.manifest, self.target = program, manifest, target
-        self.report = _report(manifest["report"])
+        self.report = (
+            Report.from_dict(manifest["report"]) if manifest["report"] is not None else Report("none")
+        )
         self._code = machine_code
         self._session: Session | None = None
         self._lock = threading.Lock()
@@ -79,22 +80,20 @@ class Loaded:
             return Reference()
         if self._code is not None:
             return _Compiled(self.program, self._code)
-        return _OnFakes(Inductor())
+        return OnFakes(Inductor())
 
 
-class _OnFakes(Target):
-    """Another target, for programs whose fake tensors were left out of the file."""
-
-    name = "inductor"
+class OnFakes(Target):
+    """Another target, for programs whose fake tensors were left out of a file."""
 
     def __init__(self, target: Target):
-        self._target = target
+        self._target, self.name = target, target.name  # type: ignore[misc]
 
     def supports(self, program: Program) -> str | None:
         return self._target.supports(program)
 
     def lower(self, program: Program) -> Lowered:
-        return self._target.lower(materialise(program))
+        return self._target.lower(materialise_for_compiler(program))
 
 
 class _Compiled(Target):
@@ -112,18 +111,3 @@ class _Compiled(Target):
         if program is self._body:
             return aoti.load(self._code, program)
         return Reference().lower(program)
-
-
-def _report(data: Mapping[str, Any] | None) -> Report:
-    if data is None:
-        return Report("none")
-    passes = []
-    for entry in data["passes"]:
-        missed = [Miss(**m) for m in entry["missed"]]
-        passes.append(PassReport(**{**_known(PassReport, entry), "missed": missed}))
-    return Report(**{**_known(Report, data), "passes": passes})
-
-
-def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dataclass of this version takes; the manifest keeps the rest, which later versions may add."""
-    return {f.name: data[f.name] for f in dataclasses.fields(kind) if f.init and f.name in data}

@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from thresher.errors import ThresherError
 from thresher.program import Program, Weight, module_fqn, value
@@ -70,11 +67,12 @@ def encode(program: Program, hold: Callable[[torch.Tensor], int]) -> dict[str, A
             if name in used
         },
         "notes": list(program.notes),
+        "fixed_linears": _has_fixed_linears(program),
     }
 
 
 def decode(data: dict[str, Any], tensors: list[torch.Tensor]) -> Program:
-    """The program, without fake tensors on its nodes: enough to run it; see `materialise`."""
+    """The program, without fake tensors on its nodes: enough to run it; see `fakes.materialise`."""
     module, graph = fx.GraphModule(torch.nn.Module(), fx.Graph()), fx.Graph()
     weights: dict[str, Weight] = {}
     for name, entry in data["weights"].items():
@@ -106,53 +104,14 @@ def decode(data: dict[str, Any], tensors: list[torch.Tensor]) -> Program:
         made[name] = node
     module.graph = graph
     program = Program(module, weights, list(data["inputs"]), notes=list(data["notes"]))
-    program.graph_module.meta["symbols"] = data["symbols"]
+    program.graph_module.meta.update(symbols=data["symbols"], fixed_linears=data.get("fixed_linears", True))
     return program
 
 
-def materialise(program: Program) -> Program:
-    """Give every node of a decoded program its fake tensor or size again, in place; returns it."""
-    module = program.graph_module
-    if "symbols" not in module.meta:
-        return program
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    symbols = {name: _symbol(mode, name, facts) for name, facts in module.meta.pop("symbols").items()}
-    with mode:
-        fakes = [_fake(p.meta.pop("saved"), symbols) for p in program.placeholders]
-    with mode, torch.no_grad():
-        _Fakes(module, mode).run(*fakes)
-    return program
-
-
-class _Fakes(fx.Interpreter):
-    """Runs a graph on fakes and keeps what each node gave."""
-
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode):
-        super().__init__(module)
-        self.mode = mode
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "get_attr":
-            result = self.mode.from_tensor(getattr(self.module, str(n.target)), static_shapes=True)
-        else:
-            result = super().run_node(n)
-        if n.op != "output":
-            n.meta["val"] = result
-        return result
-
-
-def _symbol(mode: FakeTensorMode, name: str, facts: dict[str, Any]) -> Any:
-    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    example = torch.empty(max(2, facts["hint"]), device="meta")
-    size: Any = mode.from_tensor(example, symbolic_context=context, source=ConstantSource(name)).shape[0]
-    env = mode.shape_env
-    assert env is not None
-    if facts["max"] is not None or facts["min"] > 2:
-        known = env.var_to_range[size.node.expr]
-        env.var_to_range[size.node.expr] = ValueRanges(
-            max(known.lower, facts["min"]), known.upper if facts["max"] is None else facts["max"]
-        )
-    return size
+def _has_fixed_linears(program: Program) -> bool:
+    """Whether the number of tokens that some linear takes is the same in every call."""
+    shapes = [value(n.args[0]).shape[:-1] for n in program.nodes(torch.ops.aten.linear.default)]
+    return any(all(isinstance(size, int) for size in shape) for shape in shapes)
 
 
 def _symbols(program: Program) -> dict[str, Any]:
@@ -169,6 +128,12 @@ def _symbols(program: Program) -> dict[str, Any]:
                 limits = env.var_to_range[symbol]
                 upper = int(limits.upper) if limits.upper <= 2**62 else None
                 found[str(symbol)] = {"hint": int(hints[symbol]), "min": int(limits.lower), "max": upper}
+                source = next(iter(getattr(env, "var_to_sources", {}).get(symbol, ())), None)
+                base = getattr(source, "base", None)
+                if isinstance(
+                    base, ConstantSource
+                ):  # a size of ours: under this name it gets its symbol again
+                    found[str(symbol)]["source"] = base.source_name
     return found
 
 
@@ -269,17 +234,4 @@ def _value(known: Any) -> Any:
         return known
     raise ArtifactError(
         f"An input of the program is a {type(known).__name__}; only tensors and numbers can be."
-    )
-
-
-def _fake(saved: Any, symbols: dict[str, Any]) -> Any:
-    if not isinstance(saved, dict):
-        return saved
-    if "size" in saved:
-        return expressions.evaluate(saved["size"], symbols)
-    shape, stride = (
-        [expressions.evaluate(s, symbols) for s in part] for part in (saved["shape"], saved["stride"])
-    )
-    return torch.empty_strided(
-        shape, stride, dtype=getattr(torch, saved["dtype"]), device=torch.device(saved["device"])
     )

@@ -13,7 +13,7 @@ import torch
 
 from . import backend, capture, sessions
 from .certificate import Certificate
-from .compat import isolated, room_for_graphs, without_fake_mode
+from .compat import isolated, room_for_graphs, uncollected, without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .passes.calibrate import Calibration, Statistics
 from .program import Program
@@ -128,7 +128,8 @@ def compile(
         **isolated(),
     )
     compiled = Compiled(model, call, chosen)
-    compiled(*args, **kwargs)
+    with uncollected():
+        compiled(*args, **kwargs)
     if not compiled.sessions:
         raise ThresherError(
             f"torch.compile handed over no graph of {type(model).__name__}, so that it runs as it is. "

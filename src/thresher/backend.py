@@ -32,8 +32,11 @@ from .passes.pipeline import Pipeline
 from .program import Program, module_fqn, value
 from .recipe import Recipe
 from .report import Report
+from .rewrite_cache import Entry, Kept, later_masks
 from .runtime.compare import relative_difference
+from .runtime.fakes import materialise
 from .runtime.kv_session import CallSession
+from .runtime.loaded import OnFakes
 from .runtime.session import Session
 
 operators.load()
@@ -89,22 +92,33 @@ def build(
     gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe, target: Target
 ) -> tuple[Session, list[str]]:
     """Capture, rewrite and lower one Dynamo graph."""
-    program, roles = capture.from_dynamo(gm, example_inputs)
-    inputs = real_inputs(gm, roles)
+    places = capture.places_of(gm, example_inputs)
+    inputs = real_inputs(gm, places.roles)
     with without_fake_mode(), torch.no_grad():
-        rewritten, report = run_pipeline(program, recipe, inputs)
-        report.target = target.name
-        report.notes += provider_notes(rewritten)
-        session = _session(rewritten, program, recipe, target, report)
-        session.certificate = certify(program, rewritten, recipe, report)
-        session.captured = program
+        apart = any(map(sharded.is_sharded, places.fakes))  # ranks must check together, or none of them
+        entry = None if apart else Entry.of(gm, places, inputs, recipe, target.name)
+        kept = entry.find() if entry is not None else None
+    if kept is not None:
+        session = _session_of(kept, recipe, target, inputs)
+    else:
+        program = capture.from_places(gm, places)
+        with without_fake_mode(), torch.no_grad():
+            rewritten, report = run_pipeline(program, recipe, inputs)
+            report.target = target.name
+            report.notes += provider_notes(rewritten)
+            session = _session(rewritten, program, recipe, target, report)
+            session.certificate = certify(program, rewritten, recipe, report)
+            session.captured = program
+            if entry is not None:
+                entry.keep(program, rewritten, report, session.certificate)
+    report = session.report
     report.emit_trace()
     sessions.remember(session)
     if recipe.passes and not report.rewritten:
         first = next((m.reason for p in report.passes for m in p.missed), "No pass found a candidate site.")
         warnings.warn(f"thresher rewrote nothing, and the model runs as plain Inductor compiles it: {first}",
                       ThresherWarning, stacklevel=2)  # fmt: skip
-    return session, roles
+    return session, places.roles
 
 
 def _session(rewritten: Program, program: Program, recipe: Recipe, target: Target, report: Report) -> Session:
@@ -124,6 +138,25 @@ def _session(rewritten: Program, program: Program, recipe: Recipe, target: Targe
         return _session(again, program, other, target, account)
 
     return CallSession(rewritten, target, Reference(), report, recipe.freshness, rebuild=rebuild)
+
+
+def _session_of(kept: Kept, recipe: Recipe, target: Target, inputs: Sequence[Any] | None) -> Session:
+    """What runs a program from the cache."""
+    other = dataclasses.replace(recipe, require=(), verify=False)
+    lengths = real_lengths(kept.captured, inputs)
+    layout = kept.program.packing
+    if layout.reclassify is not None:
+
+        def again(program: Program) -> Program:
+            with without_fake_mode(), torch.no_grad():
+                return run_pipeline(materialise(program), other, None, lengths)[0]
+
+        layout.reclassify = later_masks(kept.captured, again)
+    plain = Reference()
+    lowering = target if isinstance(target, Reference) else OnFakes(target)
+    session = Session(kept.program, lowering, plain, kept.report, recipe.freshness)
+    session.certificate, session.captured = kept.certificate, kept.captured
+    return session
 
 
 def run_pipeline(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,6 +56,18 @@ def trace_structured_json(name: str, payload: str) -> None:
         payload_fn=lambda: payload,
         expect_trace_id=False,
     )
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the context Python's garbage collector rests: compiling makes many objects and little garbage."""
+    resting = not gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not resting:
+            gc.enable()
 
 
 _MOST_GRAPHS = 1024

@@ -28,6 +28,7 @@ from .recipe import Recipe
 from .report import Report, progress
 from .runtime import artifact
 from .runtime.compare import run_with_extras
+from .runtime.fakes import materialise
 from .runtime.freshness import Freshness
 from .runtime.loaded import Loaded
 from .runtime.packing import plan
@@ -123,8 +124,8 @@ def export_onnx(
     positional, named = example(args)
     if isinstance(model, Program):
         program, names, layout = model, None, model.packing
-        outside = layout.padded if layout is not None else program
         refuse_to_keep(program, "model", program.calls.choices if program.calls is not None else ())
+        outside = layout.padded if layout is not None else program
         given = [*positional, *named.values()]
         inputs = [named.get(n, given[i]) for i, n in enumerate(outside.input_names)] if given else []
     else:
@@ -298,7 +299,7 @@ def _name(value: Any, path: str, places: dict[int, str], depth: int = 0) -> None
 
 def _current(program: Program, live: Mapping[str, torch.Tensor]) -> Program:
     """The program with the model's weights as they are now, packed ones recomputed where needed."""
-    copy = program.copy()
+    copy = materialise(program).copy()
     names = list(copy.weights)
     tensors, _ = Freshness(program, "check").tensors(names, _by_suffix(program, live))
     for name, tensor in zip(names, tensors, strict=True):

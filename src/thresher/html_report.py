@@ -18,6 +18,7 @@ from .errors import ArgumentError
 from .html_template import SCRIPT, STYLE
 from .program import Program
 from .report import Report
+from .runtime.fakes import materialise
 
 _LAYER = re.compile(r"^(.*?\.?(?:layers?|h|blocks?|block)\.\d+)\.(.+)$")
 _CLAIMED = "is already rewritten by"
@@ -76,7 +77,8 @@ def _view(what: Any) -> View:
         return View(what.reports[best], what.before[best], what.after[best])
     if hasattr(what, "sessions") and what.sessions:  # a Compiled
         session = max(what.sessions, key=lambda s: s.report.rewritten)
-        return View(session.report, session.captured, session.program, session.certificate)
+        programs = [p and materialise(p) for p in (session.captured, session.program)]
+        return View(session.report, *programs, session.certificate)
     raise ArgumentError("what", type(what).__name__, "a Report, or the result of thresher.compile or thresher.explain",
                         "Pass one of those.")  # fmt: skip
 

@@ -6,8 +6,8 @@ import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from rich.console import Console, Group
@@ -122,6 +122,18 @@ class Report:
             account["activity"] = p.activity
         return found
 
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Report:
+        """The report that `to_dict` wrote; what this version does not know is left out."""
+        passes = []
+        for entry in given["passes"]:
+            missed = [Miss(**m) for m in entry["missed"]]
+            passes.append(PassReport(**{**_known(PassReport, entry), "missed": missed}))
+        operators = {
+            name: OpCheck(**_known(OpCheck, check)) for name, check in given.get("operators", {}).items()
+        }
+        return cls(**{**_known(cls, given), "passes": passes, "operators": operators})
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
@@ -172,6 +184,10 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: data[f.name] for f in fields(kind) if f.init and f.name in data}
 
 
 def _details(p: PassReport) -> list[Any]:
