@@ -157,13 +157,38 @@ def test_with_prepacking_each_row_is_pruned_as_alone(mixed, policy):
         torch.testing.assert_close(packed[row : row + 1, real], run(program, inputs), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 @torch.no_grad()
-def test_inductor_agrees(llama):
-    ids = prompt()
+def test_generation_behind_zipvl_on_packed_prompts(llama):
+    """Prompts of other lengths are prefilled packed, with as many tokens important as there are."""
+    ids = prompt(2, span=None)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    expected = llama.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    options = dict(ZIP, keep=1.0, kv="quantize")
+    call = _compile(llama, {**inputs, "use_cache": True}, prepack=True, zipvl=options)
+    assert call.report["prepack"].rewritten and call.report["zipvl"].rewritten
+    cache = MixedPrecisionCache(llama.config, WHOLE)
+    assert torch.equal(generate(llama, call, inputs, cache, max_new_tokens=8, do_sample=False), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_inductor_agrees(packed):
+    """Pruned; and packed with ZipVL, whose program is told the number of tokens that attend with each call."""
+    model, ids = make(num_hidden_layers=1 if packed else 2), prompt()
     inputs = dict(input_ids=ids, use_cache=False)
     recipe = _pruning(stages=((1, 0.5),))
-    expected = _compile(llama, inputs, **recipe)(**inputs).logits
+    if packed:
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][1, 30:] = 0
+        recipe = dict(prepack=True, zipvl=dict(ZIP, image_token_id=IMAGE))
+    plain = _compile(model, inputs, **recipe)
     torch._dynamo.reset()
-    actual = thresher.compile(llama, inputs, **recipe)(**inputs).logits
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    call = thresher.compile(model, inputs, **recipe)
+    for _ in range(2):
+        torch.testing.assert_close(call(**inputs).logits, plain(**inputs).logits, rtol=1e-3, atol=1e-4)
+        if packed:
+            inputs["attention_mask"][1, 20:] = 0
+    assert len(call.sessions) == 1 and call.counters[0].lowered == 1
