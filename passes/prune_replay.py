@@ -56,7 +56,7 @@ class _Builder:
         axes, types = self.found.axes, self.found.types
         self.shortened, self.state, self.full, self.frames = {}, None, None, []
         self.real: torch.Tensor | None = None
-        replay = Replay(axes, {**env, **extra}, None)
+        replay = Replay(axes, {**env, **extra}, None, self.found.tables)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 if node in axes.stopped:
@@ -88,6 +88,7 @@ class _Builder:
             first = self.config.accumulate_from or after
             self.scorer = Scorer(self.config, self.layers, first)
             self.state = State(image, pad, position, replay.env.get("token_scores"), offsets=offsets)
+            self.ends = self.state.ends()
         state = self.state
         drops = self.found.drops
         going = drops[stage] - (drops[stage - 1] if stage else 0)
@@ -110,6 +111,20 @@ class _Builder:
         frame.offsets, frame.real = state.offsets, self.real
         self.frames.append(frame)
         state.narrow(index)
+        if self.found.tables:
+            frame.numbered = self._numbered(state, replay.root.length)
+
+    def _numbered(self, state: State, length: Any) -> torch.Tensor:
+        """The tokens of the whole sequence whose positions the kept ones take, int64 [B, L]: the last ones.
+
+        The published code counts 0, 1, ...; rotary embedding sees differences only, so this is the same
+        attention, and the next token's position is the prompt's length whatever was left out.
+        """
+        shift = self.ends - state.ends()[:, : self.ends.shape[1]]
+        if state.offsets is not None:  # one for each packed sequence; places left over may have any
+            shift = shift.gather(1, state.segments().long().clamp_max(shift.shape[1] - 1))  # type: ignore[union-attr]
+        place = torch.arange(state.position.shape[1], device=shift.device)
+        return (place + shift).clamp_min(0).clamp_max(length - 1)
 
     def _image_kept(self, stage: int, going: int, state: State) -> torch.Tensor:
         """Image tokens left in each row, int64 [B, 1]; of packed sequences, [1, n] at each of their tokens."""

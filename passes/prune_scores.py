@@ -63,6 +63,11 @@ class State:
         real = (~self.pad).to(torch.int32)
         return real.argmax(1, keepdim=True), real.sum(1, keepdim=True)
 
+    def ends(self) -> torch.Tensor:
+        """int64 [B, sequences in a row]: the place behind the last real token of each."""
+        starts, lengths = self.rows()
+        return starts + lengths
+
     def segments(self) -> torch.Tensor | None:
         """int32 [B, n] for `probe_scores`: the packed sequence, or 0; -1 for padding. None where all is one."""
         if self.offsets is not None:

@@ -9,7 +9,7 @@ sizes is shortened as well as one with symbols.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,7 +152,8 @@ class Frame:
     parent, step: this frame's tokens are `step` int64 [B, L] of the parent's; None for all tokens.
     length: L. offsets: int32, where packed sequences begin and end, or None. real: bool [L], false for
     places that hold a token only to fill up, or None. values: of labelled nodes computed here. fitted:
-    values of elsewhere, picked for these tokens.
+    values of elsewhere, picked for these tokens. numbered: int64 [B, L], the tokens of the whole sequence whose
+    positions these have been given, or None where they keep their own.
     """
 
     parent: Frame | None
@@ -163,6 +164,14 @@ class Frame:
     paths: dict[int, torch.Tensor] = field(default_factory=dict)
     offsets: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    numbered: torch.Tensor | None = None
+
+    def positions(self) -> torch.Tensor | None:
+        """The tokens of the whole sequence at whose positions this frame's stand, int64 [B, L]; None for all."""
+        if self.numbered is not None or self.step is None or self.parent is None:
+            return self.numbered
+        before = self.parent.positions()
+        return self.step if before is None else before.gather(1, self.step)
 
     def since(self, other: Frame) -> torch.Tensor | None:
         """Which of another, earlier frame's tokens are this one's, int64 [B, L]; None for all."""
@@ -178,10 +187,13 @@ class Replay:
     """The state of one trace: values by node, and the frame of each labelled one.
 
     env: values of nodes that are the same for every choice of tokens. axes: labels from the first boundary on.
+    tables: unlabelled values that stand for positions, such as rotary tables.
     """
 
-    def __init__(self, axes: TokenAxes, env: dict[Any, Any], length: Any):
-        self.axes, self.env = axes, env
+    def __init__(
+        self, axes: TokenAxes, env: dict[Any, Any], length: Any, tables: Container[fx.Node] = frozenset()
+    ):
+        self.axes, self.env, self.tables = axes, env, tables
         self.root = self.frame = Frame(None, None, length)
         self.home: dict[fx.Node, Frame] = {}
 
@@ -236,7 +248,7 @@ class Replay:
             if reader.target is aten.scaled_dot_product_attention.default:
                 return known  # the mask, which has its own way
             labels = needed(self.axes, reader, argument)
-        index = frame.since(home)
+        index = frame.positions() if argument in self.tables else frame.since(home)
         if index is None or not isinstance(labels, tuple) or SEQUENCE not in labels:
             return known
         key = (argument, labels)
@@ -298,7 +310,7 @@ class Replay:
         """
         now = self.frame
         if rows is None:
-            frame = Frame(now.parent, now.step, now.length, paths=dict(now.paths))
+            frame = Frame(now.parent, now.step, now.length, paths=dict(now.paths), numbered=now.numbered)
             frame.values = {start: self.now(start) if given is None else given}
         else:
             frame = Frame(now, rows, rows.shape[1])

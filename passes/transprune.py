@@ -28,6 +28,7 @@ from thresher.recipe import PassConfig
 from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .causal_mask import candidates, make_causal
 from .prune_replay import prune
+from .prune_positions import position_tables
 from .prune_scores import POLICIES
 from .structure import Tower
 from .token_axes import BATCH, SEQUENCE, Stop, TokenAxes, hint, propagate
@@ -51,6 +52,7 @@ MODES = ("paper", "official_code")
 # The published schedule: behind layers 7, 9 and 12 of 32, as shares of the depth, and what stays.
 HIGH = ((7 / 32, 0.875), (9 / 32, 0.625), (12 / 32, 0.125))
 
+POSITION = ("kept", "renumbered")
 
 @dataclass(frozen=True)
 class TransPruneConfig(PassConfig):
@@ -69,6 +71,8 @@ class TransPruneConfig(PassConfig):
     min_image_tokens: rows with fewer keep them all. min_saving: least share of the layers' FLOPs to save.
     bucket: tokens left out are a multiple of this; a larger one makes fewer programs.
     image_token_id, image_span: which ids, or which columns, are the image, where the graph does not tell.
+    position: "kept", or "renumbered" as in the published code: kept tokens stand side by side behind a cut, up to
+        the prompt's end, for models with rotary positions.
     seed: of the random policy. budget: largest relative change of results at kept tokens.
     choice: tokens each stage leaves out; None to count them. always: cut even where none goes, for tests.
     """
@@ -84,6 +88,7 @@ class TransPruneConfig(PassConfig):
     min_image_tokens: int = 64
     min_saving: float = 0.05
     bucket: int = 16
+    position: str = "kept"
     image_token_id: int | None = None
     image_span: tuple[int, int] | None = None
     seed: int = 0
@@ -95,7 +100,7 @@ class TransPruneConfig(PassConfig):
         object.__setattr__(self, "stages", tuple(tuple(s) for s in self.stages))
 
     def validate(self) -> None:
-        self.one_of(policy=POLICIES, mode=MODES, restore=RESTORE)
+        self.one_of(policy=POLICIES, mode=MODES, restore=RESTORE, position=POSITION)
         for stage in self.stages:
             if len(stage) != 2:
                 raise ArgumentError("stages", stage, "pairs (after_layer, keep)", "Write ((2, 0.25),).")
@@ -127,6 +132,7 @@ class Found:
     """
 
     tower: Tower
+    tables: values that stand for positions, where these are renumbered.
     types: Types
     axes: TokenAxes
     stages: tuple[tuple[int, float], ...]
@@ -136,6 +142,7 @@ class Found:
 
 
 @register_pass
+    tables: frozenset[fx.Node] = frozenset()
 class TransPrune(Pass):
     name, order, config_type = "transprune", 20, TransPruneConfig
     effect = Effect(exact=False, budget=float("inf"))
@@ -193,6 +200,9 @@ class TransPrune(Pass):
         drops = config.choice
         if drops is None:
             drops = _drops_now(program, counted, config, stages, context, hint(value(start).shape[1]))
+        tables: frozenset[fx.Node] = frozenset()
+        if config.position == "renumbered":
+            tables = position_tables(program, tower.layers[stages[0][0] :], axes)
         if types.kind == "none" or (not any(drops) and not config.always):
             raise Decline(
                 f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
@@ -201,7 +211,7 @@ class TransPrune(Pass):
         _expect(context, tower, stages, drops, hint(value(start).shape[1]))
         context.notes.append(f"{types.describe()}; tokens left out behind layer " + ", ".join(
             f"{after}: {drop}" for (after, _), drop in zip(stages, drops)) + ".")  # fmt: skip
-        return Match(_site(tower, stages), Found(tower, types, axes, stages, drops, offsets, counted))
+        return Match(_site(tower, stages), Found(tower, types, axes, stages, drops, offsets, counted, tables))
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         if isinstance(match.data, dict):

@@ -169,9 +169,9 @@ def test_rows_do_not_depend_on_each_other(model):
     assert torch.allclose(run(together, ids[order]), logits[order], atol=1e-6)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side, position", [("left", "kept"), ("right", "renumbered")])
 @torch.no_grad()
-def test_padding_goes_first_and_changes_nothing(model, side):
+def test_padding_goes_first_and_changes_nothing(model, side, position):
     ids = prompt(2)
     pad = torch.zeros(2, 12, dtype=torch.long)
     mask = torch.ones(2, TOKENS + 12, dtype=torch.long)
@@ -181,10 +181,10 @@ def test_padding_goes_first_and_changes_nothing(model, side):
         wide, mask[:, TOKENS:] = torch.cat([ids, pad], 1), 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     inputs = dict(input_ids=wide, attention_mask=mask, position_ids=positions, use_cache=False)
-    call = compiled(model, inputs, policy="transprune", stages=((1, 0.5),))
+    call = compiled(model, inputs, policy="transprune", stages=((1, 0.5),), position=position)
     padded = call(**inputs).logits[mask.bool()].view(2, TOKENS, -1)
     assert kept(call)["kept.1"].shape[1] == TOKENS - 16
-    alone = run(compiled(model, ids, policy="transprune", stages=((1, 0.5),)), ids)
+    alone = run(compiled(model, ids, policy="transprune", stages=((1, 0.5),), position=position), ids)
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
 
 
@@ -262,6 +262,7 @@ def test_no_layer_is_pruned_beyond_one_that_cannot_be_followed():
         (dict(policy="best"), "transprune policy"),
         (dict(mode="code"), "transprune mode"),
         (dict(restore="all"), "transprune restore"),
+        (dict(position="lost"), "transprune position"),
         (dict(stages=((1, 0.0),)), "stages"),
         (dict(stages=((1, 1.5),)), "stages"),
         (dict(stages=((0, 0.5),)), "stages"),
