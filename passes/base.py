@@ -70,6 +70,7 @@ class Context:
     predicted: time before over time after that the pass expects, by site; the cost model's own replaces it.
     cost: prices nodes and multiplications on the device (see cost.py); None without a cost model.
     counted: site -> name that its operator counts calls under.
+    prepared: what the pass's own `prepare` returned.
     """
 
     recipe: Recipe
@@ -82,6 +83,7 @@ class Context:
     predicted: dict[str, float] = field(default_factory=dict)
     counted: dict[str, str] = field(default_factory=dict)
     cost: CostModel | None = None
+    prepared: Any = None
 
 
 class Pass(abc.ABC):
@@ -108,6 +110,12 @@ class Pass(abc.ABC):
     @abc.abstractmethod
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         """Rewrite one matched site in place; dead nodes are removed afterwards."""
+
+    def prepare(self, program: Program, context: Context) -> Any:
+        """Edit the program exactly, in place, before any pass of the recipe runs, because a pass that comes earlier
+        would take away what this one must see. What it returns arrives in `match` as `context.prepared`; None, the
+        default, where there is nothing to prepare."""
+        return None
 
     def taps(self, program: Program, context: Context) -> Sequence[Any]:
         """Where this pass needs to see data (`calibrate.Tap`); none for a pass that needs none."""

@@ -268,7 +268,13 @@ def _threshold(program: Program, found: Found, before: fx.Node) -> fx.Node:
             break
     limits = found.choice.limit / neuron_norms(_neuron_major(program, found.plan))
     return program.get_weight(
-        Weight(fqn, limits.to(held.tensor.device), source=(held.fqn,), made_from=(held.tensor,)), before
+        Weight(
+            fqn,
+            limits.to(held.tensor.device),
+            source=held.source or (held.fqn,),
+            made_from=held.made_from or (held.tensor,),
+        ),
+        before,
     )
 
 

@@ -81,9 +81,10 @@ def read(program: Program, mlp: MlpSite, bmax: int, min_bytes: int) -> Plan | st
     down = mlp.down
     weight = program.weights[down.weight]
     x, out = value(down.x), value(down.output)
-    if weight.source:
+    if weight.source and weight.derive is None:
         return (
-            f"{down.weight_fqn} is computed by another pass, and deft reads weights as the model keeps them."
+            f"{down.weight_fqn} is computed by another pass from data that is not at hand, and deft computes its own "
+            "anew when the model's weight changes."
         )
     accepted = DTYPES.get(x.device.type, ())
     if x.dtype not in accepted:
@@ -131,7 +132,8 @@ def _skips_up(program: Program, mlp: MlpSite) -> str:
     """ "identity" or "relu" when the up projection's rows can be skipped, else a sentence why not."""
     up, gate = mlp.up, mlp.gate
     assert gate is not None
-    if up.linear is mlp.down or program.weights[up.linear.weight].source:
+    held = program.weights[up.linear.weight]
+    if up.linear is mlp.down or (held.source and held.derive is None):
         return f"{up.linear.weight_fqn} is computed by another pass."
     act = mlp.up_activation or "identity"
     if act not in ("identity", "relu"):

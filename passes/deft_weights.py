@@ -91,7 +91,13 @@ def derived(
     with torch.no_grad():
         own = stored.tensor.detach()
         tensor = _formed(take(own.t() if transpose else own, rows), form)
-    held = Weight(fqn, tensor, source=(stored.fqn,), derive=derive, made_from=(stored.tensor,))
+    source, made_from, before_it = (
+        stored.source or (stored.fqn,),
+        stored.made_from or (stored.tensor,),
+        stored.derive,
+    )
+    again = derive if before_it is None else lambda *given: derive(before_it(*given))
+    held = Weight(fqn, tensor, source=source, derive=again, made_from=made_from)
     return program.get_weight(held, before=before)
 
 

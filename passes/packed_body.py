@@ -72,7 +72,10 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True)(*fakes)
     held = {len(names) + i: _held(program, n) for i, n in enumerate(weights)}
-    return assemble(traced, names, held, list(program.notes))
+    body = assemble(traced, names, held, list(program.notes))
+    known = {w.fqn: w for w in program.weights.values()}  # computed ones keep how they are computed
+    body.weights = {name: known.get(w.fqn, w) for name, w in body.weights.items()}
+    return body
 
 
 def _held(program: Program, node: fx.Node) -> tuple[str, torch.Tensor]:

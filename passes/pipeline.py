@@ -20,7 +20,7 @@ from thresher.program import Program
 from thresher.recipe import PassConfig, Recipe
 from thresher.report import Miss, PassReport, Report
 
-from .base import PASSES, Context, Match, Pass
+from .base import EXACT, PASSES, Context, Match, Pass
 from .cost import CostModel, Gain, Ledger
 from .structure import recover
 
@@ -53,11 +53,14 @@ class Pipeline:
     fuel: int = -1
     claimed: dict[str, str] = field(default_factory=dict)
     cost: CostModel | None = None
+    prepared: dict[str, Any] = field(default_factory=dict)
     _ledger: Ledger | None = None
 
     def run(self, program: Program) -> tuple[Program, Report]:
         report = Report(recipe=self.recipe.fingerprint(), notes=list(program.notes))
         self.fuel, captured = self.recipe.fuel, program
+        for config in ordered(self.recipe):
+            program = self._prepare(PASSES[config.name], config, program, report)
         for config in ordered(self.recipe):
             program, account = self._apply(PASSES[config.name], config, program)
             report.passes.append(account)
@@ -67,6 +70,51 @@ class Pipeline:
             report.notes += list(dict.fromkeys(self.cost.notes))
         _require(self.recipe, report)
         return program, report
+
+    def _prepare(self, rewriter: Pass, config: PassConfig, before: Program, report: Report) -> Program:
+        """Let a pass do early, and exactly, what it cannot do once others have run."""
+        if type(rewriter).prepare is Pass.prepare:
+            return before
+        after = before.copy()
+        context = self._context(config, after, PassReport(rewriter.name))
+        made = rewriter.prepare(after, context)
+        if made is None:
+            return before
+        after.clean()
+        verify(after, after=f"the preparation of {rewriter.name}")
+        if self.recipe.verify and self.compare is not None and self.inputs is not None:
+            error = self.compare(before, after, self.inputs)
+            if not error <= EXACT.budget:
+                report.notes.append(
+                    f"What {rewriter.name} prepares before the other passes changed an output by {error:.2e}, where "
+                    f"{EXACT.budget:.0e} is allowed, and was taken back."
+                )
+                return before
+        self.prepared[rewriter.name] = made
+        report.notes += context.notes
+        return after
+
+    def _context(self, config: PassConfig, program: Program, account: PassReport) -> Context:
+        structure: list[Any] = []
+
+        def view() -> Any:
+            if not structure:
+                structure.append(recover(program))
+            return structure[0]
+
+        return Context(
+            self.recipe,
+            config,
+            self.stats,
+            self.inputs,
+            self.device,
+            account.notes,
+            view,
+            account.predicted,
+            account.counted,
+            self.cost,
+            self.prepared.get(config.name),
+        )
 
     def _apply(self, rewriter: Pass, config: PassConfig, before: Program) -> tuple[Program, PassReport]:
         started = time.perf_counter()
@@ -110,25 +158,7 @@ class Pipeline:
         most: rewrite at most so many sites. avoid: sites to leave alone, each with the reason.
         """
         account, after = PassReport(rewriter.name), before.copy()
-        structure: list[Any] = []
-
-        def view() -> Any:
-            if not structure:
-                structure.append(recover(after))
-            return structure[0]
-
-        context = Context(
-            self.recipe,
-            config,
-            self.stats,
-            self.inputs,
-            self.device,
-            account.notes,
-            view,
-            account.predicted,
-            account.counted,
-            self.cost,
-        )
+        context = self._context(config, after, account)
         account.budget = rewriter.budget(context)
         claims: dict[str, str] = {}
         avoid = avoid or {}

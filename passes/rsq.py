@@ -26,10 +26,11 @@ from . import rsq_rewrite
 from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .rsq_config import RSQConfig, decode_text, encode_text
 from .rsq_plan import Edit, Plan, make_plan
-from .structure import LinearSite
+from .structure import LinearSite, Structure
 from .structure_linears import find_linears
 
 ops = torch.ops.thresher
+CUTS = {"transprune", "zipvl", "deft"}  # passes behind which layers are no longer whole
 HEADER = "recipe"  # the site name under which a file keeps its options
 NEEDS_DATA = "It needs calibration: run thresher.quantize(model, data, RSQ(...)).save(path) and name that file in `stats`."
 
@@ -48,7 +49,7 @@ class Found:
 
     site: LinearSite
     tensors: Mapping[str, torch.Tensor]
-    rotation: _Rotation = field(repr=False)
+    rotation: _Rotation | None = field(repr=False)
 
 
 @register_pass
@@ -59,6 +60,19 @@ class RSQ(Pass):
 
     def budget(self, context: Context) -> float:
         return context.config.budget
+
+    def prepare(self, program: Program, context: Context) -> dict[str, str] | None:
+        """Rotate before passes that cut layers apart: behind them nothing says any more what reads the stream."""
+        stats = context.stats.get(self.name, {})
+        if HEADER not in stats or not CUTS & {c.name for c in context.recipe.passes}:
+            return None
+        assert context.structure is not None
+        plan = make_plan(program, context.structure(), quantized_with(stats))
+        rsq_rewrite.rotate(program, plan)
+        context.notes.append(
+            "rsq: rotated the whole program before the other passes; its codes are put in behind them."
+        )
+        return {e.site.fqn: signature(e) for e in plan.edits.values() if e.site in plan.quantise}
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         assert context.structure is not None
@@ -71,6 +85,8 @@ class RSQ(Pass):
         if differing:
             raise ArgumentError("rsq options", "; ".join(differing), "the options that the file was quantized with",
                                 "Leave them out, or quantize again.")  # fmt: skip
+        if context.prepared is not None:
+            return _prepared(program, structure, stats, context)
         plan = make_plan(program, structure, config)
         rotation = _Rotation(plan)
         context.notes.extend(plan.notes)
@@ -96,7 +112,7 @@ class RSQ(Pass):
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         data: Found = match.data
-        if not data.rotation.done:
+        if data.rotation is not None and not data.rotation.done:
             rsq_rewrite.rotate(program, data.rotation.plan)
             data.rotation.done = True
         site, at = data.site, data.site.output
@@ -120,9 +136,35 @@ class RSQ(Pass):
         node.meta = {k: v for k, v in at.meta.items() if k != "val"}
         node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
         at.replace_all_uses_with(node)
-        for edit in data.rotation.plan.edits.values():  # one that reads this linear's result directly
-            if edit.site.x is at:
-                edit.site.x = node
+        assert context.structure is not None
+        sites = (
+            [e.site for e in data.rotation.plan.edits.values()]
+            if data.rotation
+            else context.structure().linears
+        )
+        for other in sites:  # one that reads this linear's result directly
+            if other.x is at:
+                other.x = node
+
+
+def _prepared(
+    program: Program, structure: Structure, stats: Mapping[str, Mapping[str, torch.Tensor]], context: Context
+) -> list[Match | Miss]:
+    """The linears of a program that was rotated before other passes cut it, by the names they had."""
+    found: list[Match | Miss] = []
+    for site in structure.linears:
+        name = site.fqn.removesuffix(rsq_rewrite.SUFFIX)
+        made, tensors = context.prepared.get(name), stats.get(name)
+        held = program.weights[site.weight]
+        reason = mismatch_of(made or "not rotated", site, tensors)
+        if reason is None and made is None:
+            reason = "It was not there when the program was rotated."
+        if reason is None:
+            assert tensors is not None
+            found.append(Match(name, Found(site, tensors, None), claims=held.source or (held.fqn,)))
+        else:
+            found.append(Miss(name, reason))
+    return found
 
 
 _STORED = ("codes", "scales", "zeros", "block_scales", "global_scale")
@@ -159,17 +201,22 @@ def signature(edit: Edit) -> str:
 
 def mismatch(edit: Edit, tensors: Mapping[str, torch.Tensor] | None) -> str | None:
     """Why a file's codes do not serve a linear of this graph, or None."""
+    return mismatch_of(signature(edit), edit.site, tensors)
+
+
+def mismatch_of(here: str, site: LinearSite, tensors: Mapping[str, torch.Tensor] | None) -> str | None:
+    """The same, for a linear that would be `here` in words."""
     if tensors is None:
         return "The file holds no codes for it: it was kept, or the quantized graph did not have it."
-    made_for, here = decode_text(tensors["made_for"]), signature(edit)
+    made_for = decode_text(tensors["made_for"])
     if made_for != here:
         return (
             f"Its codes were made for a linear that is: {made_for}. In this graph it would be: {here}; see the misses "
             "about rotation."
         )
     rows = tensors["codes"].shape[0]
-    if rows != edit.site.out_features:
-        return f"Its codes have {rows} rows and the linear {edit.site.out_features}."
+    if rows != site.out_features:
+        return f"Its codes have {rows} rows and the linear {site.out_features}."
     return None
 
 

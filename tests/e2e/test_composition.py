@@ -35,7 +35,7 @@ OPTIONS = {
     },
     "zipvl": {"keep": 0.5, "recent": 2, "spread": 2, "sinks": 1, "bucket": 1, "min_saving": 0.0, "budget": 2.0},
     "deft": {"min_bytes": 0},
-    "rsq": {"group_size": 32, "budget": 1.0},
+    "rsq": {"group_size": 32, "budget": 1.0, "rotate_down": False},  # DEFT skips neurons, which a rotation would mix
     # 2.0 as for pruning: behind it, other keys chosen by rounded scores change a random model's results wholly
     "nvfp4": {"min_weights": 0, "budget": 2.0},
 }  # fmt: skip
