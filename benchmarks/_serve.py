@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -10,14 +11,15 @@ from _harness import Benchmark, alone
 from rich.console import Console
 
 import thresher
-from thresher import auto, backend, models, sessions
+from thresher import auto, backend, memory, models, sessions
 from thresher.recipe import Recipe
 
 BUDGET = 0.01
 PADDED, EAGER = "Inductor, padded", "eager, padded"
 NARROW = "Inductor, padded, the whole model in bf16"
 RECIPES = ("exact", "serve-bf16", "serve-latency")
-RUNS = 3
+KEPT = "Inductor, padded, freed memory kept"
+RUNS = 2
 
 
 def serve(b: Benchmark, args: Any) -> None:
@@ -32,7 +34,7 @@ def serve(b: Benchmark, args: Any) -> None:
     judged_on = models.mixed_length_batch(tokenizer, 4, max_len=96, padding_side="left")
     loss = auto._metric("kl", model, judged_on)
     losses, total, prefill, tokens = {}, {}, {}, {}
-    chosen = args.forms or [*RECIPES, NARROW, "torchao int8 weights", "torchao int8 dynamic"]
+    chosen = args.forms or [*RECIPES, KEPT, NARROW, "torchao int8 dynamic", "torchao int8 weights"]
     for name in [EAGER, PADDED, *chosen]:
         torch._dynamo.reset()
         try:
@@ -61,29 +63,47 @@ def serve(b: Benchmark, args: Any) -> None:
               first_calls_s=round(compiled, 1),
               same_tokens=tokens[name].equal(tokens[EAGER]), steps=steps, rows=rows,
               real_share=round(real / batch["input_ids"].numel(), 3))  # fmt: skip
+        _claims(b, f"SmolLM2, prefill of {rows} mixed rows and {steps} decode steps", total, prefill, losses)
         b.finish(Console(quiet=True))  # what there is so far
+
+
+def _claims(b: Benchmark, what: str, total: dict[str, float], prefill: dict[str, float], losses: Any) -> None:
+    """The claims as far as forms were run."""
+    b.claims = [c for c in b.claims if not c["claim"].startswith(what)]
+    b.missing = [m for m in b.missing if not m["claim"].startswith(what)]
+    if PADDED not in total:
+        return
     ours = [n for n in total if n in RECIPES]
+    name = f"{what}: best recipe within 1 %"
     if not ours:
-        b.not_measured("SmolLM2, prefill and decode: best recipe within 1 %", "No recipe stayed within 1 %.")
+        b.not_measured(name, "No recipe was run, or none stayed within 1 %.")
         return
     best_of = min(ours, key=total.__getitem__)
-    what = f"SmolLM2, prefill of {rows} mixed rows and {steps} decode steps"
-    b.claim(f"{what}: best recipe within 1 % over padded Inductor", total[PADDED] / total[best_of], ">= 3")
+    b.claim(f"{name} over padded Inductor", total[PADDED] / total[best_of], ">= 3")
     b.claim(f"{what}: its prefill alone over padded Inductor", prefill[PADDED] / prefill[best_of], ">= 3")
-    b.claim(f"{what}: best recipe within 1 % over padded eager", total[EAGER] / total[best_of], ">= 1")
+    b.claim(f"{name} over padded eager", total[EAGER] / total[best_of], ">= 1")
+    if "exact" in total:
+        b.claim(f"{what}: exact recipe over padded Inductor", total[PADDED] / total["exact"], ">= 1")
+    if KEPT in total:
+        b.claim(f"{name} over padded Inductor with freed memory kept", total[KEPT] / total[best_of], ">= 1")
+    if NARROW in total and losses[NARROW] <= BUDGET:
+        b.claim(f"{name} over padded Inductor of the model in bf16", total[NARROW] / total[best_of], ">= 1")
     others = [total[n] for n in total if n.startswith("torchao") and losses[n] <= BUDGET]
-    name = f"{what}: best recipe within 1 % over torchao's best within 1 %"
     if others:
-        b.claim(name, min(others) / total[best_of], ">= 1")
+        b.claim(f"{name} over torchao's best within 1 %", min(others) / total[best_of], ">= 1")
     else:
-        b.not_measured(name, "No form of torchao was run, or none stayed within 1 %.")
+        b.not_measured(
+            f"{name} over torchao's best within 1 %", "No form of torchao was run, or none stayed within 1 %."
+        )
 
 
 def _form(name: str, model: Any, loss: Any, judged_on: dict[str, torch.Tensor]) -> tuple[Any, float]:
     """A way of calling the model, and its KL to the fp32 model on `judged_on`."""
     if name == EAGER:
         return model, 0.0
-    if name == PADDED:
+    if name == KEPT:
+        memory.keep()
+    if name in (PADDED, KEPT):
         return torch.compile(model, dynamic=True), 0.0
     if name == NARROW:
         own = models.smollm2()[0].to(torch.bfloat16)
@@ -103,7 +123,9 @@ def _form(name: str, model: Any, loss: Any, judged_on: dict[str, torch.Tensor]) 
     recipe = Recipe.of(name)
     judged = loss(thresher.compile(model, judged_on, recipe, target="reference"))
     torch._dynamo.reset()
-    options = {"recipe": recipe}
+    options = {
+        "recipe": dataclasses.replace(recipe, verify=False)
+    }  # `judged` is the check; this one takes minutes
     return torch.compile(model, dynamic=True, backend=backend.thresher_backend, options=options), judged
 
 

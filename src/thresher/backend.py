@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import capture, devices, sessions, sharded
+from . import capture, devices, memory, sessions, sharded
 from .certificate import certify
 from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
@@ -112,6 +112,7 @@ def build(
             if entry is not None:
                 entry.keep(program, rewritten, report, session.certificate)
     report = session.report
+    _keep_memory(report)
     report.emit_trace()
     sessions.remember(session)
     if recipe.passes and not report.rewritten:
@@ -157,6 +158,14 @@ def _session_of(kept: Kept, recipe: Recipe, target: Target, inputs: Sequence[Any
     session = Session(kept.program, lowering, plain, kept.report, recipe.freshness)
     session.certificate, session.captured = kept.certificate, kept.captured
     return session
+
+
+def _keep_memory(report: Report) -> None:
+    """Where a program hands back a cache that the next call continues, keep freed memory for it."""
+    if any(p.name == "decode_attention" and p.rewritten for p in report.passes):
+        said = memory.keep()
+        if said is not None and said not in report.notes:
+            report.notes.append(said)
 
 
 def run_pipeline(
