@@ -160,6 +160,25 @@ def counts_program(program: Program, types: Types) -> Program | None:
     return extract(program, own, wanted) if wanted else None
 
 
+def types_facts(types: Types) -> dict[str, Any]:
+    """What `image_counts` reads of a source of types, as data for a `Rule`."""
+    return {
+        "kind": types.kind,
+        "image_token": types.image_token,
+        "span": types.span,
+        "source": types.node is not None,
+        "padding": types.padding is not None,
+    }
+
+
+def types_from(facts: Mapping[str, Any]) -> Types:
+    """The source again, with names in the place of nodes: enough for `image_counts`."""
+    source: Any = "source" if facts["source"] else None
+    padding: Any = "padding" if facts["padding"] else None
+    span = tuple(facts["span"]) if facts["span"] is not None else None
+    return Types(facts["kind"], source, facts["image_token"], span, padding)
+
+
 def image_counts(
     types: Types, values: Sequence[Any], inputs: Sequence[Any]
 ) -> tuple[list[int] | None, list[int]]:

@@ -24,11 +24,12 @@ from thresher.call_plan import CallPlan, Choice, Shortened
 from thresher.errors import ArgumentError
 from thresher.program import Program, value
 from thresher.recipe import PassConfig
+from thresher.rules import Rule, rule
 
 from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .causal_mask import candidates, make_causal
-from .prune_replay import prune
 from .prune_positions import position_tables
+from .prune_replay import prune
 from .prune_scores import POLICIES
 from .structure import Tower
 from .token_axes import BATCH, SEQUENCE, Stop, TokenAxes, hint, propagate
@@ -43,16 +44,18 @@ from .tokens import (
     largest_tower,
     layer_flops,
     publish_image,
+    types_facts,
+    types_from,
     whole,
 )
 from .tokens_replay import check, follow_packed_attention
 
 RESTORE = ("zeros", "passthrough", "none")
 MODES = ("paper", "official_code")
+POSITION = ("kept", "renumbered")
 # The published schedule: behind layers 7, 9 and 12 of 32, as shares of the depth, and what stays.
 HIGH = ((7 / 32, 0.875), (9 / 32, 0.625), (12 / 32, 0.125))
 
-POSITION = ("kept", "renumbered")
 
 @dataclass(frozen=True)
 class TransPruneConfig(PassConfig):
@@ -68,11 +71,11 @@ class TransPruneConfig(PassConfig):
         questions need what the first did not ask for.
     restore: what results have at tokens left out. "zeros"; "passthrough": the hidden state they left with,
         through final norm and head; "none": such results are shorter. Keys and values always are.
+    position: "kept", or "renumbered" as in the published code: kept tokens stand side by side behind a cut, up to
+        the prompt's end, for models with rotary positions.
     min_image_tokens: rows with fewer keep them all. min_saving: least share of the layers' FLOPs to save.
     bucket: tokens left out are a multiple of this; a larger one makes fewer programs.
     image_token_id, image_span: which ids, or which columns, are the image, where the graph does not tell.
-    position: "kept", or "renumbered" as in the published code: kept tokens stand side by side behind a cut, up to
-        the prompt's end, for models with rotary positions.
     seed: of the random policy. budget: largest relative change of results at kept tokens.
     choice: tokens each stage leaves out; None to count them. always: cut even where none goes, for tests.
     """
@@ -85,10 +88,10 @@ class TransPruneConfig(PassConfig):
     accumulate_from: int | None = None
     reserve: float = 0.0
     restore: str = "zeros"
+    position: str = "kept"
     min_image_tokens: int = 64
     min_saving: float = 0.05
     bucket: int = 16
-    position: str = "kept"
     image_token_id: int | None = None
     image_span: tuple[int, int] | None = None
     seed: int = 0
@@ -129,20 +132,20 @@ class Found:
     """What `match` worked out. stages: those inside the model. drops: tokens gone behind each.
 
     offsets: of a packed program's sequences. counted: where token types come from in the caller's inputs.
+    tables: values that stand for positions, where these are renumbered.
     """
 
     tower: Tower
-    tables: values that stand for positions, where these are renumbered.
     types: Types
     axes: TokenAxes
     stages: tuple[tuple[int, float], ...]
     drops: tuple[int, ...]
     offsets: fx.Node | None = None
     counted: Any = None
+    tables: frozenset[fx.Node] = frozenset()
 
 
 @register_pass
-    tables: frozenset[fx.Node] = frozenset()
 class TransPrune(Pass):
     name, order, config_type = "transprune", 20, TransPruneConfig
     effect = Effect(exact=False, budget=float("inf"))
@@ -197,12 +200,12 @@ class TransPrune(Pass):
             if layer.attention is None:
                 raise Decline(f"{layer.fqn} has no attention that was recovered.")
         check(program, axes)
-        drops = config.choice
-        if drops is None:
-            drops = _drops_now(program, counted, config, stages, context, hint(value(start).shape[1]))
         tables: frozenset[fx.Node] = frozenset()
         if config.position == "renumbered":
             tables = position_tables(program, tower.layers[stages[0][0] :], axes)
+        drops = config.choice
+        if drops is None:
+            drops = _drops_now(program, counted, config, stages, context, hint(value(start).shape[1]))
         if types.kind == "none" or (not any(drops) and not config.always):
             raise Decline(
                 f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
@@ -223,9 +226,13 @@ class TransPrune(Pass):
         asked = counts_program(caller(program), counted)
         stages, packed = found.stages, program.packing is not None
 
-        def decide(values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
-            return drops_for(counted, config, stages, values, inputs, packed)
-
+        counting = {"bucket": config.bucket, "min_image_tokens": config.min_image_tokens}
+        facts = {
+            **counting,
+            "types": types_facts(counted),
+            "stages": [[*s] for s in stages],
+            "packed": packed,
+        }
         extra = []
         if found.types.kind == "extra":
             extra.append("token_types")
@@ -241,11 +248,13 @@ class TransPrune(Pass):
         kept, shortened = prune(program, found, config, extra)
         plan = program.calls or CallPlan()
         program.calls = CallPlan(
-            {**plan.choices, self.name: Choice(found.drops, asked, decide)},
+            {**plan.choices, self.name: Choice(found.drops, asked, Rule("transprune.drops", facts))},
             [*plan.extra_inputs, *extra],
             [*plan.extra_outputs, *kept],
             {**plan.shortened, **{i: Shortened(*s) for i, s in shortened.items()}},
-            behind=[_behind(config, keep) for _, keep in stages] if packed else [],
+            behind=[Rule("transprune.behind", {**counting, "keep": keep}) for _, keep in stages]
+            if packed
+            else [],
         )
 
 
@@ -304,9 +313,18 @@ def _going(config: TransPruneConfig, keep: float, images: int) -> int:
     return min(images - 1, floor((1 - keep) * images + 1e-6))
 
 
-def _behind(config: TransPruneConfig, keep: float) -> Any:
+@rule("transprune.drops")
+def _drops(facts: Any, _: Any, values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
+    """What a call can spare; see `Choice.decide`."""
+    config = TransPruneConfig(bucket=facts["bucket"], min_image_tokens=facts["min_image_tokens"])
+    return drops_for(types_from(facts["types"]), config, facts["stages"], values, inputs, facts["packed"])
+
+
+@rule("transprune.behind")
+def _behind(facts: Any, _: Any, lengths: Sequence[int], images: Sequence[int]) -> list[int]:
     """What a cut leaves of packed sequences; see `CallPlan.behind`."""
-    return lambda lengths, images: [n - _going(config, keep, i) for n, i in zip(lengths, images)]
+    config = TransPruneConfig(bucket=facts["bucket"], min_image_tokens=facts["min_image_tokens"])
+    return [n - _going(config, facts["keep"], i) for n, i in zip(lengths, images)]
 
 
 def _packed(program: Program, config: TransPruneConfig, types: Types) -> tuple[fx.Node, Types]:

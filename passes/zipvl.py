@@ -28,6 +28,7 @@ from thresher.errors import ArgumentError
 from thresher.layout import Counted
 from thresher.program import Program, value
 from thresher.recipe import PassConfig
+from thresher.rules import Rule
 
 from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .calibrate import Tap
@@ -35,8 +36,8 @@ from .causal_mask import candidates, make_causal
 from .structure import LayerSite
 from .token_axes import Stop, hint
 from .token_segments import caller, caller_types
-from .tokens import Decline, Types, counts_program, find_types, largest_tower, layer_flops
-from .zipvl_budget import CallLengths, SequenceBudget, budget, protected_tokens, zip_flops
+from .tokens import Decline, Types, counts_program, find_types, largest_tower, layer_flops, types_facts
+from .zipvl_budget import CallLengths, SequenceBudget, budget, budget_facts, protected_tokens, zip_flops
 from .zipvl_calibrate import Pair
 from .zipvl_replay import HEADS, rewrite_layers
 from .zipvl_stretches import Stretch, find_stretches, shown
@@ -276,11 +277,8 @@ class ZipVL(Pass):
         sizes: dict[Any, Counted] = {}
         if program.packing is None:
             asked = counts_program(program, plan.types)
-
-            def decide(values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
-                return (protected_tokens(plan.types, config, values, inputs),)
-
-            choices[self.name] = Choice((plan.protected,), asked, decide)
+            facts = {"types": types_facts(plan.types), "config": budget_facts(config)}
+            choices[self.name] = Choice((plan.protected,), asked, Rule("zipvl.protected", facts))
         else:
             sizes = self._counted(program, plan, config)
         done = rewrite_layers(program, plan, config, extra, sizes)
@@ -302,15 +300,14 @@ class ZipVL(Pass):
         where = {layer: (i, s) for i, s in enumerate(plan.stretches) for layer in s.layers}
         for layer, share in plan.layers:
             number, stretch = where[layer]
-            rule = SequenceBudget(config, share, plan.counted.kind == "ids")
             lengths = self._call_lengths(program, plan.counted, number)
-
-            def places(
-                tokens: Sequence[int], inputs: Sequence[Any], rule: Any = rule, lengths: Any = lengths
-            ) -> int:
-                return max(2, sum(rule.kept(n, text) for n, text in lengths(tokens, inputs)))
-
-            found[(stretch, share)] = Counted(places)
+            facts = {
+                "types": types_facts(plan.counted),
+                "config": budget_facts(config),
+                "share": share,
+                "behind": [{"name": b.name, "facts": b.facts} for b in lengths.behind],  # type: ignore[attr-defined]
+            }
+            found[(stretch, share)] = Counted(Rule("zipvl.places", facts, lengths.asked))
         return found
 
 

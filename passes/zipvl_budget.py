@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from thresher.program import Program
+from thresher.rules import Rule, rule
 
 from .structure import LayerSite
-from .tokens import Types, image_counts, layer_flops
+from .tokens import Types, image_counts, layer_flops, types_from
 
 Behind = Callable[[Sequence[int], Sequence[int]], list[int]]
 
@@ -106,3 +108,24 @@ def protected_tokens(types: Types, config: Any, values: Sequence[Any], inputs: S
     length = types.length(values, inputs)
     most = max(length - image - pad for image, pad in zip(images, pads))
     return -(-most // config.bucket) * config.bucket
+
+
+def budget_facts(config: Any) -> dict[str, Any]:
+    """What the number of tokens that attend is decided by, of a config of ZipVL."""
+    return {name: getattr(config, name) for name in ("mode", "bucket", "recent", "spread", "sinks")}
+
+
+@rule("zipvl.protected")
+def _protected(facts: Any, _: Any, values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Protected tokens of a call; see `Choice.decide`."""
+    config = SimpleNamespace(**facts["config"])
+    return (protected_tokens(types_from(facts["types"]), config, values, inputs),)
+
+
+@rule("zipvl.places")
+def _places(facts: Any, asked: Program | None, lengths: Sequence[int], inputs: Sequence[Any]) -> int:
+    """Tokens that attend in a call, all packed sequences together; see `Counted`."""
+    types = types_from(facts["types"])
+    known = CallLengths(types, asked, tuple(Rule(**cut) for cut in facts["behind"]))(lengths, inputs)
+    kept = SequenceBudget(SimpleNamespace(**facts["config"]), facts["share"], types.kind == "ids").kept
+    return max(2, sum(kept(n, text) for n, text in known))

@@ -37,13 +37,15 @@ from thresher.program import Program
 from thresher.report import Report
 
 from . import archive
-from .layout_json import decode_layout, encode_layout, programs_of, prove
+from .calls_json import decode_all, encode_all
+from .kv_session import Key
+from .layout_json import programs_of, prove
 from .loaded import Loaded
-from .program_json import ArtifactError, decode, encode, find_target, relations
+from .program_json import ArtifactError, find_target, relations
 from .signature import describe_inputs
 from .tensor_file import Pool, parse
 
-FORMAT = 1
+FORMATS = (1, 2)  # 2: with programs for calls of several kinds
 WEIGHTS, PROGRAMS, COMPILED = "weights.safetensors", "programs.json", "compiled.pt2"
 
 
@@ -57,6 +59,8 @@ def write(
     output_names: list[str] | None = None,
     compiled: bool = False,
     longest: int = 2048,
+    others: Mapping[Key, Program] | None = None,
+    whole: Program | None = None,
 ) -> Path:
     """Save a program, packed or not. The file at `path` is replaced at once or, when anything fails, not at all.
 
@@ -65,24 +69,37 @@ def write(
     compiled: also put machine code for this CPU into the file (AOTInductor; takes as long as a compilation).
     longest: the sequence length up to which a packed program's attention masks are proven now; longer
         batches run padded after loading.
+    whole, others: for a program whose calls are looked at first (`CallPlan`): what runs for calls that fit no
+        program, and the programs for other choices, see `runtime.kv_session`.
     """
     target = Path(path)
-    refuse_to_keep(program, "program")
+    if whole is None:
+        refuse_to_keep(program, "program")
     catalog.load()
     layout: PackedLayout | None = program.packing
     pool = Pool()
     outside = layout.padded if layout is not None else program
-    programs: dict[str, Any] = {"body": encode(program, pool.hold)}
-    if layout is not None:
-        prove(layout, longest)
-        programs["layout"] = encode_layout(layout, pool.hold)
-    names = output_names or [f"output_{i}" for i in range(len(outside.outputs))]
+    for each in (program, *(others or {}).values(), *([whole] if whole is not None else [])):
+        if each.packing is not None:
+            prove(each.packing, longest)
+    programs = encode_all(program, pool.hold)
+    inputs, count = describe_inputs(outside), len(outside.outputs)
+    if whole is not None:
+        programs["whole"] = encode_all(whole, pool.hold)
+        programs["others"] = [
+            {"choices": [[name, list(made)] for name, made in key], **encode_all(other, pool.hold)}
+            for key, other in (others or {}).items()
+        ]
+        added = program.calls.extra_inputs if layout is None else []
+        inputs = inputs[: len(inputs) - len(added)]
+        count -= len(program.calls.extra_outputs) if layout is None else 0
+    names = output_names or [f"output_{i}" for i in range(count)]
     manifest = {
-        "format": FORMAT,
+        "format": FORMATS[whole is not None],
         "versions": {"thresher": thresher.__version__, "torch": torch.__version__},
         "machine": {"devices": _devices(programs), "byte_order": sys.byteorder},
         "operators": _schemas(programs),
-        "inputs": describe_inputs(outside),
+        "inputs": inputs,
         "relations": relations(outside),
         "outputs": names,
         "recipe": dict(recipe or {}),
@@ -129,13 +146,16 @@ def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compil
     try:
         tensors = parse(members[WEIGHTS], manifest["strides"])
         programs = json.loads(members[PROGRAMS].numpy().tobytes())
-        program = decode(programs["body"], tensors)
-        if "layout" in programs:
-            program.packing = decode_layout(programs["layout"], tensors)
+        program = decode_all(programs, tensors)
+        whole = decode_all(programs["whole"], tensors) if "whole" in programs else None
+        others = {
+            tuple((name, tuple(made)) for name, made in other["choices"]): decode_all(other, tensors)
+            for other in programs.get("others", ())
+        }
     except (KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} does not hold what its manifest promises: {error!r}.") from error
     machine_code = code.numpy().tobytes() if target == "compiled" and code is not None else None
-    return Loaded(program, manifest, target, machine_code)
+    return Loaded(program, manifest, target, machine_code, others, whole)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -151,10 +171,11 @@ def _file_chunks(path: Path) -> Iterator[memoryview]:
 
 
 def _check_versions(manifest: Mapping[str, Any], path: Any) -> None:
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in FORMATS:
         raise ArtifactError(
             f"{path} has format {manifest['format']}, written by thresher {manifest['versions']['thresher']}; this "
-            f"thresher {thresher.__version__} reads format {FORMAT}. Save the model again with this version."
+            f"thresher {thresher.__version__} reads formats {FORMATS[0]} to "
+            f"{FORMATS[-1]}. Save the model again with this version."
         )
     reason = compat.unsupported_torch()
     if reason is not None:

@@ -6,6 +6,7 @@ its own, built once; where too many differ, the call runs dense. Either way it i
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,24 +20,38 @@ from thresher.program import Program
 from .session import Session
 
 Choices = dict[str, tuple[int, ...]]
+Key = tuple[tuple[str, tuple[int, ...]], ...]
+WHOLE: Key = ()  # the program in which nothing is left out
 MOST = 16  # programs kept for one captured graph
 
 
 class CallSession(Session):
     """Runs the program that fits a call. extras: the last call's results beyond the caller's, by name.
 
-    rebuild: a session for other choices, from the inputs of a call that made them; without it such calls fail.
-    ran: how often each choice ran.
+    rebuild: a session for other choices, from the inputs of a call that made them; for a choice of None, without
+        that pass. kept, whole: where nothing can be rebuilt, the programs for other choices, and the one that
+        calls with still others run, said once each in a warning.
+    ran: how often each choice was asked for. keep_inputs: remember the last call's as `inputs`, for `rebuild`.
     """
 
+    keep_inputs = False
+
     def __init__(
-        self, *args: Any, rebuild: Callable[[Choices, Sequence[Any]], Session] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        rebuild: Callable[[Mapping[str, Any], Sequence[Any]], Session] | None = None,
+        kept: Mapping[Key, Program] | None = None,
+        whole: Program | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self._kept = {**(kept or {}), **({WHOLE: whole} if whole is not None else {})}
+        self.inputs: list[Any] = []
+        self._missed: set[Key] = set()
         self.rebuild = rebuild
         self.plan: CallPlan = self.program.calls
         self.made: Choices = {name: c.made for name, c in self.plan.choices.items()}
-        self.variants: dict[tuple[tuple[str, tuple[int, ...]], ...], Session] = {}
+        self.variants: dict[Key, Session] = {}
         self.ran: Counter[tuple[int, ...]] = Counter()
         self.extras: dict[str, torch.Tensor] = {}
         self._asked = {
@@ -45,6 +60,8 @@ class CallSession(Session):
         }
 
     def __call__(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
+        if self.keep_inputs:
+            self.inputs = list(inputs)
         wanted = self.wanted(inputs, weights)
         self.ran[tuple(n for _, value in sorted(wanted.items()) for n in value)] += 1
         if wanted == self.made:
@@ -90,17 +107,38 @@ class CallSession(Session):
             found[name] = choice.decide(values, inputs)
         return found
 
+    def whole(self, inputs: Sequence[Any]) -> Session:
+        """The session in which the passes that look at calls leave nothing out. inputs: of some call."""
+        return self._made(WHOLE, dict.fromkeys(self.made), inputs)
+
     def _variant(self, wanted: Choices, inputs: Sequence[Any]) -> Session:
-        key = tuple(sorted(wanted.items()))
+        key: Key = tuple(sorted(wanted.items()))
+        with self._lock:
+            if key in self.variants:
+                return self.variants[key]
+            if self.rebuild is None and key not in self._kept:
+                if key not in self._missed:
+                    self._missed.add(key)
+                    warnings.warn(
+                        f"This call asks for {wanted}, and the file has no program for that: it runs whole. Call the "
+                        "model with such inputs before it is saved.",
+                        stacklevel=3,
+                    )
+                return self.whole(inputs)
+            if len(self.variants) >= MOST - 1:
+                return self.whole(inputs)
+            return self._made(key, wanted, inputs)
+
+    def _made(self, key: Key, wanted: Mapping[str, Any], inputs: Sequence[Any]) -> Session:
         with self._lock:
             if key not in self.variants:
-                if len(self.variants) >= MOST - 1:
-                    wanted = {name: (0,) * len(value) for name, value in wanted.items()}
-                    key = tuple(sorted(wanted.items()))
-                if key not in self.variants:
-                    assert self.rebuild is not None
+                if self.rebuild is not None:
                     self.variants[key] = self.rebuild(wanted, inputs)
-                    self.counters.lowered += 1
+                else:
+                    program = self._kept[key]
+                    kind = CallSession if program.calls is not None else Session
+                    self.variants[key] = kind(program, self.target, self.plain, self.report, self._mode)
+                self.counters.lowered += 1
             return self.variants[key]
 
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from thresher.layout import Gather, PackedLayout, Packing, Passed, PlanField, Scatter, Visibility
+from thresher.layout import Counted, Gather, PackedLayout, Packing, Passed, PlanField, Scatter, Visibility
+from thresher.rules import Rule
 
 from .program_json import ArtifactError, decode, encode
 
 _KINDS = {kind.__name__.lower(): kind for kind in (Gather, PlanField, Scatter, Passed)}
 _PARTS = ("prologue", "epilogue", "padded")
 _KNOWN = {*_PARTS, "mask", "tokens", "arguments", "epilogue_arguments", "results", "visibilities", "masks",
-          "reclassify", "proven", "packing"}  # fmt: skip
+          "reclassify", "proven", "packing", "extras"}  # fmt: skip
 
 
 def prove(layout: PackedLayout, longest: int) -> None:
@@ -39,9 +40,13 @@ def encode_layout(layout: PackedLayout, hold: Callable[[torch.Tensor], int]) -> 
     return {
         "mask": layout.mask,
         "tokens": layout.tokens,
-        "arguments": [_write(a) for a in layout.arguments],
+        "arguments": [
+            {"kind": "counted", "of": encode_rule(a.of, hold)} if isinstance(a, Counted) else _write(a)
+            for a in layout.arguments
+        ],
         "epilogue_arguments": [_write(a) for a in layout.epilogue_arguments],
         "results": [_write(r) for r in layout.results],
+        "extras": [_write(r) for r in layout.extras],
         "visibilities": {site: asdict(v) for site, v in layout.visibilities.items()},
         "masks": list(layout.masks),
         "proven": layout.proven,
@@ -60,7 +65,10 @@ def decode_layout(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Packe
         mask=data["mask"],
         tokens=data["tokens"],
         prologue=programs["prologue"],
-        arguments=[_read(a) for a in data["arguments"]],
+        arguments=[
+            Counted(decode_rule(a["of"], tensors)) if a["kind"] == "counted" else _read(a)
+            for a in data["arguments"]
+        ],
         epilogue=programs["epilogue"],
         epilogue_arguments=[_read(a) for a in data["epilogue_arguments"]],
         results=[_read(r) for r in data["results"]],
@@ -70,14 +78,30 @@ def decode_layout(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Packe
         reclassify=_unknown if data["bounded"] else None,
         proven=data["proven"],
         packing=Packing(**data.get("packing", {})),
+        extras=tuple(_read(r) for r in data.get("extras", ())),
     )
 
 
-def programs_of(programs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The encoded programs of one artifact: the body and the layout's."""
-    yield programs["body"]
-    layout = programs.get("layout", {})
-    yield from (layout[name] for name in _PARTS if layout.get(name) is not None)
+def encode_rule(rule: Any, hold: Callable[[torch.Tensor], int]) -> dict[str, Any]:
+    """A rule as a JSON value. Raises ArtifactError for other code: a file can name functions and not hold them."""
+    if not isinstance(rule, Rule):
+        raise ArtifactError(f"A pass decides at each call by {rule}, which is no `thresher.rules.Rule`.")
+    part = encode(rule.program, hold) if rule.program is not None else None
+    return {"name": rule.name, "facts": dict(rule.facts), "program": part}
+
+
+def decode_rule(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Rule:
+    program = decode(data["program"], tensors) if data["program"] is not None else None
+    return Rule(data["name"], data["facts"], program)
+
+
+def programs_of(data: Any) -> Iterator[dict[str, Any]]:
+    """The encoded programs of one artifact, wherever they are in it."""
+    if isinstance(data, Mapping) and "nodes" in data and "symbols" in data:
+        yield dict(data)
+    elif isinstance(data, (Mapping, list)):
+        for part in data.values() if isinstance(data, Mapping) else data:
+            yield from programs_of(part)
 
 
 def _unknown(length: int) -> dict[str, Visibility]:

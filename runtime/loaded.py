@@ -16,6 +16,7 @@ from thresher.program import Program
 from thresher.report import Report
 
 from .fakes import materialise_for_compiler
+from .kv_session import CallSession, Key
 from .session import Counters, Session
 from .signature import bind
 
@@ -32,12 +33,20 @@ class Result(dict[str, Any]):
 class Loaded:
     """Runs a saved program. The first call lowers it.
 
-    program: the graph and its weights. manifest: what the file says about itself.
+    program: the graph and its weights. manifest: what the file says about itself. others, whole: see
+        `runtime.artifact.write`.
     """
 
     def __init__(
-        self, program: Program, manifest: Mapping[str, Any], target: str, machine_code: bytes | None = None
+        self,
+        program: Program,
+        manifest: Mapping[str, Any],
+        target: str,
+        machine_code: bytes | None = None,
+        others: Mapping[Key, Program] | None = None,
+        whole: Program | None = None,
     ):
+        self._others, self._whole = others, whole
         self.program, self.manifest, self.target = program, manifest, target
         self.report = (
             Report.from_dict(manifest["report"]) if manifest["report"] is not None else Report("none")
@@ -65,7 +74,11 @@ class Loaded:
         """What runs the program; made when first asked for."""
         with self._lock:
             if self._session is None:
-                self._session = Session(self.program, self._lowering(), Reference(), self.report, "trust")
+                given = (self.program, self._lowering(), Reference(), self.report, "trust")
+                if self._whole is None:
+                    self._session = Session(*given)
+                else:
+                    self._session = CallSession(*given, kept=self._others, whole=self._whole)
             return self._session
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:

@@ -127,8 +127,8 @@ def _session(rewritten: Program, program: Program, recipe: Recipe, target: Targe
     if rewritten.calls is None:
         return Session(rewritten, target, Reference(), report, recipe.freshness)
 
-    def rebuild(choices: dict[str, tuple[int, ...]], inputs: Sequence[Any]) -> Session:
-        passes = list(recipe.passes)
+    def rebuild(choices: Mapping[str, tuple[int, ...] | None], inputs: Sequence[Any]) -> Session:
+        passes = [p for p in recipe.passes if choices.get(p.name, ()) is not None]
         for i, config in enumerate(passes):
             if config.name in choices:  # such a config has the option `choice`
                 passes[i] = dataclasses.replace(config, choice=choices[config.name])  # type: ignore[call-arg]

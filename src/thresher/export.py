@@ -23,16 +23,16 @@ from .lowering.onnx import export as onnx_export
 from .lowering.onnx_check import compare
 from .lowering.reference import Reference
 from .lowering.target import Lowered
-from .program import Program, Weight
+from .program import Program
 from .recipe import Recipe
 from .report import Report, progress
 from .runtime import artifact
 from .runtime.compare import run_with_extras
-from .runtime.fakes import materialise
-from .runtime.freshness import Freshness
+from .runtime.kv_session import WHOLE, CallSession
 from .runtime.loaded import Loaded
 from .runtime.packing import plan
 from .runtime.session import Session
+from .saving import current, names_of
 
 
 def save(
@@ -51,6 +51,9 @@ def save(
     compiled: also store machine code for this CPU, for `load(..., target="compiled", allow_compiled=True)`.
     longest: sequence length up to which a packed model's attention masks are proven now.
 
+    A model whose calls are looked at first (token pruning) is saved with the programs that its calls have needed so
+    far, and one that leaves nothing out, for others: call it with every kind of input before saving it.
+
     Raises ThresherError for a model with graph breaks: the Python code between its graphs cannot be saved.
     """
     if isinstance(what, Program):
@@ -66,6 +69,9 @@ def save(
         raise ArgumentError("example_inputs", None, "a dict of keyword arguments or a tuple of positional ones",
                             "Pass a call of the compiled model; its results' names are taken from it.")  # fmt: skip
     is_mapping = isinstance(example_inputs, Mapping) or hasattr(example_inputs, "keys")
+    looking = [s for s in what.sessions if isinstance(s, CallSession)]
+    for each in looking:
+        each.keep_inputs = True
     with sessions.watch() as calls:
         result = what(**example_inputs) if is_mapping else what(*example_inputs)  # type: ignore[arg-type]
     if len(calls) != 1:
@@ -75,16 +81,25 @@ def save(
         )
     ((session, results),) = calls
     live = {**dict(what.model.named_parameters(remove_duplicate=False)), **dict(what.model.named_buffers())}
-    program = _current(session.program, live)
+    program = current(session.program, live)
+    others, whole = {}, None
+    if isinstance(session, CallSession):
+        with torch.no_grad():
+            whole = current(session.whole(session.inputs).program, live)
+        others = {key: current(s.program, live) for key, s in session.variants.items() if key != WHOLE}
+    for each in looking:
+        each.keep_inputs, each.inputs = False, []
     return artifact.write(
         program,
         path,
         report=session.report,
         recipe=what.recipe.to_dict(),
         certificate=plain(session.certificate.to_dict()) if session.certificate is not None else None,
-        output_names=_names(result, results),
+        output_names=names_of(result, results),
         compiled=compiled,
         longest=longest,
+        others=others,
+        whole=whole,
     )
 
 
@@ -272,51 +287,6 @@ def _sizes(program: Program, inputs: Sequence[Any]) -> list[list[Any]]:
             sized.append(tensor)
         found.append(sized)
     return found
-
-
-def _names(result: Any, results: Sequence[Any]) -> list[str]:
-    """The place of each of a graph's results in what the model returned: `logits`, `past_key_values.0.keys`."""
-    places: dict[int, str] = {}
-    _name(result, "", places)
-    return [places.get(id(r), f"output_{i}") for i, r in enumerate(results)]
-
-
-def _name(value: Any, path: str, places: dict[int, str], depth: int = 0) -> None:
-    if isinstance(value, torch.Tensor):
-        places.setdefault(id(value), path or "output")
-    elif depth < 6:
-        if isinstance(value, Mapping):
-            parts = list(value.items())
-        elif isinstance(value, (list, tuple)):
-            parts = list(enumerate(value))
-        elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
-            parts = [(k, v) for k, v in vars(value).items() if not k.startswith("_")]
-        else:
-            parts = []
-        for key, part in parts:
-            _name(part, f"{path}.{key}" if path else str(key), places, depth + 1)
-
-
-def _current(program: Program, live: Mapping[str, torch.Tensor]) -> Program:
-    """The program with the model's weights as they are now, packed ones recomputed where needed."""
-    copy = materialise(program).copy()
-    names = list(copy.weights)
-    tensors, _ = Freshness(program, "check").tensors(names, _by_suffix(program, live))
-    for name, tensor in zip(names, tensors, strict=True):
-        copy.weights[name] = Weight(copy.weights[name].fqn, tensor)
-        copy.graph_module._buffers[name] = tensor
-    layout = program.packing
-    if layout is not None:
-        parts = {n: getattr(layout, n) for n in ("prologue", "epilogue", "padded")}
-        parts = {n: _current(p, live) if p is not None else None for n, p in parts.items()}
-        copy.packing = dataclasses.replace(layout, **parts)
-    return copy
-
-
-def _by_suffix(program: Program, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The live tensors under the names the program uses for them."""
-    wanted = {f for w in program.weights.values() for f in (w.fqn, *w.source)}
-    return {name: live[name] for name in wanted if name in live}
 
 
 def _flat_names(spec: pytree.TreeSpec) -> list[str]:

@@ -16,7 +16,7 @@ ROOMS = {
 FACE = {
     "__init__", "__main__", "api", "auto", "backend", "bench", "certificate", "cli", "demo", "doctor", "export",
     "html_report", "models", "density", "density_metrics", "mlp_sites", "relu_swap", "quantization", "rewrite_cache",
-    "rewrite_key", "testing", "training",
+    "rewrite_key", "saving", "testing", "training",
 }  # fmt: skip
 ALLOWED = {
     "core": {"core"},

@@ -35,7 +35,7 @@ def saved(tmp_path):
     return thresher.save(model, tmp_path / "model.thresher", example_inputs=inputs, longest=64), inputs
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "bert", "mistral"])
 def test_gives_the_same_bits_at_other_sizes_too(name, tmp_path):
     model, inputs = compiled(name)
     path = thresher.save(model, tmp_path / "m", example_inputs=inputs, longest=64)
@@ -344,4 +344,4 @@ def test_files_are_readable_by_others_as_any_new_file(saved):
     mask = os.umask(0)
     os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
-    assert artifact.FORMAT == 1
+    assert artifact.FORMATS[0] == 1
