@@ -1,11 +1,12 @@
 """The composed product: how right the cost model is, what `auto` finds, and the headline against the alternatives.
 
-Three parts, `--part cost`, `--part embed`, `--part serve`, all by default:
+Four parts, `--part cost`, `--part embed`, `--part auto`, `--part serve`, all by default:
 
 cost     predicted against measured gain of single sites: the linears of MiniLM, SmolLM2 and a 4096 x 4096 one at 1
          to 512 rows, as NVFP4 and integer codes, and attention over packed rows. This CPU is calibrated first.
 embed    MiniLM on a mixed-length batch of English: padded eager, padded Inductor, torchao's int8 (both forms), every
          preset, and what `auto` chose with a budget of 1 % (one less the mean cosine of hidden states).
+auto     a whole search with recipe="auto" on MiniLM, stopped and resumed, and its choice timed beside every preset.
 serve    SmolLM2-135M: prefill of a mixed-length batch and greedy decode steps, padded Inductor against recipes.
 
 --lock FILE waits for that file before timing, where several benchmarks share a machine.
@@ -18,6 +19,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from _auto import search
 from _harness import Benchmark, alone, arguments, interleave
 from _serve import BUDGET, serve
 
@@ -218,19 +220,20 @@ def judged(b, what, baseline, times, losses, given) -> None:
 
 def main() -> None:
     def more(parser):
-        parser.add_argument("--part", choices=("cost", "embed", "serve", "all"), default="all")
+        parser.add_argument("--part", choices=("cost", "embed", "auto", "serve", "all"), default="all")
         parser.add_argument("--lock", help="file to hold while timing")
+        parser.add_argument("--state", help="of the part auto: file of the search, to go on from")
         parser.add_argument("--forms", nargs="+", help="of the part serve: these only, and the padded ones")
 
     args = arguments(__doc__, more)
     warnings.simplefilter("ignore")
     b = Benchmark("compose", args)
     assert bench
-    for name, part in (("cost", cost), ("embed", embed), ("serve", serve)):
+    for name, part in (("cost", cost), ("embed", embed), ("auto", search), ("serve", serve)):
         if args.part in (name, "all"):
-            if args.quick and args.part == "all" and name == "serve":
+            if args.quick and args.part == "all" and name in ("auto", "serve"):
                 b.not_measured(
-                    "SmolLM2 serving", "It compiles for minutes; run without --quick or with --part serve."
+                    f"The part {name}", f"It compiles for minutes; run without --quick or with --part {name}."
                 )
                 continue
             part(b, args)
