@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import zoo
@@ -100,3 +101,9 @@ def test_wrong_words_are_a_message_and_code_2(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert stopped.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_page_names_every_command():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
+    names = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
+    assert len(names) == 8 and all(f"`thresher {name}" in page for name in names)
