@@ -1,8 +1,9 @@
 """FX to TensorRT: a Program cut into parts that become engines and parts that stay in PyTorch.
 
 Operators of ours stay in PyTorch, where they find their own kernels; what lies between them goes to
-torch-tensorrt (or torch-tensorrt-rtx, which is imported under the same name). The cutting is tested; building the
-engines needs a GPU and is **not verified** by Thresher's tests: prefer `lowering.tensorrt`, whose engines are.
+torch-tensorrt (or torch-tensorrt-rtx, which is imported under the same name). The cutting is tested, and so is that
+torch-tensorrt-rtx makes an engine of each part (`serialize`; on a machine without a GPU behind the stand-ins of
+`tests/support/fake_cuda.py`). Loading and running such engines needs a GPU and is **not verified**.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.fx.passes.split_module import split_module
 
 from thresher.errors import MissingDependencyError
 from thresher.ops import NAMESPACE
-from thresher.program import Program
+from thresher.program import Program, value
 
 from .target import Lowered, Target, fake_inputs, lift_weights
 
@@ -91,9 +92,8 @@ class TorchTensorRT(Target):
 
     def lower(self, program: Program) -> Lowered:
         build = self._build or _compiler()
-        module, names = lift_weights(program)
-        divided, parts = cut(module)
-        examples = _part_inputs(divided, fake_inputs(module))
+        divided, parts, names = prepare(program)
+        examples = _part_inputs(divided, fake_inputs(divided))
         for part in parts:
             if part.where == ENGINE:
                 setattr(divided, part.name, _Engine(build(getattr(divided, part.name), examples[part.name])))
@@ -103,6 +103,97 @@ class TorchTensorRT(Target):
                 return list(divided(*inputs, *weights))
 
         return Lowered(self.name, names, run)
+
+
+def prepare(program: Program) -> tuple[fx.GraphModule, list[Part], list[str]]:
+    """The program cut into parts, and its weights' names in the order of its trailing placeholders.
+
+    Parts for engines hold their weights, which an engine folds: those of this moment. Sizes that vary are read
+    from their tensors, since an engine takes no numbers.
+    """
+    module, names = lift_weights(program)
+    divided, parts = cut(module)
+    for part in parts:
+        if part.where == ENGINE:
+            node = next(n for n in divided.graph.nodes if n.op == "call_module" and n.target == part.name)
+            _bind(node, getattr(divided, part.name), program, set(names))
+    divided.recompile()
+    return divided, parts, names
+
+
+def serialize(
+    part: fx.GraphModule, inputs: Sequence[Any], low: int = 1, high: int = 64, **options: Any
+) -> bytes:
+    """A part as a serialized engine. low, high: the range of each size that varies; built best for its example.
+
+    options: as torch-tensorrt's `convert_exported_program_to_serialized_trt_engine` takes them.
+    Raises MissingDependencyError without torch-tensorrt.
+    """
+    tensorrt = _package()
+    from torch_tensorrt.dynamo._compiler import convert_exported_program_to_serialized_trt_engine as convert
+
+    dims: dict[str, Any] = {}
+    shapes, examples, specs = [], [], []
+    for fake in inputs:
+        sizes = [s if isinstance(s, int) else int(s.node.hint) for s in fake.shape]
+        varying = {d: str(s) for d, s in enumerate(fake.shape) if not isinstance(s, int)}
+        shapes.append(
+            {
+                d: dims.setdefault(n, torch.export.Dim(f"size_{len(dims)}", min=low, max=high))
+                for d, n in varying.items()
+            }
+        )
+        ends = [[end if d in varying else s for d, s in enumerate(sizes)] for end in (low, high)]
+        sizes = [min(max(s, low), high) if d in varying else s for d, s in enumerate(sizes)]
+        make = torch.zeros if not fake.dtype.is_floating_point else torch.rand
+        examples.append(make(sizes, dtype=fake.dtype, device=fake.device))
+        one = (
+            {"shape": sizes}
+            if not varying
+            else {"min_shape": ends[0], "opt_shape": sizes, "max_shape": ends[1]}
+        )
+        specs.append(tensorrt.Input(**one, dtype=fake.dtype))
+    exported = torch.export.export(part, tuple(examples), dynamic_shapes=tuple(shapes), strict=False)
+    return bytes(convert(exported, arg_inputs=specs, min_block_size=1, **options))
+
+
+def _bind(node: fx.Node, part: fx.GraphModule, program: Program, weights: set[str]) -> None:
+    """Make weights a part's own, and sizes ones that it reads; `node` calls it."""
+    places = [n for n in part.graph.nodes if n.op == "placeholder"]
+    given = dict(zip(places, node.args, strict=True))
+    tensors = [p for p in places if isinstance(value(p), torch.Tensor) and _name(given[p]) not in weights]
+    start = next(n for n in part.graph.nodes if n.op != "placeholder")
+    kept = []
+    for place, argument in given.items():
+        if _name(argument) in weights:
+            weight = program.weights[_name(argument)].tensor.detach()
+            part.register_buffer(place.name, weight, persistent=False)
+            with part.graph.inserting_before(start):
+                new = part.graph.get_attr(place.name)
+        elif place in tensors:
+            kept.append(argument)
+            continue
+        else:
+            where = _dimension(value(place), tensors)
+            if where is None:
+                kept.append(argument)
+                continue
+            with part.graph.inserting_before(start):
+                new = part.graph.call_function(torch.ops.aten.sym_size.int, where)
+        new.meta = {"val": value(place)}
+        place.replace_all_uses_with(new)
+        part.graph.erase_node(place)
+    node.args = tuple(kept)
+    part.recompile()
+
+
+def _dimension(size: Any, tensors: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
+    """The tensor and dimension that has a symbolic size."""
+    return next(((t, d) for t in tensors for d, s in enumerate(value(t).shape) if str(s) == str(size)), None)
+
+
+def _name(argument: Any) -> str:
+    return str(argument.target) if isinstance(argument, fx.Node) else ""
 
 
 class _Engine(torch.nn.Module):
@@ -133,12 +224,18 @@ def _part_inputs(divided: fx.GraphModule, fakes: Sequence[Any]) -> dict[str, lis
     return found
 
 
-def _compiler() -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+def _package() -> Any:
     if importlib.util.find_spec("torch_tensorrt") is None:
         raise MissingDependencyError("torch-tensorrt", "gpu", "Building engines from a graph")
     import torch_tensorrt
 
+    return torch_tensorrt
+
+
+def _compiler() -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    tensorrt = _package()
+
     def build(part: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return torch_tensorrt.dynamo.convert_module(part, list(inputs))  # unverified: needs a GPU
+        return tensorrt.dynamo.convert_module(part, list(inputs))  # unverified: needs a GPU
 
     return build

@@ -1,5 +1,10 @@
 """Programs cut into parts for engines and parts for PyTorch compute what they computed whole."""
 
+import json
+import os
+import subprocess
+from pathlib import Path
+
 import captures
 import pytest
 import torch
@@ -70,3 +75,35 @@ def test_without_the_package_it_says_which(monkeypatch, body):
     assert "not installed" in torch_tensorrt.TorchTensorRT().supports(body)
     with pytest.raises(MissingDependencyError, match="torch-tensorrt"):
         torch_tensorrt.TorchTensorRT().lower(body)
+
+
+def test_an_engines_part_reads_its_sizes_and_holds_its_weights(body):
+    divided, parts, names = torch_tensorrt.prepare(body)
+    for part in (p for p in parts if p.where == torch_tensorrt.ENGINE):
+        inner = getattr(divided, part.name)
+        given = [n.meta["val"] for n in inner.graph.nodes if n.op == "placeholder"]
+        assert all(isinstance(g, torch.Tensor) for g in given), "an engine takes no numbers"
+        assert not {n.name for n in inner.graph.nodes if n.op == "placeholder"} & set(names)
+    assert any(
+        "sym_size" in o for p in parts for o in [str(n.target) for n in getattr(divided, p.name).graph.nodes]
+    )
+
+
+@pytest.mark.slow
+def test_torch_tensorrt_rtx_makes_an_engine_of_each_part():
+    """For two GPUs that are not here: built, their kernels read, and not run."""
+    python = os.environ.get("THRESHER_FX_RTX_PYTHON")
+    if not python:
+        pytest.skip(
+            "THRESHER_FX_RTX_PYTHON names no Python that has torch-tensorrt-rtx; docs/lowering.md says how"
+        )
+    script = Path(__file__).resolve().parents[1] / "support" / "fake_cuda.py"
+    ran = subprocess.run([python, str(script), "SM89", "SM120"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    engines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert [(e["part"], e["sm"]) for e in engines] == [
+        (part, sm) for sm in ("SM89", "SM120") for part in ("submod_0", "submod_2")
+    ]  # before and behind the packed attention, which is ours and stays in PyTorch
+    for engine in engines:
+        assert engine["bytes"] > 100_000 and engine["kernels"]
+    assert any("SiluMul" in k for k in engines[1]["kernels"]), "the MLP's gate is one kernel"
