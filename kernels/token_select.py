@@ -1,4 +1,4 @@
-"""Which tokens stay: `thresher::topk_sorted`, `thresher::topk_segments` and `thresher::adaptive_count`.
+"""Which tokens stay: `thresher::topk_sorted`, `topk_segments`, `adaptive_count` and `tokens_holding`.
 
 Choices are exact and repeatable. Every token gets one integer key that no other token shares: its
 class (protected, plain, padding), its score, its place. Of equal scores the earlier token wins; of
@@ -195,3 +195,55 @@ def adaptive_count(scores, protected, tau):
     if protected is not None:
         count = torch.maximum(count, protected.sum(1))
     return count.clamp(1, scores.shape[1])
+
+
+def _fake_holding(sums, scores, protected, pad, tau):
+    kept = torch.library.get_ctx().new_dynamic_size(min=2)
+    torch._check(kept <= scores.shape[1])
+    return scores.new_empty((scores.shape[0], kept), dtype=torch.int64)
+
+
+def _holding_samples(device, dtype):
+    make = torch.Generator().manual_seed(0)
+    sums = torch.rand(3, 64, generator=make) ** 8
+    scores = sums / torch.arange(64, 0, -1)
+    protected = torch.rand(3, 64, generator=make) < 0.2
+    pad = torch.zeros(3, 64, dtype=torch.bool)
+    pad[0, :30] = True
+    sums[pad], scores[pad] = 0.0, 0.0
+    sums, scores, protected, pad = (t.to(device) for t in (sums, scores, protected & ~pad, pad))
+    return [
+        Sample("plain", (sums, scores, None, None, 0.9)),
+        Sample("protected and padded", (sums, scores, protected, pad, 0.975)),
+        Sample("everything", (sums, scores, None, pad, 1.0)),
+        Sample("one would do", (torch.eye(3, 64, device=device), scores, None, None, 0.5)),
+    ]
+
+
+@define(
+    "tokens_holding(Tensor sums, Tensor scores, Tensor? protected, Tensor? pad, float tau) -> Tensor",
+    fake=_fake_holding,
+    inputs=_holding_samples,
+    tolerance={torch.float32: 0.0},
+)
+def tokens_holding(sums, scores, protected, pad, tau):
+    """As few of each row's best tokens as hold a share tau of its attention, int64 [B, k], rising.
+
+    sums: [B, n], attention received (`probe_scores`), not below 0. scores: [B, n]: tokens are taken from
+    the highest down, protected ones first and all of them, until their sums reach tau of the row's.
+    protected, pad: as in `topk_sorted`. k is the largest count of a row, at least 2: what a call brings decides
+    it, so a device is waited for, once. Places of rows that need fewer hold -1, last.
+    """
+    if not 0.0 < tau <= 1.0:
+        raise ArgumentError("tau", tau, "a share above 0, at most 1", "ZipVL uses .96 to .975.")
+    _check_flags(scores, protected=protected, pad=pad)
+    tokens = scores.shape[1]
+    order = rank_keys(scores, protected, pad).argsort(1, descending=True)
+    mass = sums.double().gather(1, order).cumsum(1)
+    count = (mass < tau * mass[:, -1:]).sum(1) + 1
+    if protected is not None:
+        count = torch.maximum(count, protected.sum(1))
+    kept = min(max(2, int(count.max())), tokens)
+    place = torch.arange(kept, device=scores.device)
+    index = order[:, :kept].masked_fill(place >= count[:, None], tokens).sort(1).values
+    return index.masked_fill(index == tokens, -1)

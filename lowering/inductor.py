@@ -12,6 +12,7 @@ from torch._guards import TracingContext, tracing
 
 from thresher.errors import ThresherError
 from thresher.program import Program
+from thresher.sizes import decided_by_data
 
 from . import direct_calls, few_tokens, isa_probe
 from .target import Lowered, Target, fake_inputs, lift_weights
@@ -52,6 +53,12 @@ class Inductor(Target):
             direct_calls.install()
             module.recompile()
         config = {**(isa_probe.settings() if on_cpu else {}), **self._config()}
+        node = decided_by_data(program) if config.get("triton.cudagraphs") else None
+        if node is not None:
+            raise ThresherError(
+                f"A CUDA graph has fixed sizes, and in {node} each call's data decide how many tokens attend (zipvl's "
+                "counts='exact'). Use counts='bucketed', or another mode of torch.compile."
+            )
         with tracing(TracingContext(mode)), torch.no_grad():
             return compile_fx(module, fake_inputs(module), config_patches=config)
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from thresher import ops
 from thresher.program import Program, value
+from thresher.sizes import example_of
 
 
 def provider_notes(program: Program) -> list[str]:
@@ -47,6 +48,8 @@ def _example(argument: Any, mode: FakeTensorMode) -> Any:
 
 
 def _number(size: Any) -> Any:
+    if isinstance(size, torch.SymInt):
+        return example_of(size)
     return size if isinstance(size, (int, float, bool)) else size.node.hint
 
 

@@ -24,6 +24,7 @@ from torch import fx
 from thresher import site_counts
 from thresher.devices import Device
 from thresher.program import Program, value
+from thresher.sizes import example_of
 
 aten = torch.ops.aten
 _VIEWS = {
@@ -116,7 +117,7 @@ class CostModel:
         expression = size.node.expr
         if expression.free_symbols and expression.free_symbols <= set(self._tokens):
             return int(expression.subs(self._tokens))
-        return int(size.node.hint)
+        return example_of(size)
 
     def numel(self, node: Any) -> float:
         known = value(node)
@@ -166,7 +167,7 @@ _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1}
 
 
 def _hints(sizes: Any) -> list[int]:
-    return [s if isinstance(s, int) else s.node.hint for s in sizes]
+    return [example_of(s) for s in sizes]
 
 
 def _dtype(node: Any) -> str:

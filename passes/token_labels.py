@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from thresher.program import value
+from thresher.sizes import example_of
 
 aten = torch.ops.aten
 
@@ -49,7 +50,7 @@ class TokenAxes:
 
 def hint(size: Any) -> int:
     """A size as a number; a symbolic one gives its example value."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return example_of(size)
 
 
 def sizes(node: fx.Node) -> list[int]:

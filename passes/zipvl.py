@@ -29,6 +29,7 @@ from thresher.layout import Counted
 from thresher.program import Program, value
 from thresher.recipe import PassConfig
 from thresher.rules import Rule
+from thresher.sizes import allow_decided_by_data
 
 from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .calibrate import Tap
@@ -45,6 +46,10 @@ from .zipvl_stretches import Stretch, find_stretches, shown
 MODES = ("protected", "paper")
 GATHER = ("projections", "attention")
 KV = ("keep", "quantize", "drop")
+COUNTS = ("bucketed", "exact")
+EXPECTED = (
+    0.5  # the share of tokens that attend in a layer, where counts are exact and nothing was calibrated
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class ZipVLConfig(PassConfig):
     keep: share of tokens, beside protected ones, that attend in every layer; None takes each layer's share
         from calibration at `tau`.
     tau: share of the probes' attention that important tokens must hold. quantile: of the shares calibrated.
+    counts: "bucketed", fixed when a program is built; or "exact": each layer of each call takes as few tokens as
+        hold tau, in one program for all calls. A device is then waited for once a layer, and targets that need
+        sizes beforehand (CUDA graphs, files) refuse it.
     mode: "protected", or "paper": nothing is protected. sinks: first tokens protected where all is text.
     recent, spread, seed: probe rows; the recent ones are protected where all is text.
     gather: "projections", or "attention" to choose after the projections, as published.
@@ -68,6 +76,7 @@ class ZipVLConfig(PassConfig):
     name = "zipvl"
     keep: float | None = None
     tau: float = 0.975
+    counts: str = "bucketed"
     quantile: float = 0.95
     mode: str = "protected"
     sinks: int = 4
@@ -85,8 +94,15 @@ class ZipVLConfig(PassConfig):
     choice: tuple[int, ...] | None = None
 
     def validate(self) -> None:
-        self.one_of(mode=MODES, gather=GATHER, kv=KV)
+        self.one_of(mode=MODES, gather=GATHER, kv=KV, counts=COUNTS)
         self.at_least(recent=1, spread=0, bucket=1, first_layer=1, sinks=0)
+        if self.counts == "exact" and self.keep is not None:
+            raise ArgumentError(
+                "keep",
+                self.keep,
+                "None with counts='exact'",
+                "tau decides how many tokens attend in each call.",
+            )
         shares = {
             "tau": self.tau,
             "quantile": self.quantile,
@@ -176,6 +192,11 @@ class ZipVL(Pass):
         if program.packing is None:
             types = find_types(program, config, sizes, context.inputs)
             return types, types
+        if config.counts == "exact":
+            raise Decline(
+                "The program is packed, and its sequences' budgets are counted before a call starts; counts='exact'"
+                " would count inside it. Leave it at 'bucketed', where each sequence still has a budget of its own."
+            )
         types, counted = (
             find_types(program, config, sizes, None),
             caller_types(program, config, context.inputs),
@@ -198,9 +219,9 @@ class ZipVL(Pass):
         assert layer.attention is not None
         found = context.stats.get(self.name, {}) if hasattr(context.stats, "get") else {}
         site = found.get(layer.attention.fqn)
-        return (
-            None if site is None else float(torch.quantile(site["shares"].double(), context.config.quantile))
-        )
+        if site is not None:
+            return float(torch.quantile(site["shares"].double(), context.config.quantile))
+        return EXPECTED if context.config.counts == "exact" else None
 
     def _why_dense(
         self, layer: LayerSite, stretch: Stretch, rows: list[tuple[int, int]], context: Context
@@ -275,7 +296,9 @@ class ZipVL(Pass):
         extra = [n for n in ("token_types",) if plan.types.kind == "extra" and n not in old.extra_inputs]
         choices = dict(old.choices)
         sizes: dict[Any, Counted] = {}
-        if program.packing is None:
+        if config.counts == "exact":
+            allow_decided_by_data(program.fake_mode())
+        elif program.packing is None:
             asked = counts_program(program, plan.types)
             facts = {"types": types_facts(plan.types), "config": budget_facts(config)}
             choices[self.name] = Choice((plan.protected,), asked, Rule("zipvl.protected", facts))
@@ -292,6 +315,12 @@ class ZipVL(Pass):
             old.behind,
         )
         shares = ", ".join(f"{share:.2f}" for _, share in plan.layers)
+        if config.counts == "exact":
+            context.notes.append(
+                f"{plan.types.describe()}; as many tokens attend as hold {config.tau} of the attention, counted in each"
+                f" layer of each call; expected by layer: {shares}."
+            )
+            return
         context.notes.append(f"{plan.types.describe()}; share of tokens that attend, by layer: {shares}.")
 
     def _counted(self, program: Program, plan: Plan, config: ZipVLConfig) -> dict[Any, Counted]:

@@ -11,10 +11,11 @@ from torch import fx
 
 from thresher.layout import Counted, PackedLayout, Passed, Scatter
 from thresher.program import Program, value
+from thresher.sizes import expect
 
 from .packed_body import _free_number, _symbol
 from .structure import AttentionSite
-from .token_axes import BATCH, SEQUENCE
+from .token_axes import BATCH, SEQUENCE, hint
 from .token_segments import Segments
 from .tokens_replay import Replay, packed_attention, pick, put, retrace
 from .zipvl_budget import SequenceBudget, budget
@@ -192,17 +193,29 @@ class _Builder:
         if here.packed is not None:
             self.chosen[site] = self._choose_packed(share, sums, scores, replay)
             return self.chosen[site]
-        count = budget(here.length, share, self.plan.protected, self.config.bucket)
-        index = torch.ops.thresher.topk_sorted(scores, here.protected, here.pad, count, here.counts)
+        exact = self.config.counts == "exact"
+        if exact:
+            index = self._holding(share, sums, scores)
+        else:
+            count = budget(here.length, share, self.plan.protected, self.config.bucket)
+            index = torch.ops.thresher.topk_sorted(scores, here.protected, here.pad, count, here.counts)
         at, to = index, None
-        if here.counts is not None:
+        if here.counts is not None or (exact and here.batch != 1):
             at, to = index.clamp_min(0), torch.where(index < 0, here.length, index)
         held = sums.gather(1, at)
-        if here.counts is not None:
+        if to is not None:
             held = held.masked_fill(index < 0, 0.0)
         held = held.sum(1) / sums.sum(1).clamp_min(1e-12)
         self.chosen[site] = _Chosen(index, at, to, scores, held, None, here.origin)
         return self.chosen[site]
+
+    def _holding(self, share: float, sums: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """As few tokens as hold tau in this call, int64 [B, k]; k is a size that the data decide."""
+        here = self.tokens
+        index = torch.ops.thresher.tokens_holding(sums, scores, here.protected, here.pad, self.config.tau)
+        length = hint(here.length)
+        expect(index.shape[1], budget(length, share, min(self.plan.protected, length), 1))
+        return index
 
     def _choose_packed(
         self, share: float, sums: torch.Tensor, scores: torch.Tensor, replay: Replay

@@ -28,7 +28,7 @@ import torch
 
 import thresher
 from thresher import compat
-from thresher.call_plan import refuse_to_keep
+from thresher.call_plan import refuse_data_decided, refuse_to_keep
 from thresher.errors import ArgumentError
 from thresher.kernels import catalog
 from thresher.layout import PackedLayout
@@ -73,6 +73,7 @@ def write(
         program, and the programs for other choices, see `runtime.kv_session`.
     """
     target = Path(path)
+    refuse_data_decided(program, "program")
     if whole is None:
         refuse_to_keep(program, "program")
     catalog.load()

@@ -14,6 +14,7 @@ from typing import Any
 from .errors import ArgumentError
 from .layout import Counted
 from .program import Program
+from .sizes import decided_by_data
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,18 @@ class CallPlan:
     behind: list[Callable[[Sequence[int], Sequence[int]], list[int]]] = field(default_factory=list)
 
 
+def refuse_data_decided(program: Program, what: str) -> None:
+    """Raise for a program with sizes that only the data of a call decide: files and fixed graphs have none."""
+    node = decided_by_data(program)
+    if node is not None:
+        raise ArgumentError(
+            what,
+            f"a program in which each call's data decide how many tokens attend (zipvl's counts='exact', in {node})",
+            "a program whose sizes are known before a call",
+            "Use counts='bucketed', with keep or with calibrated shares.",
+        )
+
+
 def refuse_to_keep(program: Program, what: str, stated: Collection[str] = ()) -> None:
     """Raise for a program that was built for one call's choices: elsewhere nobody would make them anew.
 
@@ -72,6 +85,7 @@ def refuse_to_keep(program: Program, what: str, stated: Collection[str] = ()) ->
             "a program that fits every call as it stands",
             "Leave zipvl or prepack out of the recipe; together they work within the process.",
         )
+    refuse_data_decided(program, what)
     choices = program.calls.choices if program.calls is not None else {}
     open_ones = {name: choice.made for name, choice in choices.items() if name not in stated}
     if not open_ones:

@@ -20,9 +20,10 @@ def count(tokens: int, keep: float, protected: int = RECENT + SINKS) -> int:
 
 
 def tokens_attend(layer, hidden, rotary, number, protected=None):
-    """One layer's attention among its `number` important tokens, its importance [B, n], and the hidden state after it.
+    """One layer's attention among its `number` important tokens: their importance [B, n], and the hidden state after it.
 
-    protected: bool [B, n] or None, for the first and last tokens.
+    number: an int; or the share of the attention that they must hold, for one row. protected: bool [B, n] or None,
+    for the first and last tokens.
     """
     batch, tokens = hidden.shape[:2]
     at = layer.self_attn
@@ -41,13 +42,17 @@ def tokens_attend(layer, hidden, rotary, number, protected=None):
     seen = place <= rows[:, None]
     sums = scores.masked_fill(~seen, -torch.inf).softmax(-1).sum(2).mean(1)
     importance = sums / seen.sum(0).clamp_min(1)
-    index = importance.masked_fill(protected, torch.inf).topk(number).indices.sort().values
+    rank = importance.masked_fill(protected, torch.inf)
+    if isinstance(number, float):
+        held = sums.double().gather(1, rank.argsort(1, descending=True)).cumsum(1)
+        number = max(int((held < number * held[:, -1:]).sum()) + 1, int(protected.sum()))
+    index = rank.topk(number).indices.sort().values
     out = important_attention.reference(q, k, v, index, at.scaling)
     hidden = hidden + at.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
     return importance, hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def run(model, ids: torch.Tensor, number: int) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+def run(model, ids: torch.Tensor, number: int | float) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """Logits, and each layer's importance."""
     inner = model.model
     hidden = inner.embed_tokens(ids)

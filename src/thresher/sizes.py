@@ -1,0 +1,44 @@
+"""Sizes in a graph as numbers: those of the example, and of those that only a call decides, what is expected."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+_EXPECTED: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
+
+
+def example_of(size: Any) -> int:
+    """A size as a number: the example's, or what was expected of one that data decide (0 where nobody said)."""
+    if isinstance(size, int):
+        return size
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    known = _EXPECTED.get(size.node.shape_env, {})
+    return int(size.node.expr.xreplace({s: known.get(s, 0) for s in size.node.expr.free_symbols}))
+
+
+def expect(size: torch.SymInt, count: int) -> None:
+    """Say what a size that data decide may be expected to be."""
+    _EXPECTED.setdefault(size.node.shape_env, {})[size.node.expr] = count
+
+
+def allow_decided_by_data(mode: Any) -> None:
+    """Let operators in a fake mode have results whose size only their data decide; Dynamo's own mode does not."""
+    env = mode.shape_env
+    env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True)
+
+
+def decided_by_data(program: Any) -> str | None:
+    """The first node of a Program whose size only data decide, or None."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(one, torch.Tensor) and any(
+                isinstance(s, torch.SymInt) and s.node.hint is None for s in one.shape
+            ):
+                return node.name
+    return None
