@@ -5,8 +5,8 @@
     text = generate(model, prefill, inputs, cache, max_new_tokens=100)
 
 The prefill's layers keep different numbers of tokens; the cache holds each at its own length, with the
-tokens' positions in the whole prompt. Positions are kept, never renumbered, so the next token's position
-is the prompt's length, whatever was left out.
+tokens' positions in the whole prompt. The next token's position is the prompt's length, whatever was left
+out: renumbered positions too end where the prompt does.
 """
 
 from __future__ import annotations

@@ -288,6 +288,20 @@ def test_wrong_token_types_are_named():
         pass
 
 
+def test_types_of_another_shape_than_the_call_are_named(model):
+    ids = prompt()
+    with thresher.token_types(torch.ones(2, 10, dtype=torch.int8)):
+        report = compiled(model, ids, image_token_id=None, stages=((1, 0.5),)).report["transprune"]
+    assert not report.rewritten and "was given [2, 10]" in report.missed[0].reason, report
+
+
+def test_the_smallest_share_keeps_one_image_token(model):
+    ids = prompt()
+    call = compiled(model, ids, policy="uniform", stages=((1, 1e-6),))
+    run(call, ids)
+    assert ((ids.gather(1, kept(call)["kept.1"]) == IMAGE).sum(1) == 1).all()
+
+
 def test_fifty_calls_with_other_spans_need_one_program_a_bucket(model):
     ids = prompt()
     call = compiled(model, ids, policy="uniform", stages=((1, 0.5),), bucket=4)
