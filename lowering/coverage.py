@@ -21,6 +21,10 @@ from .onnx_forms import no_nbits
 
 TARGETS = ("reference", "inductor", "aoti", "onnx-portable", "onnx-ort", "onnx-ort-cuda", "tensorrt")
 NATIVE, DECOMPOSED, FALLBACK, REFUSED = "native", "decomposed", "fallback", "refused"
+_NO_PACKED = (
+    "ONNX Runtime's PackedMultiHeadAttention is not written: it has a CUDA kernel alone, which no test could run, no "
+    "causal form and no shared keys, and is for padding on the right."
+)
 _AS_IS = {"reference", "inductor", "aoti"}
 
 
@@ -129,7 +133,8 @@ def _own(program: Program, node: fx.Node, target: str) -> tuple[str, str]:
         mask = (
             "an added mask, which TensorRT fuses" if target == "tensorrt" else "a mask of all packed tokens"
         )
-        return DECOMPOSED, f"Attention under {mask}: memory grows with the square of the packed tokens."
+        reason = f"Attention under {mask}: memory grows with the square of the packed tokens."
+        return DECOMPOSED, reason + (f" {_NO_PACKED}" if target == "onnx-ort-cuda" else "")
     if name == "wna16_linear":
         bits, group = node.args[5:7]
         inputs = int(value(node.args[0]).shape[-1])
