@@ -133,8 +133,8 @@ def _own(program: Program, node: fx.Node, target: str) -> tuple[str, str]:
         mask = (
             "an added mask, which TensorRT fuses" if target == "tensorrt" else "a mask of all packed tokens"
         )
-        reason = f"Attention under {mask}: memory grows with the square of the packed tokens."
-        return DECOMPOSED, reason + (f" {_NO_PACKED}" if target == "onnx-ort-cuda" else "")
+        why = f"Attention under {mask}: memory grows with the square of the packed tokens."
+        return DECOMPOSED, why + (f" {_NO_PACKED}" if target == "onnx-ort-cuda" else "")
     if name == "wna16_linear":
         bits, group = node.args[5:7]
         inputs = int(value(node.args[0]).shape[-1])

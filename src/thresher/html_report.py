@@ -77,8 +77,8 @@ def _view(what: Any) -> View:
         return View(what.reports[best], what.before[best], what.after[best])
     if hasattr(what, "sessions") and what.sessions:  # a Compiled
         session = max(what.sessions, key=lambda s: s.report.rewritten)
-        programs = [p and materialise(p) for p in (session.captured, session.program)]
-        return View(session.report, *programs, session.certificate)
+        captured = session.captured and materialise(session.captured)
+        return View(session.report, captured, materialise(session.program), session.certificate)
     raise ArgumentError("what", type(what).__name__, "a Report, or the result of thresher.compile or thresher.explain",
                         "Pass one of those.")  # fmt: skip
 
