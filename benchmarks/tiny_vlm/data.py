@@ -36,7 +36,7 @@ _PALETTE = torch.tensor(
 
 # The vocabulary: digits stand at their own value.
 COLOUR0 = DIGITS
-DIRECT, CHAIN, NAMED, ASSISTANT, IMAGE, PAD = range(COLOUR0 + COLOURS, COLOUR0 + COLOURS + 6)
+DIRECT, CHAIN, ASSISTANT, IMAGE, PAD = range(COLOUR0 + COLOURS, COLOUR0 + COLOURS + 5)
 VOCABULARY = PAD + 1
 TURN = 4  # mode, assistant, colour, answer
 QUESTION = TURN - 1
@@ -103,23 +103,18 @@ def draw(batch: int, split: str, make: torch.Generator) -> Scene:
 def answer(scene: Scene, mode: torch.Tensor, subject: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The answers, and the cells one must look at.
 
-    mode: int64 [B, turns], `DIRECT`, `CHAIN` or `NAMED`; subject: int64 [B, turns], as `question` has it.
-    Returns digits [B, turns] and cells [B, turns, 2] (one look-up repeats its cell).
+    mode: int64 [B, turns], `DIRECT` or `CHAIN`; subject: int64 [B, turns], the colour asked about.
+    Returns digits [B, turns] and cells [B, turns, 2] (a direct question repeats its cell).
     """
-    first = torch.where(mode == NAMED, subject % COLOURS, subject)
-    seen = scene.digit_of.gather(1, first)
-    last = torch.where(mode == CHAIN, seen % COLOURS, first)
-    cells = torch.stack([scene.cell_of.gather(1, first), scene.cell_of.gather(1, last)], dim=-1)
+    seen = scene.digit_of.gather(1, subject)
+    last = torch.where(mode == CHAIN, seen % COLOURS, subject)
+    cells = torch.stack([scene.cell_of.gather(1, subject), scene.cell_of.gather(1, last)], dim=-1)
     return scene.digit_of.gather(1, last), cells
 
 
 def question(mode: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
-    """Token ids [B, turns, 3]: mode, assistant, subject. The subject stands last: the model answers there.
-
-    subject: int64 [B, turns], a colour, or for `NAMED` a digit that stands for the colour of its number.
-    """
-    token = torch.where(mode == NAMED, subject, COLOUR0 + subject)
-    return torch.stack([mode, torch.full_like(mode, ASSISTANT), token], dim=-1)
+    """Token ids [B, turns, 3]: mode, assistant, colour. The colour stands last: the model answers there."""
+    return torch.stack([mode, torch.full_like(mode, ASSISTANT), COLOUR0 + subject], dim=-1)
 
 
 def patches_of_cell(cell: torch.Tensor) -> torch.Tensor:
