@@ -10,7 +10,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("THRESHER_REWRITE_CACHE", "0")  # a test proves what it compiles, and not what an earlier run did
+# A test proves what it compiles, and not what an earlier run did.
+os.environ.setdefault("THRESHER_REWRITE_CACHE", "0")
 
 
 def pytest_collection_modifyitems(items):

@@ -174,7 +174,8 @@ def group_of(program: Program) -> Any:
     """The process group a program's collectives talk to, or None when it has none."""
     for node in program.nodes():
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _COLLECTIVES:
-            return torch.distributed.distributed_c10d._resolve_process_group(str(node.args[-1]))
+            name: Any = node.args[-1]  # a type of torch's own on some versions, text on others
+            return torch.distributed.distributed_c10d._resolve_process_group(name)
     return None
 
 
