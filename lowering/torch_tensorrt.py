@@ -20,6 +20,7 @@ from torch.fx.passes.split_module import split_module
 from thresher.errors import MissingDependencyError
 from thresher.ops import NAMESPACE
 from thresher.program import Program, value
+from thresher.sizes import example_of
 
 from .target import Lowered, Target, fake_inputs, lift_weights
 
@@ -135,7 +136,7 @@ def serialize(
     dims: dict[str, Any] = {}
     shapes, examples, specs = [], [], []
     for fake in inputs:
-        sizes = [s if isinstance(s, int) else int(s.node.hint) for s in fake.shape]
+        sizes = [example_of(s) for s in fake.shape]
         varying = {d: str(s) for d, s in enumerate(fake.shape) if not isinstance(s, int)}
         shapes.append(
             {

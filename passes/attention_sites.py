@@ -53,7 +53,7 @@ def _spelled_out(program: Program, core: Core) -> Attention | None:
         return None
     mask = masks[0] if masks else None
     for other in masks[1:]:
-        mask = _insert(program, core.node, aten.add.Tensor, mask, other)
+        mask = program.insert(core.node, aten.add.Tensor, mask, other)
     return Attention(end, q, k, v, mask, False, core.scale, core.softcap or 0.0, frozenset(inside))
 
 
@@ -86,17 +86,8 @@ def _mask_of_heads(program: Program, mask: fx.Node, core: Core, q: fx.Node) -> f
         and isinstance(known.shape[1], int)
         and known.shape[1] == 1
     ):
-        return _insert(program, core.node, aten.unsqueeze.default, source, 2)
+        return program.insert(core.node, aten.unsqueeze.default, source, 2)
     return None
-
-
-def _insert(program: Program, before: fx.Node, target: Any, *args: Any) -> fx.Node:
-    with program.graph.inserting_before(before):
-        node = program.graph.call_function(target, args)
-    mode = program.fake_mode()
-    with mode:
-        node.meta["val"] = target(*(value(a) for a in args))
-    return node
 
 
 def _between(end: fx.Node, starts: set[fx.Node]) -> set[fx.Node]:

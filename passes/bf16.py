@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import fx
 
 from thresher.program import Program, Weight, value
 from thresher.recipe import PassConfig
@@ -24,6 +22,7 @@ from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .keep import check_keep, kept_layers
 from .structure import LinearSite
 from .structure_linears import find_linears
+from .structure_sites import read_instead
 
 aten = torch.ops.aten
 
@@ -67,8 +66,7 @@ class BF16(Pass):
         found: list[Match | Miss] = []
         for site in structure.linears:
             reason = kept.get(site) or unfit(program, site, config) or slow
-            held = program.weights[site.weight]
-            claims = held.source or (held.fqn,)
+            claims = program.weights[site.weight].origins
             found.append(Match(site.fqn, site, claims) if reason is None else Miss(site.fqn, reason))
         return [*found, *find_linears(program)[1]]
 
@@ -79,38 +77,21 @@ class BF16(Pass):
         bias = (
             None if site.bias is None else program.get_weight(narrow(program.weights[site.bias]), before=at)
         )
-        mode = program.fake_mode()
-        with program.graph.inserting_before(at):
-
-            def insert(target: Any, *args: Any) -> fx.Node:
-                node = program.graph.call_function(target, args)
-                node.meta = {key: known for key, known in at.meta.items() if key != "val"}
-                with mode:
-                    node.meta["val"] = target(*(value(a) if isinstance(a, fx.Node) else a for a in args))
-                return node
-
-            x = insert(aten.to.dtype, site.x, torch.bfloat16)
-            product = insert(aten.linear.default, x, weight, bias)
-            made = insert(aten.to.dtype, product, torch.float32)
+        x = program.insert(at, aten.to.dtype, site.x, torch.bfloat16)
+        product = program.insert(at, aten.linear.default, x, weight, bias)
+        made = program.insert(at, aten.to.dtype, product, torch.float32)
         at.replace_all_uses_with(made)
         assert context.structure is not None
-        for other in context.structure().linears:  # one that reads this linear's result directly
-            if other.x is at:
-                other.x = made
+        read_instead(context.structure().linears, at, made)
 
 
 def narrow(held: Weight, transposed: bool = False) -> Weight:
     """A weight [out, in] or a bias in bfloat16, made anew when the model's changes."""
-    source, made_from, before = held.source or (held.fqn,), held.made_from or (held.tensor,), held.derive
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return (tensor.t() if transposed else tensor).to(torch.bfloat16).contiguous()
 
-    def derive(*sources: torch.Tensor) -> torch.Tensor:
-        return cast(sources[0] if before is None else before(*sources))
-
-    can = before is not None or not held.source
-    return Weight(f"{held.fqn}.bf16", cast(held.tensor), source, derive if can else None, made_from)
+    return Weight(f"{held.fqn}.bf16", cast(held.tensor), held.origins, held.then(cast), held.origin_tensors)
 
 
 def unfit(program: Program, site: LinearSite, config: BF16Config) -> str | None:

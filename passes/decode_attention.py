@@ -11,12 +11,11 @@ blocks of their own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import fx
 
 from thresher.program import Program, module_fqn, value
 from thresher.recipe import PassConfig
@@ -55,40 +54,14 @@ class DecodeAttention(Pass):
         q, k, v, mask = site.q, site.k, site.v, site.mask
         assert mask is not None
         scale = float(value(q).shape[-1]) ** -0.5 if site.scale is None else site.scale
-        mode = program.fake_mode()
-        with program.graph.inserting_before(site.node):
-
-            def insert(target: Any, *args: Any) -> fx.Node:
-                node = program.graph.call_function(target, args)
-                node.meta = {key: known for key, known in site.node.meta.items() if key != "val"}
-                with mode:
-                    node.meta["val"] = target(*fx.node.map_aggregate(args, _value))
-                return node
-
-            shown = insert(aten.select.int, insert(aten.select.int, mask, 1, 0), 1, 0)
-            rows = value(q).shape[0]
-            if not _same(value(mask).shape[0], rows):
-                shown = insert(aten.expand.default, shown, [_size(program, q, 0), -1])
-            made = insert(torch.ops.thresher.kv_attention.default, q, [], k, v, shown, scale)
+        insert = functools.partial(program.insert, site.node)
+        shown = insert(aten.select.int, insert(aten.select.int, mask, 1, 0), 1, 0)
+        rows = value(q).shape[0]
+        if str(value(mask).shape[0]) != str(rows):
+            count = rows if isinstance(rows, int) else insert(aten.sym_size.int, q, 0)
+            shown = insert(aten.expand.default, shown, [count, -1])
+        made = insert(torch.ops.thresher.kv_attention.default, q, [], k, v, shown, scale)
         site.node.replace_all_uses_with(made)
-
-
-def _value(argument: Any) -> Any:
-    return value(argument) if isinstance(argument, fx.Node) else argument
-
-
-def _same(a: Any, b: Any) -> bool:
-    return str(a) == str(b)
-
-
-def _size(program: Program, node: fx.Node, dim: int) -> Any:
-    """A size of a tensor, as a number or as the node that measures it."""
-    size = value(node).shape[dim]
-    if isinstance(size, int):
-        return size
-    measured = program.graph.call_function(aten.sym_size.int, (node, dim))
-    measured.meta["val"] = size
-    return measured
 
 
 def _one_query(site: Attention) -> bool:

@@ -271,8 +271,8 @@ def _threshold(program: Program, found: Found, before: fx.Node) -> fx.Node:
         Weight(
             fqn,
             limits.to(held.tensor.device),
-            source=held.source or (held.fqn,),
-            made_from=held.made_from or (held.tensor,),
+            source=held.origins,
+            made_from=held.origin_tensors,
         ),
         before,
     )

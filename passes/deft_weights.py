@@ -91,13 +91,7 @@ def derived(
     with torch.no_grad():
         own = stored.tensor.detach()
         tensor = _formed(take(own.t() if transpose else own, rows), form)
-    source, made_from, before_it = (
-        stored.source or (stored.fqn,),
-        stored.made_from or (stored.tensor,),
-        stored.derive,
-    )
-    again = derive if before_it is None else lambda *given: derive(before_it(*given))
-    held = Weight(fqn, tensor, source=source, derive=again, made_from=made_from)
+    held = Weight(fqn, tensor, stored.origins, stored.then(derive), stored.origin_tensors)
     return program.get_weight(held, before=before)
 
 

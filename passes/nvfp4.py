@@ -32,6 +32,7 @@ from .keep import check_keep, kept_layers
 from .nvfp4_calibration import InputStatistics, most_sensitive
 from .structure import LinearSite, Structure
 from .structure_linears import find_linears
+from .structure_sites import read_instead
 
 ops = torch.ops.thresher
 MODES = ("thresher", "te", "torchao", "modelopt", "compressed_tensors")
@@ -140,7 +141,7 @@ class NVFP4(Pass):
         for site in fit:
             if site not in found:
                 scale = stats[site.fqn]["amax"] / 2688 if config.input_scale == "calibrated" else None
-                found[site] = Match(site.fqn, Found(site, scale), claims=_claims(program, site))
+                found[site] = Match(site.fqn, Found(site, scale), claims=program.weights[site.weight].origins)
         context.notes.extend(
             _size_notes(program, [m.data.site for m in found.values() if isinstance(m, Match)])
         )
@@ -165,9 +166,7 @@ class NVFP4(Pass):
         node.meta = {k: v for k, v in at.meta.items() if k != "val"}
         node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
         at.replace_all_uses_with(node)
-        for other in _structure(context).linears:  # one that reads this linear's result directly
-            if other.x is at:
-                other.x = node
+        read_instead(_structure(context).linears, at, node)
 
 
 def _structure(context: Context) -> Structure:
@@ -198,11 +197,6 @@ def unfit(program: Program, site: LinearSite, config: NVFP4Config) -> str | None
     return None
 
 
-def _claims(program: Program, site: LinearSite) -> tuple[str, ...]:
-    held = program.weights[site.weight]
-    return held.source or (held.fqn,)
-
-
 def quantized_weight(config: NVFP4Config) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
     """[N, K] -> codes, block scales and tensor scale, in the mode and with the search of the options."""
     return lambda weight: ops.nvfp4_quantize(weight, config.mode, config.search)
@@ -214,16 +208,21 @@ def packed_weights(held: Weight, transposed: bool, config: NVFP4Config) -> list[
     A weight that another pass computed is followed back to the model's; where that one cannot be recomputed,
     neither can these.
     """
-    source, made_from, before = held.source or (held.fqn,), held.made_from or (held.tensor,), held.derive
     quantize = quantized_weight(config)
 
     def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return quantize(tensor.t() if transposed else tensor)
 
-    shared = _Shared(lambda *sources: pack(sources[0] if before is None else before(*sources)))
-    can = before is not None or not held.source
+    again = held.then(pack)
+    shared = None if again is None else _Shared(again)
     return [
-        Weight(f"{held.fqn}.nvfp4_{part}", tensor, source, shared.part(i) if can else None, made_from)
+        Weight(
+            f"{held.fqn}.nvfp4_{part}",
+            tensor,
+            held.origins,
+            None if shared is None else shared.part(i),
+            held.origin_tensors,
+        )
         for i, (part, tensor) in enumerate(zip(PARTS, pack(held.tensor)))
     ]
 

@@ -28,6 +28,7 @@ from .rsq_config import RSQConfig, decode_text, encode_text
 from .rsq_plan import Edit, Plan, make_plan
 from .structure import LinearSite, Structure
 from .structure_linears import find_linears
+from .structure_sites import read_instead
 
 ops = torch.ops.thresher
 CUTS = {"transprune", "zipvl", "deft"}  # passes behind which layers are no longer whole
@@ -142,9 +143,7 @@ class RSQ(Pass):
             if data.rotation
             else context.structure().linears
         )
-        for other in sites:  # one that reads this linear's result directly
-            if other.x is at:
-                other.x = node
+        read_instead(sites, at, node)
 
 
 def _prepared(
@@ -161,7 +160,7 @@ def _prepared(
             reason = "It was not there when the program was rotated."
         if reason is None:
             assert tensors is not None
-            found.append(Match(name, Found(site, tensors, None), claims=held.source or (held.fqn,)))
+            found.append(Match(name, Found(site, tensors, None), claims=held.origins))
         else:
             found.append(Miss(name, reason))
     return found
@@ -172,10 +171,11 @@ _STORED = ("codes", "scales", "zeros", "block_scales", "global_scale")
 
 def _weights(site: LinearSite, tensors: Mapping[str, torch.Tensor], held: Weight) -> dict[str, Weight]:
     """The file's tensors as weights that belong to the model's: a changed model is noticed, not recomputed."""
-    sources, made_from = held.source or (held.fqn,), held.made_from or (held.tensor,)
     device = held.tensor.device
     return {
-        name: Weight(f"{site.fqn}.rsq_{name}", tensors[name].to(device), sources, None, made_from)
+        name: Weight(
+            f"{site.fqn}.rsq_{name}", tensors[name].to(device), held.origins, None, held.origin_tensors
+        )
         for name in _STORED
         if name in tensors
     }

@@ -20,6 +20,7 @@ from .rsq_plan import Edit, Plan
 from .rsq_rotation import Rotation, centre_writer, rotate_reader
 from .rsq_stream import Stream
 from .structure import LinearSite, NormSite, Structure
+from .structure_sites import read_instead
 
 aten = torch.ops.aten
 ops = torch.ops.thresher
@@ -70,9 +71,9 @@ def _strip_norm(program: Program, norm: NormSite, plan: Plan) -> None:
     """The norm without its weight, and of a centred stream: x / sqrt(mean(x^2) + eps)."""
     x = norm.input
     old = norm.output
-    new = emit(program, old, aten.rms_norm.default, (x, [value(x).shape[-1]], None, norm.eps))
+    new = program.insert(old, aten.rms_norm.default, x, [value(x).shape[-1]], None, norm.eps)
     if value(new).dtype != value(old).dtype:
-        new = emit(program, old, aten.to.dtype, (new, value(old).dtype))
+        new = program.insert(old, aten.to.dtype, new, value(old).dtype)
     _replace(program, old, new, plan)
     norm.output = new
 
@@ -87,7 +88,7 @@ def _rotate_linear(program: Program, edit: Edit, plan: Plan, lazy: bool) -> None
     args: tuple[Any, ...] = (x, w)
     if bias is not None:
         args += (derived(program, f"{site.fqn}{SUFFIX}.bias", bias.held, bias.make, shape[:1], before, lazy),)
-    node = emit(program, before, aten.linear.default, args)
+    node = program.insert(before, aten.linear.default, *args)
     result = restore_values(program, edit, node, before)
     _replace(program, before, result, plan)
     site.x, site.node, site.output = x, node, node
@@ -112,14 +113,14 @@ def restore_values(program: Program, edit: Edit, node: fx.Node, before: fx.Node)
     if edit.heads_out is None or not edit.cached:
         return node
     r = edit.heads_out
-    back = emit(program, before, ops.hadamard.default, (node, None, r.block))
+    back = program.insert(before, ops.hadamard.default, node, None, r.block)
     signs = _signs(program, r, edit.site.out_features // r.order, f"{edit.site.fqn}.value_signs", before)
-    return back if signs is None else emit(program, before, aten.mul.Tensor, (back, signs))
+    return back if signs is None else program.insert(before, aten.mul.Tensor, back, signs)
 
 
 def _hadamard(program: Program, x: fx.Node, r: Rotation, copies: int, fqn: str, before: fx.Node) -> fx.Node:
     signs = _signs(program, r, copies, f"{fqn}.input_signs", before)
-    return emit(program, before, ops.hadamard.default, (x, signs, r.block))
+    return program.insert(before, ops.hadamard.default, x, signs, r.block)
 
 
 def _signs(program: Program, r: Rotation, copies: int, fqn: str, before: fx.Node) -> fx.Node | None:
@@ -172,7 +173,7 @@ def derived(
 ) -> fx.Node:
     """A read, before a node, of a new weight computed from others. lazy: without values."""
     tensors = tuple(w.tensor for w in held)
-    sources = tuple(fqn for w in held for fqn in (w.source or (w.fqn,)))
+    sources = tuple(fqn for w in held for fqn in w.origins)
     like, mode = held[0].tensor, program.fake_mode()
     if lazy or not has_values(like):
         assert mode is not None
@@ -184,28 +185,10 @@ def derived(
     return program.get_weight(Weight(fqn, tensor, sources, make, tensors), before=before)
 
 
-def emit(program: Program, before: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """A call just before a node, with the place of that node and a fake result."""
-    with program.graph.inserting_before(before):
-        node = program.graph.call_function(target, args)
-    node.meta = {k: v for k, v in before.meta.items() if k != "val"}
-    known = torch.utils._pytree.tree_map_only(fx.Node, value, args)
-    mode = program.fake_mode()
-    assert mode is not None
-    with mode, torch.no_grad():
-        node.meta["val"] = target(*known)
-    return node
-
-
 def _replace(program: Program, old: fx.Node, new: fx.Node, plan: Plan) -> None:
     """Read the new node instead of the old one, also where the structure points to it."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-    for edit in plan.edits.values():
-        if edit.site.x is old:
-            edit.site.x = new
-    for site in plan.quantise:
-        if site.x is old:
-            site.x = new
+    read_instead([*(edit.site for edit in plan.edits.values()), *plan.quantise], old, new)
 
 
 def rebind_layers(program: Program, structure: Structure) -> None:

@@ -6,7 +6,7 @@ recover again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,13 @@ class LinearSite:
     transposed: bool
     tied: bool = False
     role: str = ""
+
+
+def read_instead(sites: Iterable[LinearSite], old: fx.Node, new: fx.Node) -> None:
+    """Point linears that read `old` directly to what replaced it."""
+    for site in sites:
+        if site.x is old:
+            site.x = new
 
 
 @dataclass(eq=False)

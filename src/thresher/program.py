@@ -13,12 +13,13 @@ import operator
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ class Weight:
     source: tuple[str, ...] = ()
     derive: Callable[..., torch.Tensor] | None = None
     made_from: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """FQNs of the model weights behind this one; its own for the model's."""
+        return self.source or (self.fqn,)
+
+    @property
+    def origin_tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors of `origins`."""
+        return self.made_from or (self.tensor,)
+
+    def then(self, make: Callable[[torch.Tensor], T]) -> Callable[..., T] | None:
+        """Recomputes `make(this weight)` from the tensors of `origins`; None where this one cannot be recomputed."""
+        before = self.derive
+        if before is None:
+            return None if self.source else make
+        return lambda *origins: make(before(*origins))
 
 
 @dataclass
@@ -102,6 +120,16 @@ class Program:
         with self.graph.inserting_before(before):
             node = self.graph.create_node("get_attr", name)
         node.meta["val"] = fake_like(self.weights[name].tensor, before)
+        return node
+
+    def insert(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+        """A call just before a node, with the place of that node in the model and a fake result."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args)
+        node.meta = {k: v for k, v in before.meta.items() if k != "val"}
+        known = torch.utils._pytree.tree_map_only(fx.Node, value, args)
+        with self.fake_mode(), torch.no_grad():
+            node.meta["val"] = target(*known)
         return node
 
     def forget_weights(self, fqns: Collection[str]) -> None:
