@@ -7,7 +7,7 @@ import pytest
 import tiny_llama
 import torch
 import zip_by_hand
-from tiny_llama import IMAGE, make
+from tiny_llama import IMAGE
 from zip_by_hand import OPTIONS
 
 import thresher
@@ -24,10 +24,7 @@ PRUNE = dict(image_token_id=IMAGE, min_image_tokens=8, bucket=1, min_saving=0.0,
 
 @pytest.fixture(scope="module")
 def model():
-    model = make(num_hidden_layers=3, initializer_range=0.2, attention_bias=True)
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.o_proj.bias)  # tokens left out still get it
-    return model
+    return zip_by_hand.make_model(3)
 
 
 @pytest.fixture(scope="module")

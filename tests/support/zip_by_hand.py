@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tiny_llama import make
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from thresher.kernels.token_attention import important_attention
 
 RECENT, SPREAD, SINKS, BUCKET = 6, 6, 2, 4
 OPTIONS = dict(recent=RECENT, spread=SPREAD, bucket=BUCKET, sinks=SINKS, min_saving=-9.0)
+
+
+def make_model(layers: int):
+    """A random Llama whose tokens differ in importance, and whose projections give something for tokens left out."""
+    model = make(num_hidden_layers=layers, initializer_range=0.2, attention_bias=True)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.bias)
+    return model
 
 
 def count(tokens: int, keep: float, protected: int = RECENT + SINKS) -> int:
