@@ -63,9 +63,14 @@ class RSQ(Pass):
         return context.config.budget
 
     def prepare(self, program: Program, context: Context) -> dict[str, str] | None:
-        """Rotate before passes that cut layers apart: behind them nothing says any more what reads the stream."""
-        stats = context.stats.get(self.name, {})
-        if HEADER not in stats or not CUTS & {c.name for c in context.recipe.passes}:
+        """Rotate before passes that cut layers apart: behind them nothing says any more what reads the stream.
+
+        Not where that would rotate the neurons DEFT is to skip: it comes first, and codes for such a rotation miss.
+        """
+        stats, others = context.stats.get(self.name, {}), {c.name for c in context.recipe.passes}
+        if HEADER not in stats or not CUTS & others:
+            return None
+        if "deft" in others and quantized_with(stats).rotate_down:
             return None
         assert context.structure is not None
         plan = make_plan(program, context.structure(), quantized_with(stats))

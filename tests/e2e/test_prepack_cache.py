@@ -59,7 +59,7 @@ def test_decoding_may_go_through_the_compiled_model_too():
     inputs = zoo.tokens(masks.left((5, 12, 3)))
     inputs["position_ids"] = positions(inputs["attention_mask"])
     torch._dynamo.reset()
-    ours = torch.compile(model, backend="thresher", options={"target": "reference"})
+    ours = torch.compile(model, backend="thresher", options={"prepack": True, "target": "reference"})
     with pytest.warns(thresher.ThresherWarning, match="rewrote nothing"), torch.no_grad():
         actual, _ = greedy(lambda **k: ours(**k), ours, inputs, 4)
     with torch.no_grad():

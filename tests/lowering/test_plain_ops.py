@@ -9,12 +9,15 @@ from thresher.lowering import plain_ops
 
 catalog.load()
 NEVER_IN_A_GRAPH = {"nvfp4_quantize"}  # packs weights, before a program exists
+REFUSED = {
+    "tokens_holding"
+}  # each call's data decide its size; export says so, see tests/passes/test_zipvl_exact.py
 QUANTIZED = {"nvfp4_linear", "wna16_linear"}  # have forms of each target's own
 
 
 def test_every_operator_has_a_form():
     without = {op.name for op in ops.all_ops() if plain_ops.plain(op.name) is None}
-    assert without == QUANTIZED | NEVER_IN_A_GRAPH
+    assert without == QUANTIZED | NEVER_IN_A_GRAPH | REFUSED
 
 
 @pytest.mark.parametrize("op", [o for o in ops.all_ops() if plain_ops.plain(o.name)], ids=lambda o: o.name)
