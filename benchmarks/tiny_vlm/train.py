@@ -1,16 +1,18 @@
-"""Trains the tiny model and keeps its weights: about eight minutes on one CPU core.
+"""Trains the tiny model and keeps its weights: about ten minutes on one CPU core.
 
 Three stages: the encoder learns to name what each cell shows; the decoder learns to look up one colour; last comes
 a mixture in which chain questions prevail. Nothing tells the decoder where in its depth a look-up belongs, and no
 loss sees anything but answers. A run is repeated by its seed.
 
-Two things about the start make chains learnable (without either, three seeds stayed at 0.20 to 0.26):
+Two things about the start make look-ups quick to learn:
 
 - The words for digits and colours are the encoder's own classes, so text and image speak of them in one language, as
   they do in a model whose vision tower was aligned with its text.
-- Each attention looks for what is alike and copies it (queries start as keys, outputs as values transposed, as in
-  mimetic initialisation, arXiv 2305.09828). One look-up is then learned in 200 steps rather than some 1,500, in any
-  layer, and the second one of a chain after some 650.
+- Each attention looks for what is alike and copies it (queries start as keys, outputs as values transposed, akin to
+  mimetic initialisation, arXiv 2305.09828).
+
+With both, one look-up was learned in some 200 steps, and chains began to rise between steps 600 and 1,400. It is not yet
+robust: on test images seed 1 answers .93 of chain questions and .97 of direct ones, seed 2 only .67 and .48.
 """
 
 from __future__ import annotations
