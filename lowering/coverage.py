@@ -17,7 +17,7 @@ from thresher.program import Program, module_fqn, value
 
 from . import plain_ops
 from .decompose import op_name
-from .onnx_forms import no_nbits
+from .onnx_integers import no_nbits
 
 TARGETS = ("reference", "inductor", "aoti", "onnx-portable", "onnx-ort", "onnx-ort-cuda", "tensorrt")
 NATIVE, DECOMPOSED, FALLBACK, REFUSED = "native", "decomposed", "fallback", "refused"
