@@ -98,7 +98,7 @@ def speed(bench: Benchmark, args: argparse.Namespace) -> None:
         forms["dense, mask as traced"] = compiled(model, inputs, "inductor", recipe="none")
     calls = {name: (lambda f=form: f(**inputs)) for name, form in forms.items()}
     times = timed(args, calls, 5 if args.quick else 9)
-    share = forms["transprune"].report["transprune"].predicted["flops_share"]
+    share = forms["transprune"].report["transprune"].flops_left
     for name in forms:
         flops = share if name == "transprune" else 1.0
         bench.row(part="speed", form=name, tokens=tokens, flops_share=round(flops, 4), **times[name].fields())
@@ -180,8 +180,7 @@ def zipvl(bench: Benchmark, args: argparse.Namespace) -> None:
     for name, form in forms.items():
         share = 1.0
         if name != "dense":
-            account = form.report["zipvl"].predicted
-            share = 1 - account["flops_saved"] / account["flops_dense"]
+            share = form.report["zipvl"].flops_left
             gain = times["dense"].cpu_min / times[name].cpu_min
             held = form.sessions[-1].extras["realised_tau"].mean().item()
             bench.row(part="zipvl", form=name, tau_held=round(held, 3))

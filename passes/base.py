@@ -71,6 +71,7 @@ class Context:
     cost: prices nodes and multiplications on the device (see cost.py); None without a cost model.
     counted: site -> name that its operator counts calls under.
     prepared: what the pass's own `prepare` returned.
+    flops: what the layers compute "before" and "after" the pass on the example, for passes that leave tokens out.
     """
 
     recipe: Recipe
@@ -84,6 +85,7 @@ class Context:
     counted: dict[str, str] = field(default_factory=dict)
     cost: CostModel | None = None
     prepared: Any = None
+    flops: dict[str, float] = field(default_factory=dict)
 
 
 class Pass(abc.ABC):

@@ -114,6 +114,7 @@ class Pipeline:
             account.counted,
             self.cost,
             self.prepared.get(config.name),
+            account.flops,
         )
 
     def _apply(self, rewriter: Pass, config: PassConfig, before: Program) -> tuple[Program, PassReport]:
@@ -134,13 +135,13 @@ class Pipeline:
             if account.guilty is not None:
                 account.rolled_back += f" The site that broke it is {account.guilty}."
             account.missed += [Miss(s, ROLLED_BACK) for s in account.rewritten]
-            account.rewritten, account.predicted = [], {}
+            account.rewritten = []
             self.fuel = fuel
         account.predicted.update({s: g.ratio for s, g in self._gains(after).items()})
-        left = {m.site for m in account.missed}
-        account.predicted = {s: g for s, g in account.predicted.items() if s not in left}
+        account.predicted = {s: g for s, g in account.predicted.items() if s in account.rewritten}
         account.seconds = time.perf_counter() - started
         if not account.rewritten:
+            account.flops = {}
             return before, account
         self.claimed.update(claims)
         return after, account
@@ -179,6 +180,8 @@ class Pipeline:
             account.rewritten.append(site.site)
             claims.update(dict.fromkeys(site.claims, rewriter.name))
             self.fuel -= 1
+        if before.packing is not None and account.rewritten:
+            after.packing = dataclasses.replace(after.packing, rewritten=True)
         return after, account, claims
 
     def _candidates(self, rewriter: Pass, program: Program, context: Context) -> Sequence[Match | Miss]:

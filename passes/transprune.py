@@ -352,7 +352,7 @@ def _expect(context: Context, tower: Tower, stages: Any, drops: Sequence[int], l
         left[after:] = [length - drop] * (len(tower.layers) - after)
     dense = sum(sum(layer_flops(layer, length)) for layer in tower.layers)
     pruned = sum(sum(layer_flops(layer, n)) for layer, n in zip(tower.layers, left))
-    context.predicted.update(flops_dense=dense, flops_pruned=pruned, flops_share=pruned / dense)
+    context.flops.update(before=dense, after=pruned)
     saving = 1 - pruned / dense
     if saving < context.config.min_saving and not context.config.always:
         raise Decline(

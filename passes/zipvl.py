@@ -166,22 +166,24 @@ class ZipVL(Pass):
             return [Miss("the whole program", str(reason))]
         good: list[tuple[LayerSite, float]] = []
         misses: list[Match | Miss] = []
+        spared: list[float] = []
         number = 0
         for stretch in stretches:
             for layer in stretch.layers:
                 number += 1
                 if number < config.first_layer:
                     continue
-                why = _why_not(layer) or self._why_dense(layer, stretch, lengths[stretch], context)
+                why = _why_not(layer) or self._why_dense(layer, stretch, lengths[stretch], context, spared)
                 if why is not None:
                     misses.append(Miss(layer.attention.fqn if layer.attention else layer.fqn, why))
                 else:
                     good.append((layer, self._share(layer, context)))  # type: ignore[arg-type]
         if not good:
             return misses
-        context.predicted["flops_dense"] = sum(
+        dense = sum(
             sum(layer_flops(layer, n)) for s in stretches for layer in s.layers for n, _ in lengths[s]
         )
+        context.flops.update(before=dense, after=dense - sum(spared))
         plan = Plan(stretches, types, good, protected, counted)
         return [*misses, Match(", ".join(layer.fqn for layer, _ in good), plan)]
 
@@ -224,8 +226,14 @@ class ZipVL(Pass):
         return EXPECTED if context.config.counts == "exact" else None
 
     def _why_dense(
-        self, layer: LayerSite, stretch: Stretch, rows: list[tuple[int, int]], context: Context
+        self,
+        layer: LayerSite,
+        stretch: Stretch,
+        rows: list[tuple[int, int]],
+        context: Context,
+        spared: list[float],
     ) -> str | None:
+        """Why a layer is left dense; None, with its FLOPs appended to `spared`, where it is not."""
         config, site, axes = context.config, layer.attention, stretch.axes
         assert site is not None
         if layer.output not in axes or axes.get(site.k.result) != HEADS:
@@ -242,13 +250,13 @@ class ZipVL(Pass):
             return f"The prompt has {longest} tokens, and {probes} are probed."
         dense = sum(sum(layer_flops(layer, n)) for n, _ in rows)
         kept = [budget(n, share, p, config.bucket) if n > probes else n for n, p in rows]
-        spared = dense - sum(zip_flops(layer, n, k, probes, config.gather) for (n, _), k in zip(rows, kept))
-        if spared < config.min_saving * dense:
+        saved = dense - sum(zip_flops(layer, n, k, probes, config.gather) for (n, _), k in zip(rows, kept))
+        if saved < config.min_saving * dense:
             return (
-                f"{sum(kept)} of {sum(n for n, _ in rows)} tokens would attend, which saves {spared / dense:.1%} of the"
+                f"{sum(kept)} of {sum(n for n, _ in rows)} tokens would attend, which saves {saved / dense:.1%} of the"
                 f" layer's FLOPs; min_saving is {config.min_saving:.0%}."
             )
-        context.predicted["flops_saved"] = context.predicted.get("flops_saved", 0.0) + spared
+        spared.append(saved)
         return None
 
     def _rows(

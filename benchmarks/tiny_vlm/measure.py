@@ -93,10 +93,7 @@ def follow_up(decoder: Any, past: Any, case: Case) -> torch.Tensor:
 
 def flops_share(call: Any, name: str) -> float:
     """Decoder layers' FLOPs of the compiled prefill against dense, as the pass reckons them."""
-    predicted = call.report[name].predicted
-    if "flops_share" in predicted:
-        return predicted["flops_share"]
-    return 1 - predicted["flops_saved"] / predicted["flops_dense"]
+    return call.report[name].flops_left
 
 
 def accuracy(

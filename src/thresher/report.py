@@ -51,6 +51,7 @@ class PassReport:
         clock; empty without.
     guilty: the site whose rewrite broke the budget of a pass that was rolled back.
     counted: site -> the name its operator counts under, for passes whose sites choose at each call.
+    flops: what the layers compute "before" and "after" the pass on the example; empty for most passes.
     """
 
     name: str
@@ -66,6 +67,12 @@ class PassReport:
     measured: dict[str, float] = field(default_factory=dict)
     guilty: str | None = None
     counted: dict[str, str] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def flops_left(self) -> float | None:
+        """The share of the layers' FLOPs that is left on the example; None where the pass did not say."""
+        return self.flops["after"] / self.flops["before"] if self.flops else None
 
     @property
     def activity(self) -> dict[str, dict[str, Any]]:
@@ -198,6 +205,8 @@ def _details(p: PassReport) -> list[Any]:
         sites = [m.site for m in p.missed if m.reason == reason]
         lines.append(Text(f"{p.name} left alone {_fold(sites)} ({count}): {reason}", style="yellow"))
     lines += [Text(f"{p.name}: {note}") for note in p.notes]
+    if p.flops_left is not None:
+        lines.append(Text(f"{p.name}: {p.flops_left:.0%} of the layers' FLOPs are left on the example."))
     lines += [
         Text(f"{p.name} ran {site}: {_ran(found)}")
         for site, found in p.activity.items()

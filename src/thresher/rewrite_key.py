@@ -66,7 +66,7 @@ def environment(places: Places) -> dict[str, list[str]]:
     env = shape_env(places)
     if env is None:
         return {}
-    hints = getattr(env, "backed_var_to_val", None) or env.var_to_val
+    hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     return {
         "guards": [str(g.expr) for g in env.guards],
         "fixed": sorted(f"{k} {v}" for k, v in env.replacements.items()),
