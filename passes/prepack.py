@@ -45,7 +45,8 @@ class PrepackConfig(PassConfig):
     mask: name of the input that marks real tokens, for models that do not call it attention_mask.
     min_share: decline when less than this share of the linears' weights lies in the packed part.
     min_gain: run a batch padded when packing it is predicted to gain less than this factor. A batch without
-        any padding always runs padded, bit-identical to the model as it was.
+        any padding runs padded too, bit-identical to the model as it was. Where other passes have rewritten the
+        packed program, such batches run packed, since the padded one lacks what they did.
     form: "flat", all tokens in one row of segments; or "rows", sequences share rows of a fixed capacity under
         a block mask, as arXiv 2404.09529 has it, for targets that know neither segments nor ragged shapes.
     capacity: of a row in form "rows"; 0 takes what costs least for the batch's lengths. A longer sequence

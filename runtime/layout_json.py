@@ -16,7 +16,7 @@ from .program_json import ArtifactError, decode, encode
 _KINDS = {kind.__name__.lower(): kind for kind in (Gather, PlanField, Scatter, Passed)}
 _PARTS = ("prologue", "epilogue", "padded")
 _KNOWN = {*_PARTS, "mask", "tokens", "arguments", "epilogue_arguments", "results", "visibilities", "masks",
-          "reclassify", "proven", "packing", "extras"}  # fmt: skip
+          "reclassify", "proven", "packing", "extras", "rewritten"}  # fmt: skip
 
 
 def prove(layout: PackedLayout, longest: int) -> None:
@@ -52,6 +52,7 @@ def encode_layout(layout: PackedLayout, hold: Callable[[torch.Tensor], int]) -> 
         "proven": layout.proven,
         "bounded": layout.reclassify is not None,
         "packing": asdict(layout.packing),
+        "rewritten": layout.rewritten,
         **{name: encode(part, hold) if part is not None else None for name, part in parts.items()},
     }
 
@@ -79,6 +80,7 @@ def decode_layout(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Packe
         proven=data["proven"],
         packing=Packing(**data.get("packing", {})),
         extras=tuple(_read(r) for r in data.get("extras", ())),
+        rewritten=data.get("rewritten", False),
     )
 
 

@@ -158,11 +158,12 @@ class Session:
         tokens = sum(lengths)
         if tokens < 2:
             return "The batch has fewer than two real tokens."
-        if tokens == len(lengths) * width and self.program.calls is None:  # pruning happens in the body only
-            return "The batch has no padding."
-        least = layout.packing.min_gain
-        if least > 1 and layout.packing.gain(lengths, width) < least:
-            return f"The predicted gain is below min_gain={least:g}."
+        if not layout.rewritten:  # else what other passes did is in the body only
+            if tokens == len(lengths) * width:
+                return "The batch has no padding."
+            least = layout.packing.min_gain
+            if least > 1 and layout.packing.gain(lengths, width) < least:
+                return f"The predicted gain is below min_gain={least:g}."
         if holed and layout.windowed() and layout.packing.form == "flat":
             return "A row has holes in its mask, and a sliding window counts distances across them."
         if width > layout.proven and layout.reclassify is not None:

@@ -118,6 +118,8 @@ class PackedLayout:
     results: where each of the caller's results comes from.
     extras: where results beyond the caller's come from (`CallPlan.extra_outputs`); calls that run padded have none.
     padded: the program before packing, for the calls that cannot be packed.
+    rewritten: other passes changed the body after it was packed, so that `padded` lacks what they did. Then every
+        call runs packed that can, also where packing itself gains nothing.
     visibilities: what was found for each mask, by the attention site that uses it.
     masks: prologue outputs that are masks of generic attention; a call in which one of them lets a real
         query see a pad key is run padded.
@@ -141,6 +143,7 @@ class PackedLayout:
     proven: int = 0
     packing: Packing = Packing()
     extras: tuple[Scatter | Passed, ...] = ()
+    rewritten: bool = False
 
     def windowed(self) -> bool:
         """Whether some attention counts distances, which holes in a row would falsify."""

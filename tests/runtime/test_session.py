@@ -48,6 +48,18 @@ class TestBypass:
         assert torch.equal(ours(**inputs).logits, expected_of(model, inputs).logits)
         assert session_of(ours).counters.padded["The batch has no padding."] == before + 1
 
+    def test_without_padding_what_other_passes_did_runs_all_the_same(self):
+        """The padded program lacks it: its results, and a proof on such an example, would be another model's."""
+        model, _ = zoo.ZOO["llama"].build()
+        full, other = zoo.tokens(masks.right((9, 9, 9))), zoo.tokens(masks.right((9, 9, 4)))
+        nvfp4 = {"min_weights": 0, "budget": 2.0}
+        alone = thresher.compile(model, full, target="reference", nvfp4=nvfp4)
+        ours = thresher.compile(model, full, target="reference", nvfp4=nvfp4, prepack={"min_gain": 9.0})
+        torch.testing.assert_close(ours(**full).logits, alone(**full).logits, atol=1e-5, rtol=1e-5)
+        assert 0 < ours.report["nvfp4"].error == pytest.approx(alone.report["nvfp4"].error, rel=1e-3)
+        ours(**other)
+        assert ours.counters[0].packed == 3 and not ours.counters[0].padded
+
     def test_empty_batches_and_single_tokens_run_padded(self, llama):
         model, ours = llama
         for mask in (masks.right((0, 0, 0), 12), masks.right((1, 0, 0), 12)):
