@@ -193,3 +193,4 @@ POLICIES: dict[str, Policy] = {
     "uniform": _uniform,
     "given": _given,
 }
+ASK_ATTENTION = frozenset({"transprune", "iga", "fastv", "pyramiddrop"})

@@ -30,7 +30,7 @@ from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .causal_mask import candidates, make_causal
 from .prune_positions import position_tables
 from .prune_replay import prune
-from .prune_scores import POLICIES
+from .prune_scores import ASK_ATTENTION, POLICIES
 from .structure import Tower
 from .token_axes import BATCH, SEQUENCE, Stop, TokenAxes, hint, propagate
 from .token_segments import caller, caller_types, offsets_node
@@ -212,6 +212,7 @@ class TransPrune(Pass):
                 f" every row, of which a multiple of {config.bucket} must go."
             )
         _expect(context, tower, stages, drops, hint(value(start).shape[1]))
+        context.notes += [note for after, _ in stages if (note := _past_windows(tower, config.policy, after))]
         context.notes.append(f"{types.describe()}; tokens left out behind layer " + ", ".join(
             f"{after}: {drop}" for (after, _), drop in zip(stages, drops)) + ".")  # fmt: skip
         return Match(_site(tower, stages), Found(tower, types, axes, stages, drops, offsets, counted, tables))
@@ -272,6 +273,19 @@ def _stages(config: TransPruneConfig, tower: Tower) -> tuple[tuple[tuple[int, fl
         if after >= depth
     ]
     return tuple(s for s in given if s[0] < depth), misses
+
+
+def _past_windows(tower: Tower, policy: str, after: int) -> str:
+    """What to say where attention that the scoring layer's window would hide is scored all the same; else ""."""
+    if policy not in ASK_ATTENTION:
+        return ""
+    layer = tower.layers[after - 1 if policy == "fastv" else after]
+    if layer.attention is None or layer.attention.window is None:
+        return ""
+    return (
+        f"{layer.fqn} sees a window of {layer.attention.window + 1} tokens, which may not reach the image from behind"
+        " it; its attention is scored as if it saw everything. Compare with policy='ttv' or 'uniform'."
+    )
 
 
 def _site(tower: Tower, stages: Sequence[tuple[int, float]]) -> str:
