@@ -17,14 +17,11 @@ from thresher.program import Program, module_fqn, value
 
 from . import plain_ops
 from .decompose import op_name
+from .onnx_attention import UNRUN, by_multi_head, no_packed
 from .onnx_integers import no_nbits
 
 TARGETS = ("reference", "inductor", "aoti", "onnx-portable", "onnx-ort", "onnx-ort-cuda", "tensorrt")
 NATIVE, DECOMPOSED, FALLBACK, REFUSED = "native", "decomposed", "fallback", "refused"
-_NO_PACKED = (
-    "ONNX Runtime's PackedMultiHeadAttention is not written: it has a CUDA kernel alone, which no test could run, no "
-    "causal form and no shared keys, and is for padding on the right."
-)
 _AS_IS = {"reference", "inductor", "aoti"}
 
 
@@ -130,11 +127,7 @@ def _own(program: Program, node: fx.Node, target: str) -> tuple[str, str]:
             "It computes densely: ONNX has no operator that skips neurons. The result is the same.",
         )
     if name in ("varlen_attention", "varlen_attention_masked"):
-        mask = (
-            "an added mask, which TensorRT fuses" if target == "tensorrt" else "a mask of all packed tokens"
-        )
-        why = f"Attention under {mask}: memory grows with the square of the packed tokens."
-        return DECOMPOSED, why + (f" {_NO_PACKED}" if target == "onnx-ort-cuda" else "")
+        return DECOMPOSED, _attention(node, name, target)
     if name == "wna16_linear":
         bits, group = node.args[5:7]
         inputs = int(value(node.args[0]).shape[-1])
@@ -147,6 +140,19 @@ def _own(program: Program, node: fx.Node, target: str) -> tuple[str, str]:
     if plain_ops.plain(name) is not None:
         return DECOMPOSED, "Plain operators of the same meaning."
     return REFUSED, f"thresher::{name} packs weights and has no place in an exported graph."
+
+
+def _attention(node: fx.Node, name: str, target: str) -> str:
+    """What packed attention becomes in a file."""
+    runtime = target.removeprefix("onnx-")
+    kept = no_packed(node, runtime) if name == "varlen_attention" else "The mask is the batch's own."
+    if kept is None and by_multi_head(node, runtime):
+        return f"PackedMultiHeadAttention over packed tokens. {UNRUN}"
+    if kept is None:
+        return "GroupQueryAttention, each packed sequence a row as long as the longest: no mask of all packed tokens."
+    mask = "an added mask, which TensorRT fuses" if target == "tensorrt" else "a mask of all packed tokens"
+    why = f"Attention under {mask}: memory grows with the square of the packed tokens."
+    return f"{why} {kept}" if runtime.startswith("ort") else why
 
 
 def _nvfp4(node: fx.Node, target: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ the rest to torch's exporter (`onnx_translate`). For a packed program `onnx_pack
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from thresher.errors import ArgumentError, MissingDependencyError, unknown_key
@@ -43,6 +43,7 @@ def export(
     table_bits: int = 0,
     output_names: Sequence[str] | None = None,
     opset: int = OPSET,
+    stage: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Write a program, packed or not, as an ONNX file; weights of large ones beside it in `NAME.data`.
 
@@ -52,6 +53,8 @@ def export(
         `cu_seqlens`, to be made by the caller with thresher.runtime.packing. TensorRT needs it, having no NonZero.
     accuracy_level: of `MatMulNBits`: 0 computes in fp32, 4 rounds activations to int8, several times faster.
     table_bits: 8 stores embedding tables, and a head that shares one, in 8 bits, for "ort" and "ort-cuda".
+
+    stage: called with the name of what is being done, such as `onnx_stages.Stages`.
 
     Raises ArgumentError for an unknown runtime, ThresherError for what cannot be exported.
     """
@@ -79,7 +82,7 @@ def export(
         raise ArgumentError("recipe", given, "form 'flat' and outputs 'padded' with packing in the graph",
                             "Export the body alone with body_only=True, or leave those options out.")  # fmt: skip
     started = time.perf_counter()
-    parts = Parts(runtime, accuracy_level, opset, table_bits)
+    parts = Parts(runtime, accuracy_level, opset, table_bits, stage)
     from .onnx_graph import label_sizes
     from .onnx_packing import with_packing
 

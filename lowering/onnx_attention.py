@@ -1,25 +1,39 @@
-"""Causal self-attention as ONNX Runtime's own operator, which skips what causality hides and repeats no keys.
+"""Attention as ONNX Runtime's own operators, which skip what causality and packing hide and repeat no keys.
 
     matched:  scaled_dot_product_attention(q, k, v, is_causal=True) over one prompt, no mask
     becomes:  com.microsoft::GroupQueryAttention over [batch, tokens, heads * head_dim]
 
-Standard Attention computes the whole square of scores: on a CPU a small decoder's prompt of 3,072 tokens takes 1.5
-times as long with it. The operator knows one length for each row; here all
-rows are as long as the tensor, and padding, if any, is in a mask, which keeps the standard form.
+    matched:  thresher::varlen_attention without a window
+    becomes:  thresher::PackedAttention, a function in the file: each packed sequence a row of its own, with its length,
+              through GroupQueryAttention; on a GPU, where no token hides another, com.microsoft's
+              PackedMultiHeadAttention, which takes packed tokens as they are
+
+Standard Attention computes the whole square of scores, of a packed body the square of all its tokens, and needs a mask
+as large. Prompts with padding keep it, since their padding is in a mask.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from typing import Any
 
 import torch
+from torch import fx
 
 from thresher.program import Program, value
 
-from .decompose import trace_before
+from .decompose import op_name, own_nodes, trace_before
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.float16)
+_BIDIRECTIONAL = (
+    "GroupQueryAttention with causal=0, which packed encoders use, needs ONNX Runtime 1.31 or newer"
+)
+UNRUN = (
+    "PackedMultiHeadAttention has a CUDA kernel alone: the file runs only on a GPU. Here it was compared with that "
+    "operator's documented meaning in standard operators, and the kernel itself was not run."
+)
 
 
 def group_query(program: Program, on_gpu: bool = False) -> int:
@@ -35,7 +49,7 @@ def group_query(program: Program, on_gpu: bool = False) -> int:
             continue
         if on_gpu and value(q).dtype == torch.float32:
             continue
-        k, v = _unrepeated(k), _unrepeated(v)
+        k, v = unrepeated(k), unrepeated(v)
         scale = given.get("scale")
 
         def form(q: Any, k: Any, v: Any, scale: Any = scale) -> Any:
@@ -48,6 +62,79 @@ def group_query(program: Program, on_gpu: bool = False) -> int:
     return count
 
 
+def packed(program: Program, runtime: str, functions: set[str], notes: list[str]) -> None:
+    """Replace packed attention, in place, where `no_packed` has no objection; names the functions it needs."""
+    for node in own_nodes(program):
+        if op_name(node) != "varlen_attention" or no_packed(node, runtime) is not None:
+            continue
+        q, k, v, cu_seqlens, _, scale, causal, _, softcap = node.args
+        multi_head = by_multi_head(node, runtime)
+        name = "PackedEncoderAttention" if multi_head else "PackedAttention"
+        functions.add(name)
+        if multi_head or not causal:
+            note = UNRUN if multi_head else f"{_BIDIRECTIONAL}."
+            notes += [note] if note not in notes else []
+        attributes: dict[str, Any] = {"num_heads": int(value(q).shape[1]), "scale": float(scale)}  # type: ignore[arg-type]
+        if not multi_head:
+            k, v = unrepeated(k), unrepeated(v)
+            attributes |= {
+                "kv_num_heads": int(value(k).shape[1]),
+                "causal": int(bool(causal)),
+                "softcap": float(softcap),  # type: ignore[arg-type]
+            }
+
+        def form(q: Any, k: Any, v: Any, cu: Any, name: str = name, attributes: Any = attributes) -> Any:
+            if name == "PackedEncoderAttention" and k.shape[1] != q.shape[1]:
+                k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+            return torch.onnx.ops.symbolic(
+                f"thresher::{name}", [q, k, v, cu], attributes, dtype=q.dtype, shape=q.shape, version=1
+            )
+
+        made = trace_before(program, node, form, [q, k, v, cu_seqlens])
+        node.replace_all_uses_with(made)
+        program.graph.erase_node(node)
+
+
+def by_multi_head(node: fx.Node, runtime: str) -> bool:
+    """Whether a `varlen_attention` node that can be replaced becomes PackedMultiHeadAttention."""
+    return runtime == "ort-cuda" and not node.args[6]
+
+
+def no_packed(node: fx.Node, runtime: str) -> str | None:
+    """Why a `varlen_attention` node keeps a mask of all packed tokens, or None."""
+    q, k, v, _, _, _, causal, window, softcap = node.args
+    kinds = [value(n) for n in (q, k, v)]
+    if not runtime.startswith("ort"):
+        return "The operators that skip what packing hides are ONNX Runtime's own."
+    if window >= 0:  # type: ignore[operator]
+        return "ONNX Runtime's operator counts a sliding window in packed tokens, and the model counts padded columns."
+    if kinds[0].dtype not in _DTYPES:
+        return (
+            f"ONNX Runtime's operator takes float32 and float16 on a CPU, and the model is {kinds[0].dtype}."
+        )
+    if len({k.shape[3] for k in kinds}) > 1 or kinds[0].shape[3] % 8:
+        return "ONNX Runtime's operator takes one head width for all, a multiple of 8."
+    if runtime == "ort" and not causal and (older := _older_runtime()) is not None:
+        return f"{_BIDIRECTIONAL}, and {older} is installed."
+    if runtime == "ort-cuda" and causal and kinds[0].dtype == torch.float32:
+        return "On CUDA GroupQueryAttention takes half types only, and PackedMultiHeadAttention has no causal form."
+    if runtime == "ort-cuda" and not causal and softcap:
+        return "PackedMultiHeadAttention has no cap on its scores."
+    return None
+
+
+@functools.cache
+def _older_runtime() -> str | None:
+    """The version of the ONNX Runtime that is installed here, when it is too old for causal=0."""
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return version if tuple(int(n) for n in version.split(".")[:2]) < (1, 31) else None
+    return None
+
+
 def _fits(given: dict[str, Any], q: Any, k: Any, v: Any) -> bool:
     """Whether one call is causal attention of a prompt to itself, in a type and shape the operator takes."""
     if given.get("attn_mask") is not None or given.get("dropout_p") or not given.get("is_causal"):
@@ -58,7 +145,7 @@ def _fits(given: dict[str, Any], q: Any, k: Any, v: Any) -> bool:
     return alike and q.dtype in _DTYPES and q.dim() == 4 and q.shape[1] % k.shape[1] == 0
 
 
-def _unrepeated(node: Any) -> Any:
+def unrepeated(node: Any) -> Any:
     """Keys or values as they were before each head was repeated for the queries that share it."""
     made = node
     for target in (aten.reshape.default, aten.expand.default, aten.unsqueeze.default):

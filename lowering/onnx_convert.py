@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from thresher.program import Program, value
 
 from . import onnx_integers, onnx_nvfp4, onnx_tables
 from .decompose import add_masks, decompose, op_name, own_nodes, windowed
-from .onnx_attention import group_query
+from .onnx_attention import group_query, packed
 from .onnx_translate import translate
 from .onnx_weights import Weights
 
@@ -20,11 +21,21 @@ _FORMS = {"wna16_linear": onnx_integers.replace, "nvfp4_linear": onnx_nvfp4.repl
 
 
 class Parts:
-    """Converts the parts of one export; collects what they say."""
+    """Converts the parts of one export; collects what they say.
 
-    def __init__(self, runtime: str, accuracy_level: int, opset: int, table_bits: int):
+    stage: called with the name of what is being done, for whoever waits.
+    """
+
+    def __init__(
+        self,
+        runtime: str,
+        accuracy_level: int,
+        opset: int,
+        table_bits: int,
+        stage: Callable[[str], None] = lambda _: None,
+    ):
         self.runtime, self.accuracy_level = runtime, accuracy_level
-        self.opset, self.table_bits = opset, table_bits
+        self.opset, self.table_bits, self.stage = opset, table_bits, stage
         self.notes: list[str] = []
         self.functions: set[str] = set()
         self.fields: list[str] = []
@@ -33,6 +44,7 @@ class Parts:
         """One program as an untidied ONNX model; weights are called by their FQN."""
         from .onnx_graph import rename_initializers, restore_types
 
+        self.stage(f"translating the {name}")
         copy = program.copy()
         _say_dense(copy, self.notes)
         weights = Weights(copy, self.runtime, self.accuracy_level, notes=self.notes, functions=self.functions)
@@ -50,6 +62,7 @@ class Parts:
             add_masks(copy)
         elif self.runtime != "portable":
             group_query(copy, on_gpu=self.runtime == "ort-cuda")
+            packed(copy, self.runtime, self.functions, self.notes)
         columns = _columns(copy) if windowed(copy) else None
         decompose(copy, additive=self.runtime == "tensorrt", columns=columns)
         self.fields = list(copy.input_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -49,7 +50,7 @@ def rename_initializers(model: ir.Model, names: Mapping[str, str]) -> None:
         model.graph.initializers[name] = value
 
 
-def label_sizes(model: ir.Model, packed_body: bool) -> None:
+def label_sizes(model: Any, packed_body: bool) -> None:
     """Call the dimensions of inputs batch and sequence (tokens in a body) where that is what they are."""
     names: dict[str, str] = {}
     for given in model.graph.inputs:

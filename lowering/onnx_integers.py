@@ -43,7 +43,8 @@ def no_nbits(runtime: str, inputs: int, bits: int, group: int, accuracy_level: i
 
 def nbits(x: Any, held: Any, bias: Any, outputs: int, inputs: int, bits: int, block: int, level: int) -> Any:
     """One MatMulNBits over stored codes and scales, and the bias; for use while tracing."""
-    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": level}
+    shape = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
+    attributes: dict[str, Any] = {**shape, "accuracy_level": level}
     y = symbolic(
         "com.microsoft::MatMulNBits",
         [x, *held],

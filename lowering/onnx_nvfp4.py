@@ -83,10 +83,14 @@ def _tensorrt(
         if activations == "nvfp4":
             given, *held = held  # type: ignore[assignment]
             blocks = (*x.shape[:-1], columns // _BLOCK)
-            axis = {"axis": -1, "block_size": _BLOCK}
+            pairs = (
+                *x.shape[:-1],
+                columns // 2,
+            )  # torch counts 4-bit floats by the byte; the exporter doubles this
+            axis: dict[str, Any] = {"axis": -1, "block_size": _BLOCK}
             q, s = torch.onnx.ops.symbolic_multi_out(
                 "trt::TRT_FP4DynamicQuantize", [x, given], {**axis, "scale_type": FLOAT8E4M3FN},
-                dtypes=(FLOAT4E2M1, FLOAT8E4M3FN), shapes=(tuple(x.shape), blocks), version=1,
+                dtypes=(FLOAT4E2M1, FLOAT8E4M3FN), shapes=(pairs, blocks), version=1,
             )  # fmt: skip
             s = symbolic("DequantizeLinear", [s, given], dtype=x.dtype, shape=blocks)
             x = symbolic("DequantizeLinear", [q, s], axis, dtype=x.dtype, shape=x.shape)

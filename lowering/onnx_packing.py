@@ -44,7 +44,7 @@ class Build:
             type=ir.TensorType(tensor.dtype),
             shape=ir.Shape(tensor.shape.numpy()),
         )
-        self.graph.initializers[name] = given
+        self.graph.initializers[name] = value
         return value
 
     def absorb(self, part: ir.Model, inputs: Sequence[ir.Value], prefix: str) -> list[ir.Value]:

@@ -24,10 +24,8 @@ def shrink(weights: Weights) -> None:
     is gathered and scaled for the embedding.
     """
     program = weights.program
-    found = {
-        str(n.args[0].target) for n in program.nodes(aten.embedding.default) if _large(program, n.args[0])
-    }  # type: ignore[union-attr]
-    for name in sorted(found):
+    tables: list[Any] = [n.args[0] for n in program.nodes(aten.embedding.default)]
+    for name in sorted({str(t.target) for t in tables if _large(program, t)}):
         weight = program.weights[name]
         blocks = weight.tensor.detach().float().unflatten(1, (-1, _BLOCK))
         scales = blocks.abs().amax(-1) / 127

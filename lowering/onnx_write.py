@@ -39,6 +39,20 @@ class Exported:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.bytes / 1e6:.1f} MB for {self.runtime}, opset {self.opset}, "
+            f"{sum(self.nodes.values())} nodes; {', '.join(self.inputs)} -> {', '.join(self.outputs)}"
+        ]
+        for d in self.differences:
+            sizes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in d["sizes"].items())
+            lines.append(
+                f"  {d['engine']} at {sizes}: {d['absolute']:.1e} from the program, {d['relative']:.1e} relative"
+            )
+        if not self.differences:
+            lines.append("  checked, and not run")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
 
 def write(model: Any, path: Path, names: list[str] | None, parts: Parts, started: float) -> Exported:
     """Write a model; names: of its outputs, where they have none of their own. started: when the export began."""
@@ -48,35 +62,36 @@ def write(model: Any, path: Path, names: list[str] | None, parts: Parts, started
     from .onnx_functions import add_functions
     from .onnx_graph import tidy
 
+    parts.stage("folding constants")
     tidy(model)
     for out, name in zip(model.graph.outputs, names or []):
         out.name = name
     add_functions(model, parts.functions)
     model.ir_version = max(model.ir_version or 0, 11 if parts.opset >= 23 else 10)
     model.producer_name = "thresher"
-    weights = sum(
-        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
-    )
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(path.name + ".data")
     data.unlink(missing_ok=True)
-    if weights > _LARGE:
+    size = sum(w.nbytes for w in weights)
+    parts.stage(f"writing {size / 1e6:.0f} MB")
+    if size > _LARGE:
         ir.save(model, str(path), external_data=data.name, size_threshold_bytes=1024)
     else:
         ir.save(model, str(path))
-    onnx.checker.check_model(str(path), full_check=False)
+    parts.stage("checking the file")
+    onnx.checker.check_model(str(path), full_check=True)
     counts: dict[str, int] = {}
     for node in model.graph:
         key = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         counts[key] = counts.get(key, 0) + 1
-    size = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
     return Exported(
         str(path),
         parts.runtime,
         parts.opset,
         [v.name for v in model.graph.inputs],
         [v.name for v in model.graph.outputs],
-        size,
+        path.stat().st_size + (data.stat().st_size if data.exists() else 0),
         time.perf_counter() - started,
         dict(sorted(counts.items())),
         list(parts.notes),

@@ -187,15 +187,12 @@ def export_model(
     """Export a rewritten model to ONNX and check it against the program."""
     from . import export
 
-    if not hasattr(export, "export_onnx"):
-        raise ThresherError("This version of Thresher has no ONNX export.")
     chosen = _recipe(recipe, stats)
     loaded, batch = _load(model, rows, longest)
     result = export.export_onnx(loaded, batch, output, chosen, runtime=runtime)
-    _out(as_json, {"path": str(output), "result": str(result)})
+    _out(as_json, result.to_dict())
     if not as_json:
-        Console().print(result)
-        Console().print(f"Wrote {output}")
+        Console().print(str(result), markup=False, highlight=False)
 
 
 @app.command()

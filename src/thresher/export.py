@@ -21,11 +21,12 @@ from .errors import ArgumentError, CaptureError, ThresherError
 from .lowering.onnx import Exported, require_onnx
 from .lowering.onnx import export as onnx_export
 from .lowering.onnx_check import compare
+from .lowering.onnx_stages import Stages
 from .lowering.reference import Reference
 from .lowering.target import Lowered
 from .program import Program
 from .recipe import Recipe
-from .report import Report, progress
+from .report import Report
 from .runtime import artifact
 from .runtime.compare import run_with_extras
 from .runtime.kv_session import WHOLE, CallSession
@@ -137,42 +138,46 @@ def export_onnx(
     """
     require_onnx()
     positional, named = example(args)
-    if isinstance(model, Program):
-        program, names, layout = model, None, model.packing
-        refuse_to_keep(program, "model", program.calls.choices if program.calls is not None else ())
-        outside = layout.padded if layout is not None else program
-        given = [*positional, *named.values()]
-        inputs = [named.get(n, given[i]) for i, n in enumerate(outside.input_names)] if given else []
-    else:
-        steps = progress(("capture", "rewrite"), "exporting")
-        next(steps, None)
-        program, names, inputs = _captured(model, positional, named, dynamic_shapes)
-        next(steps, None)
-        chosen = Recipe.of(recipe, **options)
-        with torch.no_grad():
-            program, report = backend.run_pipeline(program, chosen, inputs)
-        list(steps)
-        refuse_to_keep(
-            program, "recipe", [c.name for c in chosen.passes if getattr(c, "choice", None) is not None]
-        )
-        missed = [m.reason for p in report.passes for m in p.missed]
-        if report.passes and not report.rewritten:
-            warnings.warn(f"thresher rewrote nothing: {missed[0] if missed else 'no candidate site.'}",
-                          backend.ThresherWarning, stacklevel=2)  # fmt: skip
-    if program.calls is not None:
-        names = _with_extras(program, names)
-    record = onnx_export(
-        program, Path(path), runtime=runtime, body_only=body_only, accuracy_level=accuracy_level,
-        table_bits=table_bits, output_names=names,
-    )  # fmt: skip
-    for name, choice in program.calls.choices.items() if program.calls is not None else ():
-        record.notes.append(
-            f"{name} was settled at {choice.made} for every call, and the file cannot look at each."
-        )
-    if check and inputs:
-        record.differences, notes = compare(Path(path), _calls(program, inputs, record, body_only))
-        record.notes += notes
+    with Stages() as stage:
+        if isinstance(model, Program):
+            program, names = model, None
+            refuse_to_keep(program, "model", program.calls.choices if program.calls is not None else ())
+            outside = program.packing.padded if program.packing is not None else program
+            given = [*positional, *named.values()]
+            inputs = [named.get(n, given[i]) for i, n in enumerate(outside.input_names)] if given else []
+        else:
+            stage("capturing the model")
+            program, names, inputs = _captured(model, positional, named, dynamic_shapes)
+            stage("rewriting")
+            program = _rewritten(program, Recipe.of(recipe, **options), inputs)
+        if program.calls is not None:
+            names = _with_extras(program, names)
+        record = onnx_export(
+            program, Path(path), runtime=runtime, body_only=body_only, accuracy_level=accuracy_level,
+            table_bits=table_bits, output_names=names, stage=stage,
+        )  # fmt: skip
+        for name, choice in program.calls.choices.items() if program.calls is not None else ():
+            record.notes.append(
+                f"{name} was settled at {choice.made} for every call, and the file cannot look at each."
+            )
+        if check and inputs:
+            stage("running the file and the program")
+            record.differences, notes = compare(Path(path), _calls(program, inputs, record, body_only))
+            record.notes += notes
     return record
+
+
+def _rewritten(program: Program, recipe: Recipe, inputs: list[Any]) -> Program:
+    """The program by a recipe, with a warning when nothing was rewritten."""
+    with torch.no_grad():
+        program, report = backend.run_pipeline(program, recipe, inputs)
+    settled = [c.name for c in recipe.passes if getattr(c, "choice", None) is not None]
+    refuse_to_keep(program, "recipe", settled)
+    if report.passes and not report.rewritten:
+        missed = [m.reason for p in report.passes for m in p.missed]
+        warnings.warn(f"thresher rewrote nothing: {missed[0] if missed else 'no candidate site.'}",
+                      backend.ThresherWarning, stacklevel=3)  # fmt: skip
+    return program
 
 
 def _captured(
