@@ -41,7 +41,7 @@ class Inductor(Target):
         return Lowered(self.name, names, run)
 
     def _compile(self, module: fx.GraphModule, program: Program) -> Any:
-        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         # compile_fx and not torch.compile: the latter, called while Dynamo is at work, silently runs eager
         mode = program.fake_mode()
@@ -59,8 +59,19 @@ class Inductor(Target):
                 f"A CUDA graph has fixed sizes, and in {node} each call's data decide how many tokens attend (zipvl's "
                 "counts='exact'). Use counts='bucketed', or another mode of torch.compile."
             )
+        inputs = fake_inputs(module)
+        weights = range(len(program.placeholders), len(inputs))
+
+        def inner(graph: fx.GraphModule, given: Sequence[Any], **options: Any) -> Any:
+            # A CUDA graph copies inputs at each replay but for those that stay where they are: the weights. Inductor
+            # learns that from Dynamo's notes on a graph of Dynamo's own, which ours is not. A graph whose weights
+            # have moved all the same is recorded anew.
+            if len(given) == len(inputs):
+                options["static_input_idxs"] = list(weights)
+            return compile_fx_inner(graph, given, **options)
+
         with tracing(TracingContext(mode)), torch.no_grad():
-            return compile_fx(module, fake_inputs(module), config_patches=config)
+            return compile_fx(module, inputs, inner_compile=inner, config_patches=config)
 
     def _config(self) -> dict[str, Any]:
         from torch._inductor import list_mode_options

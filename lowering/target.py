@@ -58,8 +58,6 @@ def lift_weights(program: Program) -> tuple[fx.GraphModule, list[str]]:
         ):
             place = graph.placeholder(str(node.target))
         place.meta = {k: v for k, v in node.meta.items() if k == "val"}
-        # unguarded static inputs: CUDA graphs read weights in place instead of copying them each replay
-        place.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         node.replace_all_uses_with(place)
         graph.erase_node(node)
         lifted[str(node.target)] = last = place
