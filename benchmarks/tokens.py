@@ -297,6 +297,12 @@ def tiny_vlm(bench: Benchmark, args: argparse.Namespace) -> None:
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--only", nargs="+", choices=sorted(PARTS), help="run these parts only")
+        parser.add_argument(
+            "--seeds", type=int, nargs="+", help="of tiny_vlm: models to ask; three by default"
+        )
+        parser.add_argument(
+            "--more", type=Path, help="of tiny_vlm: a record of other seeds, to be counted in"
+        )
         parser.add_argument("--lock", type=Path, help="a file to lock while timing, where others time too")
 
     args = arguments(__doc__, more)
