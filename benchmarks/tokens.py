@@ -301,7 +301,7 @@ def main() -> None:
             "--seeds", type=int, nargs="+", help="of tiny_vlm: models to ask; three by default"
         )
         parser.add_argument(
-            "--more", type=Path, help="of tiny_vlm: a record of other seeds, to be counted in"
+            "--more", type=Path, nargs="+", help="of tiny_vlm: records of other seeds to count in"
         )
         parser.add_argument("--lock", type=Path, help="a file to lock while timing, where others time too")
 

@@ -167,7 +167,7 @@ def shares(model: TinyVLM, options: dict[str, Any], seed: int) -> Iterator[str]:
 
 
 def run(bench: Any, args: argparse.Namespace) -> None:
-    """All rows and claims, over `args.seeds` and the seeds in the record `args.more`."""
+    """All rows and claims, over `args.seeds` and the seeds in the records `args.more`."""
     questions = 256 if args.quick else 2048
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     results: dict[tuple[str, float], list[dict[str, float]]] = {}
@@ -178,9 +178,10 @@ def run(bench: Any, args: argparse.Namespace) -> None:
         )
         results.setdefault((name, keep), []).append(found)
 
-    for row in json.loads(args.more.read_text())["rows"] if args.more else []:
-        bench.row(**row)
-        results.setdefault((row["form"], row["keep"]), []).append(row)
+    for record in args.more or []:
+        for row in json.loads(record.read_text())["rows"]:
+            bench.row(**row)
+            results.setdefault((row["form"], row["keep"]), []).append(row)
     for seed in seeds:
         model = train.load(seed)
         note("dense", 1.0, accuracy(model, questions, seed, causal_mask=True), seed)
