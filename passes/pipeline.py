@@ -21,7 +21,8 @@ from thresher.recipe import PassConfig, Recipe
 from thresher.report import Miss, PassReport, Report
 
 from .base import EXACT, PASSES, Context, Match, Pass
-from .cost import CostModel, Gain, Ledger
+from .cost import CostModel
+from .cost_ledger import Gain, Ledger
 from .structure import recover
 
 Compare = Callable[[Program, Program, Sequence[Any]], float]
