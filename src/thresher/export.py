@@ -71,25 +71,30 @@ def save(
                             "Pass a call of the compiled model; its results' names are taken from it.")  # fmt: skip
     is_mapping = isinstance(example_inputs, Mapping) or hasattr(example_inputs, "keys")
     looking = [s for s in what.sessions if isinstance(s, CallSession)]
-    for each in looking:
-        each.keep_inputs = True
-    with sessions.watch() as calls:
-        result = what(**example_inputs) if is_mapping else what(*example_inputs)  # type: ignore[arg-type]
-    if len(calls) != 1:
-        raise ThresherError(
-            f"The model runs as {len(calls)} graphs, with Python code between them that cannot be saved. "
-            "Compile a model without graph breaks; TORCH_LOGS=graph_breaks names them."
-        )
-    ((session, results),) = calls
-    live = {**dict(what.model.named_parameters(remove_duplicate=False)), **dict(what.model.named_buffers())}
-    program = current(session.program, live)
-    others, whole = {}, None
-    if isinstance(session, CallSession):
-        with torch.no_grad():
-            whole = current(session.whole(session.inputs).program, live)
-        others = {key: current(s.program, live) for key, s in session.variants.items() if key != WHOLE}
-    for each in looking:
-        each.keep_inputs, each.inputs = False, []
+    try:
+        for each in looking:
+            each.keep_inputs = True
+        with sessions.watch() as calls:
+            result = what(**example_inputs) if is_mapping else what(*example_inputs)  # type: ignore[arg-type]
+        if len(calls) != 1:
+            raise ThresherError(
+                f"The model runs as {len(calls)} graphs, with Python code between them that cannot be saved. "
+                "Compile a model without graph breaks; TORCH_LOGS=graph_breaks names them."
+            )
+        ((session, results),) = calls
+        live = {
+            **dict(what.model.named_parameters(remove_duplicate=False)),
+            **dict(what.model.named_buffers()),
+        }
+        program = current(session.program, live)
+        others, whole = {}, None
+        if isinstance(session, CallSession):
+            with torch.no_grad():
+                whole = current(session.whole(session.inputs).program, live)
+            others = {key: current(s.program, live) for key, s in session.variants.items() if key != WHOLE}
+    finally:  # also where the call raises: inputs are not held longer than they are needed
+        for each in looking:
+            each.keep_inputs, each.inputs = False, []
     return artifact.write(
         program,
         path,

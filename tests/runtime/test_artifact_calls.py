@@ -61,6 +61,13 @@ def test_a_process_without_the_models_code_runs_the_program_that_fits(pruned, tm
     assert all(not name.endswith((".pkl", ".pt")) for name in zipfile.ZipFile(path).namelist())
 
 
+def test_a_call_that_raises_while_saving_leaves_no_inputs_behind(pruned, tmp_path):
+    model, _ = pruned
+    with pytest.raises(IndexError):
+        thresher.save(model, tmp_path / "m.thresher", example_inputs=dict(input_ids=prompt() + 10**6))
+    assert not any(s.keep_inputs or s.inputs for s in model.sessions)
+
+
 @torch.no_grad()
 def test_a_call_of_another_kind_runs_whole_and_says_so_once(pruned):
     model, path = pruned
