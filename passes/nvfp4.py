@@ -254,5 +254,5 @@ def _size_notes(program: Program, sites: Sequence[LinearSite]) -> list[str]:
     if not before:
         return []
     return [
-        f"the weights of {len(sites)} linears take {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB."
+        f"the weights of {len(sites)} linears take {after / 1e6:.3g} MB instead of {before / 1e6:.3g} MB."
     ]

@@ -33,7 +33,7 @@ from .errors import ArgumentError, ThresherError
 from .passes.calibrate import weights_fingerprint
 from .program import Program
 from .recipe import Recipe
-from .report import Miss, PassReport, Report
+from .report import PassReport, Report
 
 FORMAT = "thresher-certificate-1"
 PACKAGES = ("thresher", "torch", "transformers", "triton", "numpy", "onnx", "onnxruntime")
@@ -108,9 +108,7 @@ class Certificate:
             if given["format"] != FORMAT:
                 raise ValueError(f"its format is {given['format']!r}")
             known = dict(given)
-            known["passes"] = tuple(
-                PassReport(**{**p, "missed": [Miss(**m) for m in p["missed"]]}) for p in known["passes"]
-            )
+            known["passes"] = tuple(PassReport.from_dict(p, strict=True) for p in known["passes"])
             known["ops"] = tuple(OpProof(**o) for o in known["ops"])
             known["notes"] = tuple(known["notes"])
             return cls(**known)

@@ -17,10 +17,10 @@ from . import __version__
 from .errors import ArgumentError
 from .html_template import SCRIPT, STYLE
 from .program import Program
-from .report import Report
+from .report import Report, mean_gain, speed
 from .runtime.fakes import materialise
 
-_LAYER = re.compile(r"^(.*?\.?(?:layers?|h|blocks?|block)\.\d+)\.(.+)$")
+_LAYER = re.compile(r"^(.*?\.?(?:layers?|h|blocks?|block)\.\d+)(?:\.(.+))?$")
 _CLAIMED = "is already rewritten by"
 _MOST_LINES = 4000
 
@@ -98,8 +98,8 @@ def _passes(report: Report) -> str:
             state,
             error,
             f"{p.budget:.0e}",
-            _mean(p.predicted),
-            _mean(p.measured),
+            speed(p.predicted),
+            speed(p.measured),
         )
         rows.append(
             f"<tr><td>{_e(p.name)}</td>" + "".join(f"<td class=n>{_e(c)}</td>" for c in cells) + "</tr>"
@@ -116,10 +116,6 @@ def _passes(report: Report) -> str:
     )
     head = "".join(f"<th>{h}</th>" for h in heads)
     return f"<h2>Passes</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
-
-
-def _mean(gains: Mapping[str, float]) -> str:
-    return f"{sum(gains.values()) / len(gains):.2f}x" if gains else ""
 
 
 def _legend() -> str:
@@ -159,11 +155,11 @@ def sites(report: Report) -> dict[str, tuple[str, str]]:
 def _layers(report: Report) -> str:
     groups: dict[str, list[str]] = {}
     for site, (state, why) in sites(report).items():
-        match = _LAYER.match(site)
-        layer, name = (match[1], match[2]) if match else ("the model", site)
-        groups.setdefault(layer, []).append(
-            f'<button class="site {state}" title="{_e(why)}" data-fqn="{_e(site)}" data-why="{_e(why)}">{_e(name)}</button>'
-        )
+        chip = f'<button class="site {state}" title="{_e(why)}" data-fqn="{_e(site)}" data-why="{_e(why)}">'
+        for part in site.split(", "):  # passes over tokens rewrite several layers as one site
+            match = _LAYER.match(part)
+            layer, name = (match[1], match[2] or "the layer") if match else ("the model", part)
+            groups.setdefault(layer, []).append(f"{chip}{_e(name)}</button>")
     lines = [f'<div class="layer"><b>{_e(layer)}</b><div class="sites">{"".join(chips)}</div></div>'
              for layer, chips in sorted(groups.items(), key=lambda g: _natural(g[0]))]  # fmt: skip
     return "".join(lines) or "<p>No pass looked at a site.</p>"
@@ -175,11 +171,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _plots(view: View) -> str:
-    expected = {
-        f"{p.name}, expected": sum(p.predicted.values()) / len(p.predicted)
-        for p in view.report.passes
-        if p.predicted
-    }
+    means = {p.name: mean_gain(p.predicted) for p in view.report.passes}
+    expected = {f"{name}, expected": mean for name, mean in means.items() if mean is not None}
     if view.report.predicted is not None:
         expected["whole, expected"] = view.report.predicted
     if view.report.measured is not None:
@@ -260,7 +253,7 @@ def _aligned(before: list[str], after: list[str]) -> Iterable[tuple[str, str, st
 
 
 def _notes(view: View) -> str:
-    sentences = [f"{p.name}: {n}" for p in view.report.passes for n in p.notes] + list(view.report.notes)
+    sentences = [f"{p.name}: {n}" for p in view.report.passes for n in p.sentences] + list(view.report.notes)
     sentences += [f"{p.name} was not verified: {p.unverified}" for p in view.report.passes if p.unverified]
     shown = "".join(f"<li>{_e(s)}</li>" for s in sentences)
     parts = f"<h2>Notes</h2><ul>{shown}</ul>" if shown else ""

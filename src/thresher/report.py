@@ -69,10 +69,24 @@ class PassReport:
     counted: dict[str, str] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any], strict: bool = False) -> PassReport:
+        """What asdict wrote. strict: TypeError for what this version does not know, which else is left out."""
+        known = dict(given) if strict else _known(cls, given)
+        return cls(**{**known, "missed": [Miss(**m) for m in given["missed"]]})
+
     @property
     def flops_left(self) -> float | None:
         """The share of the layers' FLOPs that is left on the example; None where the pass did not say."""
         return self.flops["after"] / self.flops["before"] if self.flops else None
+
+    @property
+    def sentences(self) -> list[str]:
+        """What there is to say beside the sites."""
+        left = self.flops_left
+        return self.notes + (
+            [] if left is None else [f"{left:.0%} of the layers' FLOPs are left on the example."]
+        )
 
     @property
     def activity(self) -> dict[str, dict[str, Any]]:
@@ -132,10 +146,7 @@ class Report:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Report:
         """The report that `to_dict` wrote; what this version does not know is left out."""
-        passes = []
-        for entry in given["passes"]:
-            missed = [Miss(**m) for m in entry["missed"]]
-            passes.append(PassReport(**{**_known(PassReport, entry), "missed": missed}))
+        passes = [PassReport.from_dict(p) for p in given["passes"]]
         operators = {
             name: OpCheck(**_known(OpCheck, check)) for name, check in given.get("operators", {}).items()
         }
@@ -171,8 +182,8 @@ class Report:
                 str(len(p.missed)),
                 error,
                 f"{p.budget:.0e}",
-                _speed(p.predicted),
-                _speed(p.measured),
+                speed(p.predicted),
+                speed(p.measured),
                 f"{p.seconds:.1f}",
             )
         if self.predicted is not None:
@@ -204,9 +215,7 @@ def _details(p: PassReport) -> list[Any]:
     for reason, count in Counter(m.reason for m in p.missed).most_common():
         sites = [m.site for m in p.missed if m.reason == reason]
         lines.append(Text(f"{p.name} left alone {_fold(sites)} ({count}): {reason}", style="yellow"))
-    lines += [Text(f"{p.name}: {note}") for note in p.notes]
-    if p.flops_left is not None:
-        lines.append(Text(f"{p.name}: {p.flops_left:.0%} of the layers' FLOPs are left on the example."))
+    lines += [Text(f"{p.name}: {sentence}") for sentence in p.sentences]
     lines += [
         Text(f"{p.name} ran {site}: {_ran(found)}")
         for site, found in p.activity.items()
@@ -225,10 +234,16 @@ def _ran(found: dict[str, Any]) -> str:
     return f"{found['sparse']} calls sparse, {found['dense']} dense{share}"
 
 
-def _speed(gains: dict[str, float]) -> str:
-    """The sites' speed over what it was, as one number: their geometric mean."""
+def mean_gain(gains: Mapping[str, float]) -> float | None:
+    """The sites' speed over what it was, as one number: their geometric mean; None without sites."""
     known = [g for g in gains.values() if g > 0]
-    return f"{statistics.geometric_mean(known):.2f}x" if known else ""
+    return statistics.geometric_mean(known) if known else None
+
+
+def speed(gains: Mapping[str, float]) -> str:
+    """That number as it is shown; nothing without sites."""
+    mean = mean_gain(gains)
+    return "" if mean is None else f"{mean:.2f}x"
 
 
 def _fold(sites: list[str], most: int = 4) -> str:

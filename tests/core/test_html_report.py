@@ -50,6 +50,11 @@ def test_states_of_sites():
     assert "2.00x" in found["layers.0.x"][1] and "changed too much" in found["layers.3.x"][1]
     page = html_report.render(report)
     assert page.index("layers.1.x") < page.index("layers.2.x") and "Program" not in page
+    token = PassReport("t", rewritten=["m.layers.0, m.layers.1"], flops={"before": 4.0, "after": 1.0})
+    page = html_report.render(Report("r", [token]))
+    assert (
+        page.count(">the layer<") == 2 and "25% of the layers" in page
+    )  # one site over layers stands in each
 
 
 def test_what_cannot_be_drawn_is_refused():
