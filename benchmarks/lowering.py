@@ -4,10 +4,11 @@ A matrix of models x methods x targets, each cell a pass with difference, build 
 not; ONNX against Program; a 4-bit decode step against fp32 in ONNX Runtime; a warm start; save and load.
 
     python benchmarks/lowering.py [--quick] [--json PATH] [--layers N] [--only matrix,decode,...] [--minutes M]
+        [--methods prompt,prepack,...] [--targets onnx-ort,...]
 
 --layers cuts the models in the matrix to their first N layers (2 with --quick): the same operators, sooner done.
---minutes stops building further cells; they are recorded as not run. TensorRT cells need tensorrt-rtx, or
-THRESHER_RTX_PYTHON naming a Python that has it, and use the models in half precision.
+--methods and --targets fill a part of the matrix. --minutes stops building further cells; they are recorded as not run.
+TensorRT cells need tensorrt-rtx, or THRESHER_RTX_PYTHON naming a Python that has it, and use the models in half precision.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import _decode
+import _packed_onnx
 import torch
 from _harness import Benchmark, arguments
 
@@ -34,18 +36,23 @@ import thresher
 from thresher import backend, export, models
 from thresher.errors import ThresherError
 from thresher.lowering import tensorrt
+from thresher.lowering.aoti import AOTInductor
 from thresher.lowering.coverage import coverage
+from thresher.lowering.decompose import own_nodes
 from thresher.lowering.inductor import Inductor
 from thresher.lowering.onnx_check import difference
 from thresher.lowering.reference import Reference
+from thresher.lowering.target import Target
 from thresher.program import Program, value
 from thresher.recipe import Recipe
 from thresher.report import Report
 from thresher.runtime import artifact
 from thresher.runtime.session import Session
 
+PROMPT = "prompt"  # without a mask, so that causality is all there is to attention
 METHODS: dict[str, Any] = {
     "none": "none",
+    PROMPT: "none",
     "prepack": {"prepack": True},
     "rsq int4": {"bits": 4, "group_size": 32},  # quantized first: see `quantized`
     "nvfp4": {"nvfp4": True},
@@ -58,8 +65,18 @@ METHODS: dict[str, Any] = {
         )
     },
 }
-EXACT = {"none", "prepack"}
-SECTIONS = ("matrix", "decode", "warm", "artifact", "tensorrt")
+EXACT = {"none", PROMPT, "prepack"}
+TARGETS = (
+    "reference",
+    "artifact",
+    "onnx-ort",
+    "onnx-ort-cuda",
+    "onnx-portable",
+    "tensorrt-rtx sm120",
+    "inductor",
+    "aoti",
+)
+SECTIONS = ("matrix", "packed", "decode", "warm", "artifact", "tensorrt")
 
 
 class Skip(Exception):
@@ -71,6 +88,8 @@ def main() -> None:
         parser.add_argument("--layers", type=int, default=0)
         parser.add_argument("--only", default=",".join(SECTIONS))
         parser.add_argument("--minutes", type=float, default=600)
+        parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+        parser.add_argument("--targets", type=lambda text: text.split(","), default=list(TARGETS))
 
     args = arguments(__doc__, more)
     if args.quick:
@@ -80,10 +99,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for section in args.only.split(","):
-            {"matrix": matrix, "decode": decode, "warm": warm, "artifact": saved, "tensorrt": engines}[
-                section
-            ](bench, folder, args)
-    bench.not_measured("an engine's speed and numbers; TensorRT proper; FX to engine", tensorrt.UNVERIFIED)
+            {
+                "matrix": matrix,
+                "packed": packed,
+                "decode": decode,
+                "warm": warm,
+                "artifact": saved,
+                "tensorrt": engines,
+            }[section](bench, folder, args)
+    bench.not_measured("an engine's speed and numbers; TensorRT proper", tensorrt.UNVERIFIED)
+    bench.not_measured(
+        "FX to engine",
+        "Built and audited by tests/lowering/test_torch_tensorrt.py in an environment of its own.",
+    )
     bench.finish()
 
 
@@ -103,16 +131,18 @@ def matrix(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
     for name in ("minilm", "smollm2"):
         model, tokenizer = models.load(name)
         model = cut(model, args.layers)
-        batch = dict(models.mixed_length_batch(tokenizer, 4, max_len=32))
-        plain, _, inputs = export._captured(model, (), batch, None)
-        for method, recipe in METHODS.items():
+        for method in args.methods:
+            recipe = METHODS[method]
+            batch = call(tokenizer, method)
+            plain, _, inputs = export._captured(model, (), batch, None)
             try:
                 recipe = quantized(model, batch, recipe, folder) if method.startswith("rsq") else recipe
                 program, reason = rewrite(plain, recipe, inputs, method)
             except ThresherError as refusal:
                 program, reason = None, str(refusal)[:300]
-            made = cells(program, plain, inputs, (name, args.layers, method, recipe), folder)
-            for target, build in made.items():
+            made = cells(program, plain, inputs, (name, args.layers, method, recipe), folder, (model, batch))
+            for target in args.targets:
+                build = made[target]
                 cell = dict(
                     section="matrix", model=name, layers=args.layers or "all", method=method, target=target
                 )
@@ -147,17 +177,30 @@ def matrix(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
         )
 
 
+def call(tokenizer: Any, method: str) -> dict[str, Any]:
+    """Four texts of mixed lengths, or one prompt without a mask."""
+    batch = dict(models.mixed_length_batch(tokenizer, 4, max_len=32))
+    if method != PROMPT:
+        return batch
+    longest = int(batch["attention_mask"].sum(1).argmax())
+    length = int(batch["attention_mask"][longest].sum())
+    return {"input_ids": batch["input_ids"][longest : longest + 1, -length:].repeat(2, 1)}
+
+
 def cells(
-    program: Any, plain: Program, inputs: list[Any], case: Any, folder: Path
+    program: Any, plain: Program, inputs: list[Any], case: Any, folder: Path, own: tuple[Any, Any]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What fills each target's cell of one case (model, layers, method, recipe)."""
+    """What fills each target's cell of one case (model, layers, method, recipe). own: the model and its call."""
     return {
         "reference": lambda: reference(program, plain, inputs),
-        "artifact": lambda: file(program, inputs, folder),
-        "onnx-ort": lambda: exported(program, inputs, folder, "ort"),
-        "onnx-portable": lambda: exported(program, inputs, folder, "portable"),
+        "artifact": lambda: file(program, inputs, folder, case, own),
+        **{
+            f"onnx-{runtime}": lambda runtime=runtime: exported(program, inputs, folder, runtime, case[2])
+            for runtime in ("ort", "ort-cuda", "portable")
+        },
         "tensorrt-rtx sm120": lambda: engine(*case, folder, "SM120"),
-        "inductor": lambda: compiled(program, inputs),
+        "inductor": lambda: compiled(program, inputs, Inductor()),
+        "aoti": lambda: compiled(program, inputs, AOTInductor()),
     }
 
 
@@ -212,11 +255,13 @@ def reference(program: Program, plain: Program, inputs: list[Any]) -> dict[str, 
     return {"difference": apart(run(program, inputs), run(plain, inputs), program, inputs)}
 
 
-def compiled(program: Program, inputs: list[Any]) -> dict[str, Any]:
-    return {"difference": apart(run(program, inputs, Inductor()), run(program, inputs), program, inputs)}
+def compiled(program: Program, inputs: list[Any], target: Target) -> dict[str, Any]:
+    return {"difference": apart(run(program, inputs, target), run(program, inputs), program, inputs)}
 
 
-def file(program: Program, inputs: list[Any], folder: Path) -> dict[str, Any]:
+def file(program: Program, inputs: list[Any], folder: Path, case: Any, own: Any) -> dict[str, Any]:
+    if program.calls is not None:
+        return calls(folder, case[3], *own)
     path = artifact.write(program, folder / "m.thresher", longest=256)
     layout = program.packing
     names = (layout.padded if layout is not None else program).input_names
@@ -229,15 +274,36 @@ def file(program: Program, inputs: list[Any], folder: Path) -> dict[str, Any]:
     return {"difference": 0.0, "bytes": path.stat().st_size, "result": "pass, bit-equal"}
 
 
-def exported(program: Program, inputs: list[Any], folder: Path, runtime: str) -> dict[str, Any]:
-    low_bit = {e.operator for e in coverage(program, "onnx-portable").entries} & {
-        "thresher.wna16_linear.default", "thresher.nvfp4_linear.default"}  # fmt: skip
-    if runtime == "portable" and not low_bit:
-        return {"result": "pass: the same file as onnx-ort, which has standard operators only"}
+def calls(folder: Path, recipe: Any, model: Any, batch: Any) -> dict[str, Any]:
+    """A model whose calls are looked at first, saved with the programs that they have needed."""
+    made = thresher.compile(model, batch, recipe, target="reference", dynamic=True)
+    expected = made(**batch)[0]
+    path = thresher.save(made, folder / "m.thresher", example_inputs=batch, longest=256)
+    results = next(iter(artifact.read(path, "reference")(**batch).values()))
+    if not torch.equal(results, expected):
+        raise ThresherError("The loaded programs give other bits.")
+    return {
+        "difference": 0.0,
+        "bytes": path.stat().st_size,
+        "result": "pass, bit-equal, with its calls' programs",
+    }
+
+
+def exported(program: Program, inputs: list[Any], folder: Path, runtime: str, method: str) -> dict[str, Any]:
+    forms = [[(e.how, e.reason) for e in coverage(program, f"onnx-{r}").entries] for r in ("ort", runtime)]
+    standard = runtime == "portable" and method != PROMPT and not own_nodes(program)
+    if runtime != "ort" and (standard or (runtime == "ort-cuda" and forms[0] == forms[1])):
+        return {"result": "pass: the same file as onnx-ort"}
     record = thresher.export_onnx(program, inputs, folder / "m.onnx", runtime=runtime)
     if not record.differences:
         raise Skip("; ".join(record.notes))
-    return {"difference": record.worst, "bytes": record.bytes, "engine": record.differences[0]["engine"]}
+    own = [f"{n} {kind.split('::')[1]}" for kind, n in record.nodes.items() if "::" in kind]
+    return {
+        "difference": record.worst,
+        "bytes": record.bytes,
+        "engine": record.differences[0]["engine"],
+        **({"own": ", ".join(own)} if own else {}),
+    }
 
 
 def engine(name: str, layers: int, method: str, recipe: Any, folder: Path, sm: str) -> dict[str, Any]:
@@ -247,7 +313,7 @@ def engine(name: str, layers: int, method: str, recipe: Any, folder: Path, sm: s
         raise Skip(reason)
     model, tokenizer = models.load(name)
     model = cut(model, layers).half()
-    batch = dict(models.mixed_length_batch(tokenizer, 4, max_len=32))
+    batch = call(tokenizer, method)
     plain, _, inputs = export._captured(model, (), batch, None)
     if method.startswith("rsq"):
         recipe = quantized(model, batch, METHODS[method], folder)
@@ -277,6 +343,11 @@ def engine(name: str, layers: int, method: str, recipe: Any, folder: Path, sm: s
     fused = built.count("_gemm_mha_v2")
     return {"bytes": built.bytes, "result": f"pass: {len(built.kernels)} kernels, {fused} fused attentions, "
             f"{len(built.promised)} low-precision products as promised"}  # fmt: skip
+
+
+def packed(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
+    model, _ = models.load("minilm")
+    _packed_onnx.run(bench, folder, model, rounds=3 if args.quick else 9)
 
 
 def decode(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:

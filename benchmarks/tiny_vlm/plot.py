@@ -44,7 +44,7 @@ def main() -> None:
 
         dense = at("dense", 1.0)
         axis.axhline(dense[1], color="grey", linewidth=0.8)
-        axis.text(0.25, dense[1] + 1, "dense", color="grey")
+        axis.text(0.7, dense[1] + 1.5, "dense", color="grey")
         for form, style in CURVES.items():
             points = sorted(at(form, keep) for keep in found[form])
             axis.plot(*zip(*points, dense), style, label=form, markersize=5)
@@ -53,7 +53,7 @@ def main() -> None:
         for form, mark in POINTS.items():
             ((keep, _),) = found[form].items()
             axis.plot(*at(form, keep), mark, label=form, markersize=9, color="tab:olive")
-        axis.set(xlabel="share of the decoder layers' FLOPs", title=title, xlim=(0.22, 1.02), ylim=(10, 100))
+        axis.set(xlabel="share of the decoder layers' FLOPs", title=title, xlim=(0.22, 1.02), ylim=(38, 101))
     axes[0].set_ylabel("chain questions answered, %")
     axes[1].legend(fontsize=7, loc="lower right")
     figure.tight_layout()

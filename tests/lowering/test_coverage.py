@@ -1,5 +1,7 @@
 """What a target will make of a program is known before it is built, and agrees with what is then built."""
 
+import functools
+
 import blocks
 import captures
 import pytest
@@ -12,6 +14,7 @@ from thresher.lowering.coverage import TARGETS, coverage
 from thresher.recipe import Recipe
 
 
+@functools.cache
 def packed():
     program = captures.of_zoo("llama", "export-dynamic")
     _, inputs = zoo.ZOO["llama"].build()

@@ -81,9 +81,7 @@ class ThreeAxes(torch.nn.Module):
 def test_a_window_that_may_not_reach_the_image_is_said_where_attention_is_scored(policy, said):
     model, inputs = zoo.ZOO["mistral"].build()
     inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
-    options = dict(
-        image_token_id=None, image_span=(0, 6), stages=((1, 0.5),), policy=policy, position="kept"
-    )
+    options = dict(image_token_id=None, image_span=(0, 6), stages=((1, 0.5),), policy=policy, position="kept")
     report = compiled(model, inputs, **options).report["transprune"]
     assert report.rewritten
     assert any("which may not reach the image" in note for note in report.notes) == said

@@ -4,11 +4,13 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import masks
 import pytest
@@ -29,10 +31,17 @@ def compiled(name, recipe="exact", dynamic=True):
     return thresher.compile(model, inputs, recipe, target="reference", dynamic=dynamic), inputs
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     model, inputs = compiled("llama")
-    return thresher.save(model, tmp_path / "model.thresher", example_inputs=inputs, longest=64), inputs
+    path = tmp_path_factory.mktemp("saved") / "model.thresher"
+    return thresher.save(model, path, example_inputs=inputs, longest=64), inputs
+
+
+@pytest.fixture
+def saved(written, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copy(written[0], tmp_path)), written[1]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "mistral"])

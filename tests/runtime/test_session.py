@@ -16,6 +16,7 @@ from thresher.program import value
 
 @pytest.fixture(scope="module")
 def llama():
+    """Tests that use it come first: the others begin by making Dynamo forget what it has traced."""
     model, inputs = zoo.ZOO["llama"].build()
     torch._dynamo.reset()
     return model, thresher.compile(model, inputs, target="reference", dynamic=True)
@@ -40,6 +41,76 @@ def expected_of(model, inputs):
         return model(**inputs)
 
 
+class TestThreads:
+    def test_calls_from_many_threads_do_not_mix(self, llama):
+        model, ours = llama
+        work = []
+        for seed, lengths in enumerate([(5, 8, 12), (12, 1, 3), (2, 2, 12), (7, 12, 9)]):
+            mask = masks.mixed(lengths)
+            ids = torch.randint(3, 90, mask.shape, generator=torch.Generator().manual_seed(seed))
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            work.append((inputs, expected_of(model, inputs).logits[mask.bool()]))
+        ours(**work[0][0])  # nothing is left to compile
+        calls, failures = sum(c.calls for c in ours.counters), []
+
+        def run(inputs, expected):
+            for _ in range(5):
+                actual = ours(**inputs).logits[inputs["attention_mask"].bool()]
+                if not torch.allclose(actual, expected, atol=2e-5):
+                    failures.append(float((actual - expected).abs().max()))
+
+        threads = [threading.Thread(target=run, args=w) for w in work]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert sum(c.calls for c in ours.counters) == calls + 20
+
+
+class TestBadInput:
+    def test_a_mask_that_does_not_fit_the_tokens(self, llama):
+        _, ours = llama
+        session = session_of(ours)
+        ids, mask = torch.ones(3, 12, dtype=torch.int64), torch.ones(3, 11, dtype=torch.int64)
+        with pytest.raises(ArgumentError, match="attention_mask"):
+            session(arguments(session, ids, mask), {})
+
+    def test_values_other_than_zero_and_one(self, llama):
+        session = session_of(llama[1])
+        for bad in (2, -1):
+            inputs = zoo.tokens(masks.right((5, 8, 12)))
+            inputs["attention_mask"][0, 0] = bad
+            with pytest.raises(ArgumentError, match="values other than 0 and 1"):
+                session(arguments(session, inputs["input_ids"], inputs["attention_mask"]), {})
+
+    @pytest.mark.parametrize(
+        "options", [{"form": "bins"}, {"outputs": "flat"}, {"buckets": -1}, {"form": "rows", "buckets": 3}]
+    )
+    def test_options_that_do_not_exist(self, options):
+        with pytest.raises(ArgumentError, match="prepack"):
+            thresher.Recipe.of(prepack=options)
+
+
+class TestHostSync:
+    def test_a_call_reads_the_device_once(self, llama, monkeypatch):
+        _, ours = llama
+        inputs = zoo.tokens(masks.mixed((5, 8, 12)))
+        session = session_of(ours)
+        given = arguments(session, inputs["input_ids"], inputs["attention_mask"])
+        session(given, {})
+        reads, body = [], session._lowered_body()
+        run = body.run
+        monkeypatch.setattr(body, "run", lambda *a: (reads.append("body"), run(*a))[1])
+        for name in ("tolist", "item", "__bool__", "__int__"):
+            inner = getattr(torch.Tensor, name)
+            monkeypatch.setattr(
+                torch.Tensor, name, lambda t, inner=inner, name=name: (reads.append(name), inner(t))[1]
+            )
+        session(given, {})
+        assert reads[: reads.index("body")] == ["tolist"]
+
+
 class TestBypass:
     def test_no_padding_is_bit_identical_to_the_model_as_it_was(self, llama):
         model, ours = llama
@@ -47,6 +118,13 @@ class TestBypass:
         before = session_of(ours).counters.padded["The batch has no padding."]
         assert torch.equal(ours(**inputs).logits, expected_of(model, inputs).logits)
         assert session_of(ours).counters.padded["The batch has no padding."] == before + 1
+
+    def test_empty_batches_and_single_tokens_run_padded(self, llama):
+        model, ours = llama
+        for mask in (masks.right((0, 0, 0), 12), masks.right((1, 0, 0), 12)):
+            inputs = zoo.tokens(mask)
+            assert torch.equal(ours(**inputs).logits, expected_of(model, inputs).logits)
+        assert session_of(ours).counters.padded["The batch has fewer than two real tokens."] >= 2
 
     def test_without_padding_what_other_passes_did_runs_all_the_same(self):
         """The padded program lacks it: its results, and a proof on such an example, would be another model's."""
@@ -59,13 +137,6 @@ class TestBypass:
         assert 0 < ours.report["nvfp4"].error == pytest.approx(alone.report["nvfp4"].error, rel=1e-3)
         ours(**other)
         assert ours.counters[0].packed == 3 and not ours.counters[0].padded
-
-    def test_empty_batches_and_single_tokens_run_padded(self, llama):
-        model, ours = llama
-        for mask in (masks.right((0, 0, 0), 12), masks.right((1, 0, 0), 12)):
-            inputs = zoo.tokens(mask)
-            assert torch.equal(ours(**inputs).logits, expected_of(model, inputs).logits)
-        assert session_of(ours).counters.padded["The batch has fewer than two real tokens."] >= 2
 
     def test_a_gain_below_the_threshold_is_not_worth_it(self):
         model, inputs = zoo.ZOO["llama"].build()
@@ -117,25 +188,6 @@ class TestCounters:
         assert ours.counters[0].lowered == 2 and ours.counters[0].packed == 1
 
 
-class TestHostSync:
-    def test_a_call_reads_the_device_once(self, llama, monkeypatch):
-        _, ours = llama
-        inputs = zoo.tokens(masks.mixed((5, 8, 12)))
-        session = session_of(ours)
-        given = arguments(session, inputs["input_ids"], inputs["attention_mask"])
-        session(given, {})
-        reads, body = [], session._lowered_body()
-        run = body.run
-        monkeypatch.setattr(body, "run", lambda *a: (reads.append("body"), run(*a))[1])
-        for name in ("tolist", "item", "__bool__", "__int__"):
-            inner = getattr(torch.Tensor, name)
-            monkeypatch.setattr(
-                torch.Tensor, name, lambda t, inner=inner, name=name: (reads.append(name), inner(t))[1]
-            )
-        session(given, {})
-        assert reads[: reads.index("body")] == ["tolist"]
-
-
 class TestBuckets:
     @pytest.mark.parametrize("name", ["llama", "t5_encoder", "gpt2"])
     def test_filler_reaches_no_result(self, name):
@@ -170,33 +222,6 @@ class TestPackedOutputs:
             assert actual.past_key_values.layers[0].keys.shape == (3, 2, 12, 8)
 
 
-class TestThreads:
-    def test_calls_from_many_threads_do_not_mix(self, llama):
-        model, ours = llama
-        work = []
-        for seed, lengths in enumerate([(5, 8, 12), (12, 1, 3), (2, 2, 12), (7, 12, 9)]):
-            mask = masks.mixed(lengths)
-            ids = torch.randint(3, 90, mask.shape, generator=torch.Generator().manual_seed(seed))
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            work.append((inputs, expected_of(model, inputs).logits[mask.bool()]))
-        ours(**work[0][0])  # nothing is left to compile
-        calls, failures = sum(c.calls for c in ours.counters), []
-
-        def run(inputs, expected):
-            for _ in range(5):
-                actual = ours(**inputs).logits[inputs["attention_mask"].bool()]
-                if not torch.allclose(actual, expected, atol=2e-5):
-                    failures.append(float((actual - expected).abs().max()))
-
-        threads = [threading.Thread(target=run, args=w) for w in work]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not failures
-        assert sum(c.calls for c in ours.counters) == calls + 20
-
-
 class TestWeights:
     def test_replaced_weights_are_used(self):
         model, inputs = zoo.ZOO["llama"].build()
@@ -210,27 +235,3 @@ class TestWeights:
         with torch.no_grad():
             model.lm_head.weight.mul_(3)
         torch.testing.assert_close(ours(**inputs).logits[real], 3 * expected[real], atol=6e-5, rtol=1e-5)
-
-
-class TestBadInput:
-    def test_a_mask_that_does_not_fit_the_tokens(self, llama):
-        _, ours = llama
-        session = session_of(ours)
-        ids, mask = torch.ones(3, 12, dtype=torch.int64), torch.ones(3, 11, dtype=torch.int64)
-        with pytest.raises(ArgumentError, match="attention_mask"):
-            session(arguments(session, ids, mask), {})
-
-    @pytest.mark.parametrize("bad", [2, -1])
-    def test_values_other_than_zero_and_one(self, llama, bad):
-        _, ours = llama
-        inputs = zoo.tokens(masks.right((5, 8, 12)))
-        inputs["attention_mask"][0, 0] = bad
-        with pytest.raises(ArgumentError, match="values other than 0 and 1"):
-            ours(**inputs)
-
-    @pytest.mark.parametrize(
-        "options", [{"form": "bins"}, {"outputs": "flat"}, {"buckets": -1}, {"form": "rows", "buckets": 3}]
-    )
-    def test_options_that_do_not_exist(self, options):
-        with pytest.raises(ArgumentError, match="prepack"):
-            thresher.Recipe.of(prepack=options)
