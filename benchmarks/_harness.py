@@ -45,7 +45,7 @@ _PACKAGES = (
     "tensorrt-rtx",
     "numpy",
 )
-_PLACES = ("json", "lock", "log", "state")  # options that name a file to write
+_PLACES = ("json", "lock", "log", "more", "state")  # options that name files
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -230,9 +230,9 @@ def _command() -> str:
     root, words, skip = Path(__file__).resolve().parents[1], ["python"], False
     for word in sys.argv:
         path = Path(word).resolve()
-        if skip or (word.startswith("--") and word.removeprefix("--") in _PLACES):
-            skip = not skip
-        else:
+        if word.startswith("--"):
+            skip = word.removeprefix("--") in _PLACES
+        if not skip:
             words.append(
                 str(path.relative_to(root)) if os.sep in word and path.is_relative_to(root) else word
             )

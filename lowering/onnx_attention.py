@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import Program, value
+from thresher.program import value
 
-from .decompose import op_name, own_nodes, trace_before
+from .decompose import op_name, own_nodes
+from .onnx_weights import Weights, symbolic
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.float16)
@@ -36,63 +37,45 @@ UNRUN = (
 )
 
 
-def group_query(program: Program, on_gpu: bool = False) -> int:
-    """Replace what the operator can compute, in place; how many attentions that were.
+def group_query(weights: Weights) -> None:
+    """Replace causal attention that the operator can compute, in place.
 
-    on_gpu: the CUDA operator takes half types only. It is written, and not run by Thresher's tests.
+    The CUDA operator takes half types only. It is written for `ort-cuda`, and not run by Thresher's tests.
     """
-    count = 0
-    for node in program.nodes(aten.scaled_dot_product_attention.default):
+    for node in weights.program.nodes(aten.scaled_dot_product_attention.default):
         q, k, v = node.args[:3]
         given = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:])) | dict(node.kwargs)
         if not _fits(given, *(value(n) for n in (q, k, v))):
             continue
-        if on_gpu and value(q).dtype == torch.float32:
+        if weights.runtime == "ort-cuda" and value(q).dtype == torch.float32:
             continue
-        k, v = unrepeated(k), unrepeated(v)
-        scale = given.get("scale")
-
-        def form(q: Any, k: Any, v: Any, scale: Any = scale) -> Any:
-            return _form(q, k, v, scale)
-
-        made = trace_before(program, node, form, [q, k, v])
-        node.replace_all_uses_with(made)
-        program.graph.erase_node(node)
-        count += 1
-    return count
+        form = functools.partial(_form, scale=given.get("scale"))  # type: ignore[arg-type]
+        weights.replace(node, form, [q, unrepeated(k), unrepeated(v)])
 
 
-def packed(program: Program, runtime: str, functions: set[str], notes: list[str]) -> None:
+def packed(weights: Weights) -> None:
     """Replace packed attention, in place, where `no_packed` has no objection; names the functions it needs."""
-    for node in own_nodes(program):
-        if op_name(node) != "varlen_attention" or no_packed(node, runtime) is not None:
+    for node in own_nodes(weights.program):
+        if op_name(node) != "varlen_attention" or no_packed(node, weights.runtime) is not None:
             continue
         q, k, v, cu_seqlens, _, scale, causal, _, softcap = node.args
-        multi_head = by_multi_head(node, runtime)
-        name = "PackedEncoderAttention" if multi_head else "PackedAttention"
-        functions.add(name)
-        if multi_head or not causal:
-            note = UNRUN if multi_head else f"{_BIDIRECTIONAL}."
-            notes += [note] if note not in notes else []
         attributes: dict[str, Any] = {"num_heads": int(value(q).shape[1]), "scale": float(scale)}  # type: ignore[arg-type]
-        if not multi_head:
+        if by_multi_head(node, weights.runtime):
+            weights.note(UNRUN)
+            name = "PackedEncoderAttention"
+        else:
+            if not causal:
+                weights.note(f"{_BIDIRECTIONAL}.")
             k, v = unrepeated(k), unrepeated(v)
+            name = "PackedAttention"
             attributes |= {
                 "kv_num_heads": int(value(k).shape[1]),
                 "causal": int(bool(causal)),
                 "softcap": float(softcap),  # type: ignore[arg-type]
             }
-
-        def form(q: Any, k: Any, v: Any, cu: Any, name: str = name, attributes: Any = attributes) -> Any:
-            if name == "PackedEncoderAttention" and k.shape[1] != q.shape[1]:
-                k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-            return torch.onnx.ops.symbolic(
-                f"thresher::{name}", [q, k, v, cu], attributes, dtype=q.dtype, shape=q.shape, version=1
-            )
-
-        made = trace_before(program, node, form, [q, k, v, cu_seqlens])
-        node.replace_all_uses_with(made)
-        program.graph.erase_node(node)
+        weights.functions.add(name)
+        form = functools.partial(_packed_form, name=name, attributes=attributes)
+        weights.replace(node, form, [q, k, v, cu_seqlens])
 
 
 def by_multi_head(node: fx.Node, runtime: str) -> bool:
@@ -177,3 +160,12 @@ def _form(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
         version=1,
     )
     return out.reshape(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _packed_form(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, name: str, attributes: dict[str, Any]
+) -> torch.Tensor:
+    """q: [1, Hq, T, D]; k, v: [1, Hkv, T, D]; cu: int32 [sequences + 1]; the result is [1, Hq, T, D]."""
+    if "kv_num_heads" not in attributes and k.shape[1] != q.shape[1]:  # that operator shares no keys
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    return symbolic(f"thresher::{name}", [q, k, v, cu], attributes, dtype=q.dtype, shape=q.shape, version=1)

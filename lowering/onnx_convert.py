@@ -61,8 +61,8 @@ class Parts:
         if self.runtime == "tensorrt":
             add_masks(copy)
         elif self.runtime != "portable":
-            group_query(copy, on_gpu=self.runtime == "ort-cuda")
-            packed(copy, self.runtime, self.functions, self.notes)
+            group_query(weights)
+            packed(weights)
         columns = _columns(copy) if windowed(copy) else None
         decompose(copy, additive=self.runtime == "tensorrt", columns=columns)
         self.fields = list(copy.input_names)

@@ -22,13 +22,17 @@ _MODEL = """<ir_version: 11, opset_import: ["" : 23, "trt" : 1]>
 unused (float[1] x) => (float[1] y) { y = Identity(x) }
 """
 
-# Of packed tokens [1, heads, T, D] and the sequences' offsets int32 [B + 1]: rows [T, heads * D]; each sequence's
-# length; which slots of [B, longest] hold a token, and the slots' numbers in the order of the tokens.
-_LAYOUT = """
+_NUMBERS = """
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
   minus = Constant <value_ints = [-1]> ()
   far = Constant <value_ints = [2147483647]> ()
+"""
+
+# Of packed tokens [1, heads, T, D] and the sequences' offsets int32 [B + 1]: rows [T, heads * D]; each sequence's
+# length; which slots of [B, longest] hold a token, and the slots' numbers in the order of the tokens.
+_LAYOUT = f"""
+{_NUMBERS}
   count = Shape <start = 2, end = 3> (q)
   heads = Shape <start = 1, end = 2> (q)
   head_width = Shape <start = 3, end = 4> (q)
@@ -147,14 +151,11 @@ PackedEncoderAttention <num_heads, scale> (q, k, v, cu) => (out)
 """,
     # What PackedMultiHeadAttention is documented to compute: a token sees those of its row in the padded batch and of
     # its sequence, which must be the same ones. For checks where its kernel cannot run.
-    "PackedMultiHeadAttention": """
+    "PackedMultiHeadAttention": f"""
 <domain: "thresher", opset_import: ["" : 23]>
 PackedMultiHeadAttention <num_heads, scale> (q, k, v, bias, token_offset, cu) => (out)
-{
-  zero = Constant <value_ints = [0]> ()
-  one = Constant <value_ints = [1]> ()
-  minus = Constant <value_ints = [-1]> ()
-  far = Constant <value_ints = [2147483647]> ()
+{{
+{_NUMBERS}
   count = Shape <start = 0, end = 1> (q)
   width = Shape <start = 1, end = 2> (token_offset)
   wide = Cast <to = 7> (token_offset)
@@ -182,6 +183,6 @@ PackedMultiHeadAttention <num_heads, scale> (q, k, v, bias, token_offset, cu) =>
   y = Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads, scale: float = @scale>
     (q_batch, k_batch, v_batch, mask)
   out = Squeeze (y, zero)
-}
+}}
 """,
 }

@@ -30,7 +30,7 @@ class Stored:
 
 @dataclass
 class Weights:
-    """What the forms of quantized linears share in one export.
+    """What the forms that replace nodes share in one export.
 
     runtime: one of `onnx.RUNTIMES`. accuracy_level: of `MatMulNBits`; 0 computes in fp32, 4 rounds activations to
     int8. stored: true types by weight attribute. notes: sentences for the record. functions: names of model-local

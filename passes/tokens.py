@@ -215,12 +215,13 @@ def tower_size(tower: Tower) -> int:
 def layer_flops(layer: Any, tokens: float, kept: float | None = None) -> tuple[float, float]:
     """(linears, attention) of one layer on `tokens` tokens, one multiply-add counting as two.
 
-    Causal attention counts half of its square; `kept` tokens attend (default: all).
+    Causal attention counts half of its square; `kept` tokens attend (default: all). Attention that was not recovered
+    counts nothing.
     """
     site = layer.attention
     weights = sum(s.in_features * s.out_features for b in layer.branches for s in b.site.linears)
     attending = tokens if kept is None else kept
-    width = site.heads * (site.head_dim + site.value_dim)
+    width = site.heads * (site.head_dim + site.value_dim) if site is not None else 0
     return 2 * weights * tokens, attending * attending * width
 
 

@@ -166,24 +166,23 @@ class ZipVL(Pass):
             return [Miss("the whole program", str(reason))]
         good: list[tuple[LayerSite, float]] = []
         misses: list[Match | Miss] = []
-        spared: list[float] = []
+        dense = sum(
+            sum(layer_flops(layer, n)) for s in stretches for layer in s.layers for n, _ in lengths[s]
+        )
+        context.flops.update(before=dense, after=dense)
         number = 0
         for stretch in stretches:
             for layer in stretch.layers:
                 number += 1
                 if number < config.first_layer:
                     continue
-                why = _why_not(layer) or self._why_dense(layer, stretch, lengths[stretch], context, spared)
+                why = _why_not(layer) or self._why_dense(layer, stretch, lengths[stretch], context)
                 if why is not None:
                     misses.append(Miss(layer.attention.fqn if layer.attention else layer.fqn, why))
                 else:
                     good.append((layer, self._share(layer, context)))  # type: ignore[arg-type]
         if not good:
             return misses
-        dense = sum(
-            sum(layer_flops(layer, n)) for s in stretches for layer in s.layers for n, _ in lengths[s]
-        )
-        context.flops.update(before=dense, after=dense - sum(spared))
         plan = Plan(stretches, types, good, protected, counted)
         return [*misses, Match(", ".join(layer.fqn for layer, _ in good), plan)]
 
@@ -226,14 +225,9 @@ class ZipVL(Pass):
         return EXPECTED if context.config.counts == "exact" else None
 
     def _why_dense(
-        self,
-        layer: LayerSite,
-        stretch: Stretch,
-        rows: list[tuple[int, int]],
-        context: Context,
-        spared: list[float],
+        self, layer: LayerSite, stretch: Stretch, rows: list[tuple[int, int]], context: Context
     ) -> str | None:
-        """Why a layer is left dense; None, with its FLOPs appended to `spared`, where it is not."""
+        """Why a layer is left dense; None, with what it saves off the account of FLOPs, where it is not."""
         config, site, axes = context.config, layer.attention, stretch.axes
         assert site is not None
         if layer.output not in axes or axes.get(site.k.result) != HEADS:
@@ -256,7 +250,7 @@ class ZipVL(Pass):
                 f"{sum(kept)} of {sum(n for n, _ in rows)} tokens would attend, which saves {saved / dense:.1%} of the"
                 f" layer's FLOPs; min_saving is {config.min_saving:.0%}."
             )
-        spared.append(saved)
+        context.flops["after"] -= saved
         return None
 
     def _rows(

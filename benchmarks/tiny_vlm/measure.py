@@ -109,11 +109,6 @@ def follow_up(decoder: Any, past: Any, case: Case) -> torch.Tensor:
     return decoder.lm_head(inner.norm(hidden))[:, -1].argmax(-1)
 
 
-def flops_share(call: Any, name: str) -> float:
-    """Decoder layers' FLOPs of the compiled prefill against dense, as the pass reckons them."""
-    return call.report[name].flops_left
-
-
 def accuracy(
     model: TinyVLM,
     questions: int,
@@ -136,16 +131,16 @@ def accuracy(
             scores = noise + 10 * (case.evidence if oracle == "oracle" else -case.evidence)
         first, second = asker.ask(case, scores)
         right, again, total = right + first.sum().item(), again + second.sum().item(), total + len(first)
-    share = 1.0
     name = "transprune" if options else "zipvl"
-    if name in recipe and asker.call.report[name].rewritten:
-        share = flops_share(asker.call, name)
+    left = asker.call.report[name].flops_left if name in recipe else None
+    share = 1.0 if left is None else left
     return {"t1": right / total, "t2": again / total, "flops_share": share, "questions": total}
 
 
 POLICIES = ("random", "uniform", "oracle", "anti-oracle", "fastv", "iga", "ttv", "transprune")
 SPREAD = (0.3, 0.5)  # shares of the kept tokens that are spread evenly over the image
 PRUNE = dict(min_image_tokens=1, bucket=1, min_saving=-1.0)
+PROBES = dict(recent=8, spread=8, bucket=1, min_saving=-1.0)
 
 
 def pruning(policy: str, keep: float, **more: Any) -> dict[str, Any]:
@@ -199,18 +194,17 @@ def run(bench: Any, args: argparse.Namespace) -> None:
                 note(f"transprune, {share:.0%} spread", keep, accuracy(model, questions, seed, **mixed), seed)
             code = pruning("transprune", keep, mode="official_code")
             note("transprune, official_code", keep, accuracy(model, questions, seed, **code), seed)
-        probes = dict(recent=8, spread=8, bucket=1, min_saving=-1.0)
-        exact = dict(probes, tau=0.975, counts="exact")
+        exact = dict(PROBES, tau=0.975, counts="exact")
         for form, keep, options in (
-            ("zipvl, protected", 0.75, dict(probes, keep=0.75)),
-            ("zipvl, paper", 0.75, dict(probes, keep=0.75, mode="paper")),
-            ("zipvl, keys and values at 4/2 bits", 0.5, dict(probes, keep=0.5, kv="quantize")),
+            ("zipvl, protected", 0.75, dict(PROBES, keep=0.75)),
+            ("zipvl, paper", 0.75, dict(PROBES, keep=0.75, mode="paper")),
+            ("zipvl, keys and values at 4/2 bits", 0.5, dict(PROBES, keep=0.5, kv="quantize")),
             ("zipvl, counted to hold tau .975, protected", 1.0, exact),
             ("zipvl, counted to hold tau .975, paper", 1.0, dict(exact, mode="paper")),
         ):
             held = KVPolicy(important=keep, recent=8, spread=8) if "kv" in options else None
             note(form, keep, accuracy(model, questions, seed, zipvl=options, held=held), seed)
-        calibrated = dict(probes, tau=0.975)
+        calibrated = dict(PROBES, tau=0.975)
         with shares(model, calibrated, seed) as stats:
             note(CALIBRATED, 1.0, accuracy(model, questions, seed, zipvl=calibrated, stats=stats), seed)
     claims(bench, results, len(results["dense", 1.0]))

@@ -43,9 +43,6 @@ LOOK_UPS = 2  # of a chain question: so many layers start by looking, and the ot
 LOGIT_SCALE = 0.1  # of the decoder's answers at the start: it knows nothing yet
 
 
-KEPT = Path(__file__).with_name("seed0.safetensors")  # of this RECIPE, so that tests need not train
-
-
 def checkpoint(seed: int) -> Path:
     """Where the weights of this recipe and seed are kept."""
     return cache_dir() / "tiny_vlm" / f"recipe{RECIPE}-seed{seed}.safetensors"
@@ -164,10 +161,11 @@ def train(seed: int = 0, log: Callable[[str], None] = print) -> TinyVLM:
 
 
 def load(seed: int = 0, log: Callable[[str], None] = print) -> TinyVLM:
-    """The trained model: from the user's cache, else seed 0 as it is kept here in fp16, else trained now."""
+    """The trained model: from the user's cache, else as it is kept beside this file in fp16, else trained now."""
     path = checkpoint(seed)
-    if not path.exists() and seed == 0:
-        path = KEPT
+    kept = Path(__file__).with_name(path.name)
+    if not path.exists() and kept.exists():
+        path = kept
     elif not path.exists():
         log(f"Training the tiny model once (seed {seed}); its weights go to {path}.")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from tiny_vlm import data, measure, train
 
 QUESTIONS = 128
-ZIP = dict(recent=8, spread=8, bucket=1, min_saving=-1.0, keep=0.75)
+ZIP = dict(measure.PROBES, keep=0.75)
 
 
 @pytest.fixture(scope="module")
