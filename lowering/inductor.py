@@ -32,6 +32,7 @@ class Inductor(Target):
 
     def lower(self, program: Program) -> Lowered:
         module, names = lift_weights(program)
+        write_updates(module.graph, program)
         call = self._compile(module, program)
 
         def run(inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
@@ -60,14 +61,14 @@ class Inductor(Target):
                 "counts='exact'). Use counts='bucketed', or another mode of torch.compile."
             )
         inputs = fake_inputs(module)
-        weights = range(len(program.placeholders), len(inputs))
+        stay = [*program.updates.values(), *range(len(program.placeholders), len(inputs))]
 
         def inner(graph: fx.GraphModule, given: Sequence[Any], **options: Any) -> Any:
-            # A CUDA graph copies inputs at each replay but for those that stay where they are: the weights. Inductor
-            # learns that from Dynamo's notes on a graph of Dynamo's own, which ours is not. A graph whose weights
-            # have moved all the same is recorded anew.
+            # A CUDA graph copies inputs at each replay but for those that stay where they are: the weights, and what the
+            # model writes to. Inductor learns that from Dynamo's notes on a graph of Dynamo's own, which ours is not.
+            # A graph whose weights have moved all the same is recorded anew.
             if len(given) == len(inputs):
-                options["static_input_idxs"] = list(weights)
+                options["static_input_idxs"] = stay
             return compile_fx_inner(graph, given, **options)
 
         with tracing(TracingContext(mode)), torch.no_grad():
@@ -78,3 +79,18 @@ class Inductor(Target):
 
         modes = list_mode_options(self.mode, None) if self.mode and self.mode != "default" else {}
         return {**modes, **{name.replace("-", "_"): given for name, given in self.options.items()}}
+
+
+def write_updates(graph: fx.Graph, program: Program) -> None:
+    """End a program's graph with the writes to its inputs (`Program.updates`), which Inductor then does in place where
+    the input is not read afterwards; None in the results' places."""
+    if not program.updates:
+        return
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    results = list(output.args[0])
+    with graph.inserting_before(output):
+        for index, place in program.updates.items():
+            graph.call_function(torch.ops.aten.copy_.default, (places[place], results[index]))
+            results[index] = None
+    output.args = (tuple(results),)

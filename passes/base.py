@@ -102,6 +102,9 @@ class Pass(abc.ABC):
     per_rank: ClassVar[bool] = False
     """Whether each rank of a tensor-parallel model may rewrite its own part: what this pass decides, it decides from
     weights and masks, or alike on every rank."""
+    moves_tokens: ClassVar[bool] = False
+    """Whether it packs tokens or leaves some out. A program that writes its tokens into tensors of its caller, such as a
+    static cache, is then not for it: they have places there."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Calibration statistics that must be in the context; without them every site is a Miss."""
 

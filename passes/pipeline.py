@@ -34,6 +34,10 @@ ONE_RANK = (
     "The graph is one rank's part of a tensor-parallel model, and {name} decides from activations, of which each rank "
     "has its own: their results would not fit together."
 )
+WRITES = (
+    "The model writes to {names}, as it does to a static cache, where every token has its place, and {name} gives tokens "
+    "other places. Call the model with a cache that it hands back, such as DynamicCache, or without one."
+)
 
 
 @dataclass
@@ -188,7 +192,12 @@ class Pipeline:
     def _candidates(self, rewriter: Pass, program: Program, context: Context) -> Sequence[Match | Miss]:
         if not rewriter.per_rank and any("_c10d_functional" in str(n.target) for n in program.nodes()):
             return [Miss("the whole program", ONE_RANK.format(name=rewriter.name))]
-        return rewriter.match(program, context)
+        found = rewriter.match(program, context)
+        if rewriter.moves_tokens and program.updates:
+            names = ", ".join(dict.fromkeys(program.input_names[i] for i in program.updates.values()))
+            reason = WRITES.format(names=names, name=rewriter.name)
+            found = [Miss(m.site, reason) if isinstance(m, Match) else m for m in found]
+        return found
 
     def _losing(self, after: Program) -> dict[str, str]:
         """Sites of the last rewrite that are not worth it, each with the reason."""

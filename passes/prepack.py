@@ -87,7 +87,7 @@ class PrepackConfig(PassConfig):
 @register_pass
 class Prepack(Pass):
     name, order, config_type, effect = "prepack", 10, PrepackConfig, EXACT
-    per_rank = True
+    per_rank, moves_tokens = True, True
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         moved = gather_early(program)

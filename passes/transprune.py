@@ -148,6 +148,7 @@ class Found:
 @register_pass
 class TransPrune(Pass):
     name, order, config_type = "transprune", 20, TransPruneConfig
+    moves_tokens = True
     effect = Effect(exact=False, budget=float("inf"))
 
     def budget(self, context: Context) -> float:

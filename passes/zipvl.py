@@ -130,6 +130,7 @@ class Plan:
 @register_pass
 class ZipVL(Pass):
     name, order, config_type = "zipvl", 22, ZipVLConfig
+    moves_tokens = True
     effect = Effect(exact=False, budget=float("inf"))
 
     def budget(self, context: Context) -> float:

@@ -84,7 +84,7 @@ def write(
         if each.packing is not None:
             prove(each.packing, longest)
     programs = encode_all(program, pool.hold)
-    inputs, count = describe_inputs(outside), len(outside.outputs)
+    inputs, count = describe_inputs(outside), len(outside.outputs) - len(outside.updates)
     if whole is not None:
         programs["whole"] = encode_all(whole, pool.hold)
         programs["others"] = [

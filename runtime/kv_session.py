@@ -59,7 +59,7 @@ class CallSession(Session):
             for name, c in self.plan.choices.items()
         }
 
-    def __call__(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
+    def results(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         if self.keep_inputs:
             self.inputs = list(inputs)
         wanted = self.wanted(inputs, weights)
@@ -71,14 +71,14 @@ class CallSession(Session):
             results = variant.run_made(inputs, weights)
             self.extras = variant.extras
         else:
-            results = variant(inputs, weights)
+            results = variant.results(inputs, weights)
             self.extras = {}
         return results
 
     def run_made(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         """Run this session's own program, whatever the call would choose."""
         known = tokens.known(inputs) if self.plan.extra_inputs else {}
-        results = super().__call__([*inputs, *(known[n] for n in self.plan.extra_inputs)], weights)
+        results = super().results([*inputs, *(known[n] for n in self.plan.extra_inputs)], weights)
         count = len(self.plan.extra_outputs)
         if count:
             given = zip(self.plan.extra_outputs, results[-count:])
@@ -147,6 +147,6 @@ def run_built(
 ) -> tuple[list[Any], dict[str, Any]]:
     """A program's results and extras on a caller's inputs, as it was built."""
     if program.calls is None:
-        return Session(program, plain, plain, report)(inputs, {}), {}
+        return Session(program, plain, plain, report).results(inputs, {}), {}
     session = CallSession(program, plain, plain, report)
     return session.run_made(inputs, {}), session.extras

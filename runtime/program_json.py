@@ -67,6 +67,7 @@ def encode(program: Program, hold: Callable[[torch.Tensor], int]) -> dict[str, A
             if name in used
         },
         "notes": list(program.notes),
+        "updates": [[result, place] for result, place in program.updates.items()],
         "fixed_linears": _has_fixed_linears(program),
     }
 
@@ -103,7 +104,8 @@ def decode(data: dict[str, Any], tensors: list[torch.Tensor]) -> Program:
                 node.meta["nn_module_stack"] = {place: (place, "")}
         made[name] = node
     module.graph = graph
-    program = Program(module, weights, list(data["inputs"]), notes=list(data["notes"]))
+    updates = dict(data.get("updates", ()))
+    program = Program(module, weights, list(data["inputs"]), notes=list(data["notes"]), updates=updates)
     program.graph_module.meta.update(symbols=data["symbols"], fixed_linears=data.get("fixed_linears", True))
     return program
 

@@ -69,8 +69,18 @@ class Session:
     def __call__(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         """Run on the caller's inputs, in the order of the captured program's placeholders.
 
-        weights: the live tensors by FQN.
+        weights: the live tensors by FQN. Inputs that the model writes to are written.
         """
+        results = self.results(inputs, weights)
+        updates = self.program.updates
+        for index, place in updates.items():
+            if results[index] is not None:  # else the target has written it in place
+                inputs[place].copy_(results[index])
+        return [r for i, r in enumerate(results) if i not in updates] if updates else results
+
+    def results(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
+        """As a call, but new values of inputs are results like any other (see `Program.updates`), and nothing is
+        written unless the target itself does."""
         with self._lock:
             self.counters.calls += 1
         layout: PackedLayout | None = self.program.packing

@@ -112,7 +112,7 @@ def build(
             if entry is not None:
                 entry.keep(program, rewritten, report, session.certificate)
     report = session.report
-    _keep_memory(report)
+    _keep_memory(session.program, report)
     report.emit_trace()
     sessions.remember(session)
     if recipe.passes and not report.rewritten:
@@ -160,9 +160,10 @@ def _session_of(kept: Kept, recipe: Recipe, target: Target, inputs: Sequence[Any
     return session
 
 
-def _keep_memory(report: Report) -> None:
+def _keep_memory(program: Program, report: Report) -> None:
     """Where a program hands back a cache that the next call continues, keep freed memory for it."""
-    if any(p.name == "decode_attention" and p.rewritten for p in report.passes):
+    handed_back = not program.updates  # else the cache is written in place
+    if handed_back and any(p.name == "decode_attention" and p.rewritten for p in report.passes):
         said = memory.keep()
         if said is not None and said not in report.notes:
             report.notes.append(said)

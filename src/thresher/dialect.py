@@ -8,14 +8,14 @@ dropout, detach, aliases) and settles on one name where ATen has several (`view`
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from .errors import DialectError
-from .program import Program, value
+from .program import Program, value, writes
 
 aten = torch.ops.aten
 
@@ -32,6 +32,16 @@ _ALIASES = {
     aten.clone.default,
     aten.resolve_conj.default,
     aten.resolve_neg.default,
+    aten.type_as.default,
+}
+# And the result is that very argument where dtype and device stay.
+_THE_SAME = {
+    aten.alias.default,
+    aten.detach.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
     aten.type_as.default,
 }
 # Layout only; kept where the caller receives the result, dropped inside the graph.
@@ -132,36 +142,67 @@ def _settle_spelling(graph: fx.Graph) -> None:
             node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
 
 
-def _write_to_copies(graph: fx.Graph) -> None:
+def _write_to_copies(program: Program) -> None:
     """`scores += bias` becomes `scores = scores + bias` where nothing else sees the written memory.
 
-    A write to an input, to a weight, or to memory that another value shares stays, and `verify` names it.
+    A write to an input becomes one more result, its new value (`Program.updates`). A write to a weight, to memory that
+    another value still shows afterwards, or to an input that is handed back as well, stays, and `verify` names it.
     """
+    graph = program.graph
     position = {node: i for i, node in enumerate(graph.nodes)}
+    inputs = {p: i for i, p in enumerate(program.placeholders) if not _handed_back(p)}
+    written: dict[int, fx.Node] = {}  # input -> its value so far
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
         pure = getattr(getattr(aten, packet[:-1], None), overload, None) if packet.endswith("_") else None
-        written = node.args[0] if node.args else None
-        if (
-            pure is None
-            or _mutates(pure)
-            or not isinstance(written, fx.Node)
-            or written.op != "call_function"
-        ):
+        place = _written(node.args[0] if node.args else None)
+        if pure is None or pure._schema.is_mutable or not isinstance(place, fx.Node) or place.op == "get_attr":
             continue
-        before = [u for u in written.users if position[u] < position[node]]
-        if _shares_memory(written) or any(_shares_memory(u) and u.users for u in before):
+        number = inputs.get(place, next((i for i, n in written.items() if n is place), None))
+        if number is None and _shares_memory(place):
             continue
-        if value(written).dtype != value(node).dtype or not same_shape(value(written), value(node)):
+        before = [u for u in place.users if position[u] < position[node] and _shares_memory(u)]
+        if any(position[u] > position[node] for n in _sharing(before) for u in n.users):
+            continue
+        if value(place).dtype != value(node).dtype or not same_shape(value(place), value(node)):
             continue
         node.target = pure
+        at = position[node]
+        place.replace_all_uses_with(node, delete_user_cb=lambda user, at=at: position[user] > at)  # type: ignore[misc]
+        if number is not None:
+            written[number] = node
+    results = program.outputs
+    program.updates = {len(results) + i: number for i, number in enumerate(written)}
+    program.output_node.args = ((*results, *written.values()),)
 
-        def later(user: fx.Node, at: int = position[node]) -> bool:
-            return position[user] > at
 
-        written.replace_all_uses_with(node, delete_user_cb=later)
+def _written(place: object) -> object:
+    """The value behind casts and aliases that change nothing: those give the very tensor."""
+    while isinstance(place, fx.Node) and place.target in _THE_SAME and True not in (*place.args, *place.kwargs.values()):
+        source = _identity_of(place)
+        if source is None:
+            break
+        place = source
+    return place
+
+
+def _handed_back(place: fx.Node) -> bool:
+    """Whether a result lies in an input's memory: its caller means the input, not a copy of it."""
+    return any(u.op == "output" for n in _sharing([place]) for u in n.users)
+
+
+def _sharing(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """These nodes, and all whose results may lie in their memory."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [u for u in node.users if u.op == "call_function" and _shares_memory(u)]
+    return found
 
 
 def _shares_memory(node: fx.Node) -> bool:
@@ -179,17 +220,14 @@ def canonicalise(program: Program) -> Program:
     """Bring a freshly traced Program into the dialect, in place; returns it."""
     graph = program.graph
     _drop_meaningless(graph)
-    _write_to_copies(graph)
+    _write_to_copies(program)
     for node in list(graph.nodes):
         if node.op == "call_function" and (source := _identity_of(node)) is not None:
             node.replace_all_uses_with(source)
+            graph.erase_node(node)
     _settle_spelling(graph)
     program.clean()
     return program
-
-
-def _mutates(target: torch._ops.OpOverload) -> bool:
-    return target._schema.is_mutable
 
 
 _RULES: list[tuple[str, Callable[[Program, fx.Node], bool]]] = [
@@ -200,7 +238,7 @@ _RULES: list[tuple[str, Callable[[Program, fx.Node], bool]]] = [
     ("a called function is an ATen or thresher operator overload, or arithmetic on sizes",
      lambda p, n: n.op != "call_function" or isinstance(n.target, torch._ops.OpOverload) or n.target in _SIZE_FUNCTIONS),
     ("operators are functional: none may write to its arguments",
-     lambda p, n: not isinstance(n.target, torch._ops.OpOverload) or not _mutates(n.target)),
+     lambda p, n: not writes(n)),
     ("every value carries its fake tensor or size in meta['val']",
      lambda p, n: n.op == "output" or "val" in n.meta),
 ]  # fmt: skip

@@ -146,6 +146,11 @@ def export_onnx(
     with Stages() as stage:
         if isinstance(model, Program):
             program, names = model, None
+            if program.updates:
+                raise ArgumentError(
+                    "model", f"a program that writes to its inputs ({program.input_names[next(iter(program.updates.values()))]})",
+                    "a program whose results are all handed back", "Capture the model without a static cache.",
+                )
             refuse_to_keep(program, "model", program.calls.choices if program.calls is not None else ())
             outside = program.packing.padded if program.packing is not None else program
             given = [*positional, *named.values()]

@@ -65,6 +65,8 @@ class Program:
     packing: set by the prepacking pass: how the caller's padded tensors become this graph's inputs.
     notes: sentences for the report, about the capture rather than about one pass.
     calls: set by passes whose rewrite depends on what a call brings: a `CallPlan`.
+    updates: results that are not the caller's but new values of tensors the caller gave and the model writes to, such
+        as a static cache: result -> placeholder, both by number. Whoever runs the program copies them there.
     """
 
     graph_module: fx.GraphModule
@@ -73,6 +75,7 @@ class Program:
     packing: Any = None
     notes: list[str] = field(default_factory=list)
     calls: Any = None
+    updates: dict[int, int] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -151,7 +154,7 @@ class Program:
 
     def clean(self) -> None:
         """Drop what nothing reads, unused weights too, and recompile."""
-        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or writes(n))
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         for name in [n for n in self.weights if n not in used]:
             del self.weights[name]
@@ -170,8 +173,13 @@ class Program:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = copy.copy(node.meta)
         module.graph = graph
-        return Program(
-            module, dict(self.weights), list(self.input_names), self.packing, list(self.notes), self.calls
+        return dataclasses.replace(
+            self,
+            graph_module=module,
+            weights=dict(self.weights),
+            input_names=list(self.input_names),
+            notes=list(self.notes),
+            updates=dict(self.updates),
         )
 
     def run(self, *inputs: Any) -> list[Any]:
@@ -215,6 +223,11 @@ class Program:
                     f"    return ({', '.join(_literal(a) for a in node.args[0])}{',' * bool(node.args[0])})"
                 )
         return "\n".join(lines) + "\n"
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call writes to its arguments: not in the dialect, and no dead code either."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def value(node: object) -> Any:
