@@ -2,7 +2,7 @@
 
     matched:  scaled_dot_product_attention(q, k, v, mask), q [B, Hq, 1, D], k and v [B, Hkv, S, D] of a cache, mask
               bool [B or 1, 1, 1, S]
-    becomes:  thresher::kv_attention(q, [], k, v, mask[:, 0, 0], scale)
+    becomes:  thresher::kv_attention(q, [], k, v, mask[:, 0, 0], scale), k and v before they are repeated for each query head
 
 A padded batch decodes over a padded cache: its mask hides the pads, and PyTorch's kernel multiplies by them all the
 same. Where rows differ in length that is most of the work. Exact. On a CPU only: GPU kernels split a cache over
@@ -21,6 +21,7 @@ from thresher.program import Program, module_fqn, value
 from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
+from .structure_views import unrepeated
 from .visibility import Attention, attention
 
 aten = torch.ops.aten
@@ -51,7 +52,8 @@ class DecodeAttention(Pass):
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         site: Attention = match.data
-        q, k, v, mask = site.q, site.k, site.v, site.mask
+        q, k, v = site.q, unrepeated(site.k) or site.k, unrepeated(site.v) or site.v
+        mask = site.mask
         assert mask is not None
         scale = float(value(q).shape[-1]) ** -0.5 if site.scale is None else site.scale
         insert = functools.partial(program.insert, site.node)

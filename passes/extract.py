@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from thresher.compat import lazy_module
 from thresher.program import Program, value
 
 
@@ -19,7 +20,7 @@ def extract(program: Program, inputs: Sequence[fx.Node], outputs: Sequence[fx.No
     must be computable from the inputs.
     """
     graph, mapping = fx.Graph(), {}
-    result = Program(fx.GraphModule(torch.nn.Module(), graph), {}, [node.name for node in inputs])
+    result = Program(lazy_module(graph), {}, [node.name for node in inputs])
     for node in inputs:
         mapping[node] = graph.placeholder(node.name)
         mapping[node].meta = copy.copy(node.meta)

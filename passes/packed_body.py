@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from thresher.capture import assemble
 from thresher.program import Program, value
 
 from .packed_frontier import Frontier, plan_fields
-from .token_axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, hint, sizes
+from .structure_views import unrepeated
+from .token_axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, hint
 
 aten = torch.ops.aten
 
@@ -114,9 +114,7 @@ def _packed_shape(node: fx.Node, axes: TokenAxes, packed: dict[str, Any]) -> lis
 
 def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: Any) -> Any:
     site = frontier.sites[node]
-    q, k, v = (
-        env[n] for n in (site.q, _unrepeated(site.k, frontier.axes), _unrepeated(site.v, frontier.axes))
-    )
+    q, k, v = (env[n] for n in (site.q, _shared(site.k, frontier.axes), _shared(site.v, frontier.axes)))
     scale = site.scale if site.scale is not None else value(site.q).shape[-1] ** -0.5
     seen = frontier.visibilities[node]
     if seen.kind == "generic":
@@ -166,23 +164,10 @@ def _attend_in_rows(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, 
     )
 
 
-def _unrepeated(node: fx.Node, axes: TokenAxes) -> fx.Node:
+def _shared(node: fx.Node, axes: TokenAxes) -> fx.Node:
     """Keys or values before they are repeated for each query head: the operator shares them instead."""
-    if node.target is aten.repeat_interleave.self_int and isinstance(node.args[0], fx.Node):
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-        of_heads = value(node).dim() == 4 and dim in (1, -3) and node.args[0] in axes
-        return node.args[0] if of_heads else node
-    if node.target is not aten.reshape.default or not isinstance(node.args[0], fx.Node):
-        return node
-    spread = node.args[0]
-    if spread.target is not aten.expand.default or spread.args[0].target is not aten.unsqueeze.default:  # type: ignore[union-attr]
-        return node
-    lifted: fx.Node = spread.args[0]  # type: ignore[assignment]
-    source: fx.Node = lifted.args[0]  # type: ignore[assignment]
-    repeats_heads = (
-        lifted.args[1] == 2 and value(source).dim() == 4 and sizes(node)[1] == prod(sizes(spread)[1:3])
-    )
-    return source if repeats_heads and source in axes else node
+    source = unrepeated(node)
+    return source if source is not None and source in axes else node
 
 
 def _symbol(mode: FakeTensorMode, example: int, name: str) -> Any:

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.dialect import same_size
 from thresher.program import Program, value
 
 from .pattern import Anything, Number, Var, call, described, either, is_cast, match, uncast
 from .structure_masks import read_masks
 from .structure_rope import find_rope
 from .structure_sites import AttentionSite, LinearSite, NormSite, Projection, Rope, Unknown, common_prefix
-from .structure_views import Unviewable, head_rows, is_view, merges_heads, viewed
+from .structure_views import Unviewable, head_rows, is_view, merges_heads, unrepeated, viewed
 
 aten = torch.ops.aten
 
@@ -105,24 +104,10 @@ def _same_rope(one: Rope, other: Rope | None) -> bool:
     )
 
 
-def _unrepeated(node: fx.Node) -> fx.Node | None:
-    """Keys or values before each head is repeated for its query heads, or None."""
-    if node.target is aten.repeat_interleave.self_int:
-        return node.args[0] if node.args[2] in (1, -3) else None  # type: ignore[return-value]
-    if node.target is not aten.reshape.default or node.args[0].target is not aten.expand.default:  # type: ignore[union-attr]
-        return None
-    spread: fx.Node = node.args[0]  # type: ignore[assignment]
-    lifted: Any = spread.args[0]
-    if lifted.target is not aten.unsqueeze.default or lifted.args[1] != 2 or value(lifted).dim() != 5:
-        return None
-    (_, kv_heads, times, *_), result = value(spread).shape, value(node).shape
-    return lifted.args[0] if len(result) == 4 and same_size(result[1], kv_heads * times) else None
-
-
 def trace(node: fx.Node, parts: Parts, subject: str) -> Traced:
     """Follow a query, key or value back to the linear that makes it. Raises Unknown."""
     steps, norm, rope, scale = [], None, None, 1.0
-    result = node = _unrepeated(uncast(node)) or node
+    result = node = unrepeated(uncast(node)) or node
     past, node = _continued(node)
     while node not in parts.linears:
         factor = node.args[1] if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
