@@ -158,7 +158,12 @@ def _write_to_copies(program: Program) -> None:
         packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
         pure = getattr(getattr(aten, packet[:-1], None), overload, None) if packet.endswith("_") else None
         place = _written(node.args[0] if node.args else None)
-        if pure is None or pure._schema.is_mutable or not isinstance(place, fx.Node) or place.op == "get_attr":
+        if (
+            pure is None
+            or pure._schema.is_mutable
+            or not isinstance(place, fx.Node)
+            or place.op == "get_attr"
+        ):
             continue
         number = inputs.get(place, next((i for i, n in written.items() if n is place), None))
         if number is None and _shares_memory(place):
@@ -180,7 +185,11 @@ def _write_to_copies(program: Program) -> None:
 
 def _written(place: object) -> object:
     """The value behind casts and aliases that change nothing: those give the very tensor."""
-    while isinstance(place, fx.Node) and place.target in _THE_SAME and True not in (*place.args, *place.kwargs.values()):
+    while (
+        isinstance(place, fx.Node)
+        and place.target in _THE_SAME
+        and True not in (*place.args, *place.kwargs.values())
+    ):
         source = _identity_of(place)
         if source is None:
             break

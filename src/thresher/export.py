@@ -148,8 +148,10 @@ def export_onnx(
             program, names = model, None
             if program.updates:
                 raise ArgumentError(
-                    "model", f"a program that writes to its inputs ({program.input_names[next(iter(program.updates.values()))]})",
-                    "a program whose results are all handed back", "Capture the model without a static cache.",
+                    "model",
+                    f"a program that writes to its inputs ({program.input_names[next(iter(program.updates.values()))]})",
+                    "a program whose results are all handed back",
+                    "Capture the model without a static cache.",
                 )
             refuse_to_keep(program, "model", program.calls.choices if program.calls is not None else ())
             outside = program.packing.padded if program.packing is not None else program
