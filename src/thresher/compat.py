@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import fx
 
 TORCH = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 OLDEST, NEWEST = (2, 11), (2, 15)
@@ -37,6 +38,13 @@ def is_fake(value: Any) -> bool:
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds numbers; fake and meta tensors, as in a dry run, hold none."""
     return not tensor.is_meta and not is_fake(tensor)
+
+
+def lazy_module(graph: fx.Graph) -> fx.GraphModule:
+    """A module whose Python is written when it first runs: most programs are rewritten again before that."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(torch.nn.Module(), graph)
 
 
 def without_fake_mode() -> Any:

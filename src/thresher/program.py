@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
+from .compat import lazy_module
+
 aten = torch.ops.aten
 T = TypeVar("T")
 
@@ -154,7 +156,9 @@ class Program:
 
     def clean(self) -> None:
         """Drop what nothing reads, unused weights too, and recompile."""
-        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or writes(n))
+        self.graph.eliminate_dead_code(
+            is_impure_node=lambda n: n.op in ("placeholder", "output") or writes(n)
+        )
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         for name in [n for n in self.weights if n not in used]:
             del self.weights[name]
@@ -164,7 +168,7 @@ class Program:
 
     def copy(self) -> Program:
         """A Program whose graph can be rewritten without touching this one; weights stay shared."""
-        module = fx.GraphModule(torch.nn.Module(), fx.Graph())
+        module = lazy_module(fx.Graph())
         for name, weight in self.weights.items():
             module.register_buffer(name, weight.tensor, persistent=False)
         mapping: dict[fx.Node, fx.Node] = {}
