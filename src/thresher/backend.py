@@ -102,6 +102,8 @@ def build(
         session = _session_of(kept, recipe, target, inputs)
     else:
         program = capture.from_places(gm, places)
+        if inputs is not None and program.updates and not apart:
+            capture.refuse_shared_writes(program, inputs)
         with without_fake_mode(), torch.no_grad():
             rewritten, report = run_pipeline(program, recipe, inputs)
             report.target = target.name

@@ -22,6 +22,7 @@ from .dialect import canonicalise, verify
 from .errors import CaptureError
 from .program import Program, Weight
 
+_WRITES = "The model writes to {!r} in its forward; export it without that state."
 _GRAD_WRAPPERS = ("wrap_with_set_grad_enabled",)
 
 
@@ -192,17 +193,35 @@ def from_places(gm: fx.GraphModule, places: Places) -> Program:
     return assemble(traced, [places.names[i] for i in split.kept], weights, [])
 
 
+def refuse_shared_writes(program: Program, inputs: Sequence[Any]) -> None:
+    """Raise CaptureError where a tensor that the model writes to lies in the memory of another input: the other one would
+    have to change with it, and the program takes inputs to be apart."""
+    spans = {i: _span(x) for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.numel()}
+    for number in program.updates.values():
+        low, high = spans.get(number, (0, 0))
+        for other, (start, end) in spans.items():
+            if other != number and low < end and start < high:
+                raise CaptureError(
+                    f"The model writes to {program.input_names[number]}, which lies in the same memory as "
+                    f"{program.input_names[other]}. Give each a tensor of its own."
+                )
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last address of a tensor's elements."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
 def from_export(exported: torch.export.ExportedProgram) -> Program:
     """Capture an ExportedProgram. Its user inputs become the placeholders, in order.
 
     Raises CaptureError when the program writes to its inputs or buffers: the dialect is functional.
     """
     signature = exported.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-        raise CaptureError(
-            f"The model writes to {written[0]!r} in its forward; export it without that state."
-        )
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        raise CaptureError(_WRITES.format(written[0]))
     owners = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
@@ -216,4 +235,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
         fakes.append(node.meta["val"])
         if node.name in owners:
             weights[index] = (owners[node.name], state[owners[node.name]])
-    return assemble(_trace(exported.graph_module, fakes), names, weights, [])
+    program = assemble(_trace(exported.graph_module, fakes), names, weights, [])
+    for number in program.updates.values():
+        raise CaptureError(_WRITES.format(program.input_names[number]))
+    return program

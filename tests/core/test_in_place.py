@@ -1,4 +1,4 @@
-"""Writes to a tensor the graph made itself become ordinary results; other writes are refused."""
+"""Writes to a tensor the graph made itself, or to a whole input, become ordinary results; other writes are refused."""
 
 import pytest
 import torch
@@ -48,3 +48,41 @@ def test_t5_adds_its_position_bias_in_place():
         expected = model(**inputs).last_hidden_state
         result = program.run(*(inputs[name] for name in program.input_names))[0]
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def captured(function, *inputs):
+    """As torch.compile hands a graph over; its program, and what that gives for the inputs, which stay as they are."""
+    found = []
+
+    def backend(gm, example_inputs):
+        found.append(capture.from_dynamo(gm, example_inputs)[0])
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend)(*(x.clone() for x in inputs))
+    return found[0], found[0].run(*inputs)
+
+
+def test_a_write_to_an_input_becomes_its_new_value():
+    def function(table, x):
+        before = table.sum()
+        table.add_(1)
+        table.index_copy_(0, torch.tensor([1]), x)
+        return before + table[0].sum()
+
+    table, x = torch.randn(3, 4), torch.randn(1, 4)
+    program, (result, new) = captured(function, table, x)
+    assert program.updates == {1: 0} and program.input_names[0] == "table"
+    written = table.clone()
+    torch.testing.assert_close(result, function(written, x))
+    torch.testing.assert_close(new, written)
+
+
+@pytest.mark.parametrize("refused", [
+    lambda table: (table.add_(1), table.view(-1))[1],  # the caller would hold a copy, not its tensor
+    lambda table: (row := table[0], table.add_(1), row * 1)[2],  # a view made before shows the write
+    lambda table: (table[0].add_(1), table * 1)[1],  # a part of it
+])  # fmt: skip
+def test_writes_to_inputs_that_something_else_sees_are_refused(refused):
+    with pytest.raises(Exception, match="none may write to its arguments"):
+        captured(refused, torch.randn(3, 4))

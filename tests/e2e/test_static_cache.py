@@ -1,0 +1,186 @@
+"""A static cache, which the model writes to: decoding reads what its mask shows, writes in place, and says what it did."""
+
+import warnings
+
+import pytest
+import tiny_llama
+import torch
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
+
+import thresher
+from thresher import sessions
+from thresher.errors import ArgumentError, CaptureError
+
+ROWS, WIDTH, ROOM = 3, 10, 32
+
+
+def mistral() -> MistralForCausalLM:
+    """Its window is narrower than the prompt, so its cache is a ring."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**tiny_llama.SIZES, sliding_window=6)).eval()
+
+
+def prompt() -> dict[str, torch.Tensor]:
+    """Rows of 6, 3 and 10 tokens, padded on the left."""
+    mask = (torch.arange(WIDTH) >= torch.tensor([4, 7, 0])[:, None]).long()
+    return {"input_ids": tiny_llama.prompt(ROWS, WIDTH, span=None), "attention_mask": mask}
+
+
+def static(model: LlamaForCausalLM) -> StaticCache:
+    """A static cache with the prompt in it."""
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
+    with torch.no_grad():
+        model(**prompt(), past_key_values=cache)
+    return cache
+
+
+def decode(call, cache, steps=3):
+    mask = torch.zeros(ROWS, ROOM, dtype=torch.long)
+    mask[:, :WIDTH] = prompt()["attention_mask"]
+    token, logits = torch.full((ROWS, 1), 5), []
+    for step in range(WIDTH, WIDTH + steps):
+        mask[:, step] = 1
+        with torch.no_grad():
+            out = call(input_ids=token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                       past_key_values=cache)  # fmt: skip
+        token = out.logits[:, -1:].argmax(-1)
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("target", ["reference", "inductor"])
+def test_decoding_equals_the_model_and_the_cache_is_written_where_it_lies(target):
+    torch._dynamo.reset()
+    model = tiny_llama.make()
+    expected_cache, cache = static(model), static(model)
+    expected = decode(model, expected_cache)
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    fast = torch.compile(model, backend="thresher", options={"target": target, "strict": True}, dynamic=False)
+    torch.testing.assert_close(decode(fast, cache), expected, rtol=1e-4, atol=1e-5)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+    for ours, theirs in zip(cache.layers, expected_cache.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys)
+        torch.testing.assert_close(ours.values, theirs.values)
+        assert ours.cumulative_length == theirs.cumulative_length == WIDTH + 3
+    report = sessions.recent()[-1].report
+    assert len(report["decode_attention"].rewritten) == 3 and report["decode_attention"].error < 1e-5
+
+
+def test_the_program_reads_each_key_head_once():
+    torch._dynamo.reset()
+    model = tiny_llama.make()
+    options = {"target": "reference", "decode_attention": True, "recipe": "none"}
+    decode(torch.compile(model, backend="thresher", options=options, dynamic=False), static(model), 1)
+    program = sessions.recent()[-1].program
+    (first, *_) = program.nodes(torch.ops.thresher.kv_attention.default)
+    assert (
+        first.args[2].target is torch.ops.aten.index_copy.default
+    )  # the cache itself, not repeated for queries
+    assert len(program.updates) == 3 * 3  # keys, values and length of each layer
+
+
+@pytest.mark.parametrize("make", [tiny_llama.make, mistral])
+def test_generate_compiles_its_decode_step(make):
+    torch._dynamo.reset()
+    model = make()
+    given = {**prompt(), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0,
+             "cache_implementation": "static"}  # fmt: skip
+    config = CompileConfig(backend="thresher", mode="default", options=None)
+    config._compile_all_devices = True  # transformers compiles for accelerators only unless told so
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", thresher.backend.ThresherWarning)
+        generated = model.generate(**given, compile_config=config)
+    assert generated.equal(model.generate(**given, disable_compile=True))
+    assert len(sessions.recent()[-1].report["decode_attention"].rewritten) == 3
+
+
+def test_a_prefill_that_writes_its_cache_is_not_packed():
+    torch._dynamo.reset()
+    model = mistral()  # whose attention reads the new keys and not its cache
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
+    cache.early_initialization(ROWS, 2, 8, torch.float32, torch.device("cpu"))
+    fast = torch.compile(model, backend="thresher", options={"target": "reference"}, dynamic=False)
+    with pytest.warns(thresher.backend.ThresherWarning, match="rewrote nothing"), torch.no_grad():
+        out = fast(**prompt(), past_key_values=cache)
+    with torch.no_grad():
+        expected = model(**prompt(), past_key_values=StaticCache(config=model.config, max_cache_len=ROOM))
+    real = prompt()["attention_mask"].bool()
+    torch.testing.assert_close(out.logits[real], expected.logits[real], rtol=1e-4, atol=1e-5)
+    (missed,) = sessions.recent()[-1].report["prepack"].missed
+    assert "writes to keys, values" in missed.reason and "other places" in missed.reason
+
+
+def test_from_a_cache_that_was_handed_back():
+    torch._dynamo.reset()
+    model = tiny_llama.make()
+    options = {"target": "reference"}
+    handed = torch.compile(model, backend="thresher", options=options, dynamic=True)
+    with torch.no_grad():
+        out = handed(**prompt(), past_key_values=DynamicCache())
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
+    for index, layer in enumerate(out.past_key_values.layers):
+        cache.update(layer.keys, layer.values, index)
+    steady = torch.compile(model, backend="thresher", options=options, dynamic=False)
+    torch.testing.assert_close(decode(steady, cache), decode(model, static(model)), rtol=1e-4, atol=1e-5)
+
+
+class Store(torch.nn.Module):
+    """Writes a row of a table and reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(8, 8)
+
+    def forward(self, table, other, row, x):
+        table.index_copy_(0, row, self.up(x))
+        return table.sum(0) + other.sum(0)
+
+
+def stored(table, other):
+    return table, other, torch.tensor([2]), torch.ones(1, 8)
+
+
+def test_a_saved_program_writes_to_its_callers_tensor(tmp_path):
+    model = Store().eval()
+    given = stored(torch.zeros(4, 8), torch.ones(3, 8))
+    compiled = thresher.compile(model, given, recipe="none", dynamic=False)
+    path = thresher.save(compiled, tmp_path / "store", example_inputs=given)
+    theirs, ours = (stored(torch.zeros(4, 8), torch.ones(3, 8)) for _ in range(2))
+    named = dict(zip(("table", "other", "row", "x"), ours))
+    with torch.no_grad():
+        torch.testing.assert_close(thresher.load(path, target="reference")(**named)["output"], model(*theirs))
+    torch.testing.assert_close(ours[0], theirs[0])
+    assert ours[0][2].abs().sum() > 0
+
+
+def test_inputs_that_share_memory_are_refused():
+    torch._dynamo.reset()
+    whole = torch.zeros(6, 8)
+    fast = torch.compile(Store().eval(), backend="thresher", dynamic=False,
+                         options={"recipe": "none", "target": "reference", "strict": True})  # fmt: skip
+    with torch.no_grad(), pytest.raises(Exception, match="the same memory as other"):
+        fast(*stored(whole[:4], whole[3:]))
+    apart = torch.zeros(8, 8)
+    with torch.no_grad():
+        fast(*stored(apart[:4], apart[4:]))
+    assert apart[2].abs().sum() > 0 and not apart[4:].any()
+
+
+def test_onnx_has_no_such_writes(tmp_path):
+    given = stored(torch.zeros(4, 8), torch.ones(3, 8))
+    with pytest.raises(CaptureError, match="The model writes to 'table' in its forward"):
+        thresher.export_onnx(Store().eval(), given, tmp_path / "store.onnx")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Store().eval(), backend="thresher", options={"recipe": "none", "target": "reference"})(
+            *given
+        )
+    with pytest.raises(ArgumentError, match="writes to its inputs"):
+        thresher.export_onnx(sessions.recent()[-1].program, given, tmp_path / "store.onnx")
