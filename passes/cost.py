@@ -14,17 +14,18 @@ tokens from `lengths`. FLOPs count a multiply-add as two. Code that a compiler f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from thresher import site_counts
 from thresher.devices import Device
 from thresher.program import Program, value
 from thresher.sizes import example_of
+
+from .prices import CHEAP_SHARE, PRICES, WIDTH, dtype_of
 
 aten = torch.ops.aten
 _VIEWS = {
@@ -34,9 +35,6 @@ _VIEWS = {
 }  # fmt: skip
 _COSTLY = {"exp", "gelu", "silu", "tanh", "sigmoid", "softmax", "_softmax", "layer_norm", "rsqrt", "pow", "erf",
            "native_layer_norm", "sin", "cos", "rms_norm"}  # fmt: skip
-_CHEAP_SHARE = (
-    0.25  # of what a transcendental costs an element, for adds and copies that are fused with others
-)
 _LINEAR = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 
 
@@ -56,12 +54,13 @@ class CostModel:
     """Prices nodes for one device.
 
     lengths: real tokens of each row of the batch, for packed programs; None counts every position as real.
-    notes: what had to be assumed.
+    notes: what had to be assumed. updates: nodes whose results are written to inputs in place (`learn`).
     """
 
     device: Device
     lengths: Sequence[int] | None = None
     notes: list[str] = field(default_factory=list)
+    updates: set[Any] = field(default_factory=set)
     _tokens: dict[Any, int] = field(default_factory=dict)
 
     def seconds(self, program: Program) -> float:
@@ -95,9 +94,9 @@ class CostModel:
         measured = self.device.surfaces.get(f"{kernel}.{dtype}") or self.device.surfaces.get(kernel)
         if measured is not None:
             return measured.at(max(rows, 1.0), weights)
-        width = bits / 8 if bits else _WIDTH.get(dtype, 4)
+        width = bits / 8 if bits else WIDTH.get(dtype, 4)
         side = math.sqrt(weights)
-        moved = weights * width + 2 * rows * side * _WIDTH.get(dtype, 4)
+        moved = weights * width + 2 * rows * side * WIDTH.get(dtype, 4)
         return self.work(Work(2 * rows * weights, moved, 1), dtype)
 
     def attention(
@@ -124,7 +123,8 @@ class CostModel:
         return math.prod(self.size(s) for s in known.shape) if isinstance(known, torch.Tensor) else 0
 
     def learn(self, program: Program) -> None:
-        """Which symbols of a packed body stand for tokens, and how many there are."""
+        """Which symbols of a packed body stand for tokens, and how many there are; which inputs are written in place."""
+        self.updates = {program.outputs[i] for i in program.updates}
         self._tokens = {}
         layout = program.packing
         if layout is None:
@@ -149,9 +149,9 @@ class CostModel:
         rows = self.numel(node) / max(columns, 1)
         if not isinstance(known, torch.Tensor) or known.dim() > 2:  # a product of two activations
             flops = 2 * self.numel(node) * self.size(value(x).shape[-1])
-            moved = _WIDTH.get(_dtype(node), 4) * (self.numel(x) + self.numel(weight) + self.numel(node))
-            return self.work(Work(flops, moved, 1), _dtype(node))
-        return self.linear(rows, weights, _dtype(node))
+            moved = WIDTH.get(dtype_of(node), 4) * (self.numel(x) + self.numel(weight) + self.numel(node))
+            return self.work(Work(flops, moved, 1), dtype_of(node))
+        return self.linear(rows, weights, dtype_of(node))
 
     def _any(self, node: fx.Node, name: str) -> Work:
         if name in _VIEWS or not isinstance(value(node), torch.Tensor):
@@ -160,19 +160,11 @@ class CostModel:
             moved = sum(self.numel(a) * value(a).element_size() for a in [*node.all_input_nodes, node]
                         if isinstance(value(a), torch.Tensor))  # fmt: skip
             return Work(bytes=moved, launches=1)
-        return Work(elements=self.numel(node) * (1.0 if name in _COSTLY else _CHEAP_SHARE))
-
-
-_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1}
+        return Work(elements=self.numel(node) * (1.0 if name in _COSTLY else CHEAP_SHARE))
 
 
 def _hints(sizes: Any) -> list[int]:
     return [example_of(s) for s in sizes]
-
-
-def _dtype(node: Any) -> str:
-    known = value(node)
-    return str(known.dtype).removeprefix("torch.") if isinstance(known, torch.Tensor) else "float32"
 
 
 def _name(node: fx.Node) -> str:
@@ -184,126 +176,3 @@ def _operands(node: fx.Node) -> tuple[Any, Any]:
     if node.target is aten.addmm.default:
         return node.args[1], node.args[2]
     return node.args[0], node.args[1]
-
-
-PRICES: dict[str, Callable[[CostModel, fx.Node], float]] = {}
-"""Seconds of an operator, by its name; a third-party pass adds its own operator's here."""
-
-
-def price(
-    name: str,
-) -> Callable[[Callable[[CostModel, fx.Node], float]], Callable[[CostModel, fx.Node], float]]:
-    """Register what an operator costs. Without it an operator of ours costs its operands' bytes and a call."""
-
-    def add(function: Callable[[CostModel, fx.Node], float]) -> Callable[[CostModel, fx.Node], float]:
-        PRICES[name] = function
-        return function
-
-    return add
-
-
-def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """An operator's argument by its name in the schema."""
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    for index, known in enumerate(target._schema.arguments):
-        if known.name == name:
-            if index < len(node.args):
-                return node.args[index]
-            return node.kwargs.get(name, known.default_value if default is None else default)
-    return default
-
-
-@price("scaled_dot_product_attention")
-def _sdpa(model: CostModel, node: fx.Node) -> float:
-    q, k, v = node.args[:3]
-    queries, keys = model.size(value(q).shape[-2]), model.size(value(k).shape[-2])
-    width = model.size(value(q).shape[-1])
-    heads = model.numel(q) / max(queries * width, 1)
-    flops = 4 * heads * queries * keys * width
-    if _argument(node, "is_causal", False):
-        flops /= 2
-    moved = _WIDTH.get(_dtype(node), 4) * sum(model.numel(t) for t in (q, k, v, node))
-    return model.attention(flops, keys, width, _dtype(node), moved, packed=False)
-
-
-def _varlen(model: CostModel, node: fx.Node, causal: bool) -> float:
-    q, k, v = node.args[:3]
-    heads, width = (model.size(value(q).shape[i]) for i in (1, 3))
-    lengths = model.lengths or [model.size(value(q).shape[2])]
-    squares = sum(l * l for l in lengths)
-    flops = 4 * heads * width * squares / (2 if causal else 1)
-    moved = _WIDTH.get(_dtype(node), 4) * sum(model.numel(t) for t in (q, k, v, node))
-    mean = squares / max(sum(lengths), 1)
-    return model.attention(flops, mean, width, _dtype(node), moved, packed=True)
-
-
-@price("varlen_attention")
-def _varlen_attention(model: CostModel, node: fx.Node) -> float:
-    return _varlen(model, node, bool(_argument(node, "causal")))
-
-
-@price("varlen_attention_masked")
-def _varlen_masked(model: CostModel, node: fx.Node) -> float:
-    return _varlen(model, node, False)
-
-
-@price("kv_attention")
-def _kv_attention(model: CostModel, node: fx.Node) -> float:
-    """A few queries over a cache: the share of its slots that the mask shows, where the rows' lengths are known."""
-    q, tail = node.args[0], node.args[2]
-    rows, heads, queries, width = (model.size(s) for s in value(q).shape)
-    slots = model.size(value(tail).shape[2])
-    seen = sum(model.lengths) / max(rows, 1) if model.lengths and len(model.lengths) == rows else slots
-    seen = min(seen, slots)
-    flops = 4 * rows * heads * queries * seen * width
-    moved = 2 * _WIDTH.get(_dtype(q), 4) * model.numel(tail) * seen / max(slots, 1)
-    return model.attention(flops, seen, width, _dtype(q), moved, packed=False)
-
-
-@price("nvfp4_linear")
-def _nvfp4(model: CostModel, node: fx.Node) -> float:
-    x = node.args[0]
-    inputs = model.size(value(x).shape[-1])
-    weights = inputs * model.size(value(node).shape[-1])
-    mode = _argument(node, "activations", "exact")
-    dtype = "nvfp4" if mode == "nvfp4" and "nvfp4" in model.device.flops else _dtype(x)
-    rows = model.numel(x) / max(inputs, 1)
-    return model.linear(rows, weights, dtype, f"nvfp4_linear.{mode}", bits=4.5)
-
-
-@price("wna16_linear")
-def _wna16(model: CostModel, node: fx.Node) -> float:
-    x, scales = node.args[0], node.args[2]
-    bits = _argument(node, "bits")
-    inputs = model.size(value(x).shape[-1])
-    weights = inputs * model.size(value(node).shape[-1])
-    stored = bits + 32 * model.numel(scales) / max(weights, 1)
-    return model.linear(
-        model.numel(x) / max(inputs, 1), weights, _dtype(x), f"wna16_linear.{bits}", bits=stored
-    )
-
-
-def _density(node: fx.Node) -> float:
-    """The share of neurons that were on at this site in the calls so far; all of them when nothing was counted."""
-    known = site_counts.site(str(_argument(node, "site", ""))).union_density
-    return 1.0 if known is None else known
-
-
-@price("sparse_down")
-def _sparse_down(model: CostModel, node: fx.Node) -> float:
-    act, weight = node.args[:2]
-    return _sparse(model, node, model.numel(act) / model.size(value(act).shape[-1]), model.numel(weight))
-
-
-@price("sparse_mlp")
-def _sparse_mlp(model: CostModel, node: fx.Node) -> float:
-    gate = node.args[0]
-    weights = model.numel(_argument(node, "up_weight")) + model.numel(_argument(node, "weight"))
-    return _sparse(model, node, model.numel(gate) / model.size(value(gate).shape[-1]), weights)
-
-
-def _sparse(model: CostModel, node: fx.Node, rows: float, weights: float) -> float:
-    """Reads the active neurons' share of the weights; dense when there are too many tokens for that."""
-    share = _density(node) if rows <= _argument(node, "bmax") else 1.0
-    return model.linear(rows, weights * max(min(share + 0.02, 1.0), 1e-3), _dtype(node))

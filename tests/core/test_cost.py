@@ -10,7 +10,7 @@ import torch
 import zoo
 
 import thresher
-from thresher import backend, device_rates, devices
+from thresher import backend, capture, device_rates, devices
 from thresher.devices import DEVICES, Device, Surface
 from thresher.errors import ArgumentError
 from thresher.passes.cost import CostModel, Work
@@ -58,6 +58,25 @@ def test_a_program_costs_its_linears():
     linears = sum(priced.node(n) for n in program.nodes(aten.linear.default))
     assert 0 < linears < priced.seconds(program)
     assert len(program.nodes(aten.linear.default)) * H100.launch < linears
+
+
+def test_a_write_that_stays_where_it_lies_costs_what_is_written():
+    def store(table, row, x):
+        return torch.index_copy(table, 0, row, x)
+
+    def write(table, row, x):
+        table.index_copy_(0, row, x)
+        return x + 1
+
+    given = torch.zeros(64, 8), torch.tensor([3]), torch.ones(1, 8)
+    priced, found = CostModel(H100), []
+    for function in (store, write):
+        torch._dynamo.reset()
+        torch.compile(
+            function, backend=lambda gm, x: found.append(capture.from_dynamo(gm, x)[0]) or gm.forward
+        )(*given)
+    copied, kept = (priced.learn(p) or priced.node(*p.nodes(aten.index_copy.default)) for p in found)
+    assert copied == pytest.approx(64 * kept) and kept > 0
 
 
 def test_the_whole_prediction_of_packing_follows_the_share_of_padding():
