@@ -21,6 +21,7 @@ from thresher.recipe import PassConfig, Recipe
 from thresher.report import Miss, PassReport, Report
 
 from .base import EXACT, PASSES, Context, Match, Pass
+from .candidates import candidates
 from .cost import CostModel
 from .cost_ledger import Gain, Ledger
 from .structure import recover
@@ -30,14 +31,6 @@ Compare = Callable[[Program, Program, Sequence[Any]], float]
 a packed program is the runtime's job)."""
 ROLLED_BACK = "The pass was rolled back."
 BISECT_SECONDS = 300.0
-ONE_RANK = (
-    "The graph is one rank's part of a tensor-parallel model, and {name} decides from activations, of which each rank "
-    "has its own: their results would not fit together."
-)
-WRITES = (
-    "The model writes to {names}, as it does to a static cache, where every token has its place, and {name} gives tokens "
-    "other places. Call the model with a cache that it hands back, such as DynamicCache, or without one."
-)
 
 
 @dataclass
@@ -169,7 +162,7 @@ class Pipeline:
         claims: dict[str, str] = {}
         avoid = avoid or {}
         self._ledger = Ledger(self.cost, after) if self.cost is not None else None
-        for site in self._candidates(rewriter, after, context):
+        for site in candidates(rewriter, after, context):
             refused = site if isinstance(site, Miss) else self._refuse(rewriter, site)
             if refused is None and site.site in avoid:
                 refused = Miss(site.site, avoid[site.site])
@@ -188,16 +181,6 @@ class Pipeline:
         if before.packing is not None and account.rewritten:
             after.packing = dataclasses.replace(after.packing, rewritten=True)
         return after, account, claims
-
-    def _candidates(self, rewriter: Pass, program: Program, context: Context) -> Sequence[Match | Miss]:
-        if not rewriter.per_rank and any("_c10d_functional" in str(n.target) for n in program.nodes()):
-            return [Miss("the whole program", ONE_RANK.format(name=rewriter.name))]
-        found = rewriter.match(program, context)
-        if rewriter.moves_tokens and program.updates:
-            names = ", ".join(dict.fromkeys(program.input_names[i] for i in program.updates.values()))
-            reason = WRITES.format(names=names, name=rewriter.name)
-            found = [Miss(m.site, reason) if isinstance(m, Match) else m for m in found]
-        return found
 
     def _losing(self, after: Program) -> dict[str, str]:
         """Sites of the last rewrite that are not worth it, each with the reason."""

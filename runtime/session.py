@@ -71,12 +71,7 @@ class Session:
 
         weights: the live tensors by FQN. Inputs that the model writes to are written.
         """
-        results = self.results(inputs, weights)
-        updates = self.program.updates
-        for index, place in updates.items():
-            if results[index] is not None:  # else the target has written it in place
-                inputs[place].copy_(results[index])
-        return [r for i, r in enumerate(results) if i not in updates] if updates else results
+        return self.program.settle(self.results(inputs, weights), inputs)
 
     def results(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         """As a call, but new values of inputs are results like any other (see `Program.updates`), and nothing is

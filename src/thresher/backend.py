@@ -228,7 +228,7 @@ def watching(calibration: Calibration) -> Callable[..., Any]:
             inputs = [a for a, role in zip(args, roles) if role.startswith("input:")]
             mask = inputs[masks[0]] if masks else None
             real = mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-            return calibration.run(watched, inputs, real)
+            return program.settle(calibration.run(watched, inputs, real), inputs)
 
         return run
 

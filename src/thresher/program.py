@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import operator
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -190,6 +189,16 @@ class Program:
         """Run the graph as it stands, in plain PyTorch; flat outputs."""
         return list(self.graph_module(*inputs))
 
+    def settle(self, results: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """Write new values of inputs (`updates`) to them; gives the caller's own results.
+
+        None in a new value's place: the target has written it itself.
+        """
+        for index, place in self.updates.items():
+            if results[index] is not None:
+                inputs[place].copy_(results[index])
+        return [r for i, r in enumerate(results) if i not in self.updates]
+
     def fingerprint(self) -> str:
         """Hash of the graph's structure and of its weights' names, shapes and dtypes (not their values)."""
         parts = [self.text()]
@@ -202,31 +211,9 @@ class Program:
         `weights` maps FQN to tensor. Each line's comment gives the result's dtype and shape and the
         module it came from.
         """
-        lines = [
-            "import operator",
-            "from math import inf, nan",
-            "",
-            "import torch",
-            "from torch import device",
-            "",
-            "",
-            f"def program({', '.join(['weights', *(n.name for n in self.placeholders)])}):",
-        ]
-        for node in self.graph.nodes:
-            if node.op == "get_attr":
-                lines.append(
-                    f'    {node.name} = weights["{self.weights[str(node.target)].fqn}"]{_comment(node)}'
-                )
-            elif node.op == "call_function":
-                call = ", ".join(
-                    [_literal(a) for a in node.args] + [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
-                )
-                lines.append(f"    {node.name} = {_callee(node.target)}({call}){_comment(node)}")
-            elif node.op == "output":
-                lines.append(
-                    f"    return ({', '.join(_literal(a) for a in node.args[0])}{',' * bool(node.args[0])})"
-                )
-        return "\n".join(lines) + "\n"
+        from .program_text import text
+
+        return text(self)
 
 
 def writes(node: fx.Node) -> bool:
@@ -272,38 +259,6 @@ def module_types(node: fx.Node) -> list[str]:
     for _, kind in (node.meta.get("nn_module_stack") or {}).values():
         names.append(kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1])
     return names
-
-
-def _comment(node: fx.Node) -> str:
-    known = value(node)
-    if isinstance(known, torch.Tensor):
-        text = f"{str(known.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in known.shape)}]"
-    elif known is None:
-        text = ""
-    else:
-        text = str(known)
-    place = module_fqn(node)
-    joined = "  ".join(t for t in (text, place) if t)
-    return f"  # {joined}" if joined else ""
-
-
-def _callee(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return f"torch.ops.{target}"
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return f"operator.{getattr(target, '__name__', '')}"
-    module = getattr(target, "__module__", "") or ""
-    name = getattr(target, "__qualname__", None) or str(target)
-    return f"{module}.{name}" if module.startswith("torch") else name
-
-
-def _literal(argument: Any) -> str:
-    if isinstance(argument, fx.Node):
-        return argument.name
-    if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
-        inner = ", ".join(_literal(a) for a in argument)
-        return f"[{inner}]" if isinstance(argument, list) else f"({inner}{',' * (len(argument) == 1)})"
-    return repr(argument)
 
 
 def sequence_of(argument: Any) -> Sequence[Any]:

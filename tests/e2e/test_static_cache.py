@@ -131,6 +131,17 @@ def test_from_a_cache_that_was_handed_back():
     torch.testing.assert_close(decode(steady, cache), decode(model, static(model)), rtol=1e-4, atol=1e-5)
 
 
+def test_calibrating_writes_to_the_cache_too():
+    model = tiny_llama.make()
+    cache, expected = static(model), static(model)
+    step = {"input_ids": torch.full((ROWS, 1), 5), "attention_mask": torch.ones(ROWS, ROOM, dtype=torch.long)}
+    thresher.calibrate(model, [{**step, "past_key_values": cache}], nvfp4={"min_weights": 1})
+    with torch.no_grad():
+        model(**step, past_key_values=expected)
+    torch.testing.assert_close(cache.layers[-1].keys, expected.layers[-1].keys)
+    assert cache.layers[0].cumulative_length == WIDTH + 1
+
+
 class Store(torch.nn.Module):
     """Writes a row of a table and reads it."""
 

@@ -1,0 +1,31 @@
+"""The sites a pass may rewrite in a program, after what holds for a program as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from thresher.program import Program
+from thresher.report import Miss
+
+from .base import Context, Match, Pass
+
+ONE_RANK = (
+    "The graph is one rank's part of a tensor-parallel model, and {name} decides from activations, of which each rank "
+    "has its own: their results would not fit together."
+)
+WRITES = (
+    "The model writes to {names}, as it does to a static cache, where every token has its place, and {name} gives tokens "
+    "other places. Call the model with a cache that it hands back, such as DynamicCache, or without one."
+)
+
+
+def candidates(rewriter: Pass, program: Program, context: Context) -> Sequence[Match | Miss]:
+    """What a pass matches, or for each of its sites the reason why it may not rewrite this program."""
+    if not rewriter.per_rank and any("_c10d_functional" in str(n.target) for n in program.nodes()):
+        return [Miss("the whole program", ONE_RANK.format(name=rewriter.name))]
+    found = rewriter.match(program, context)
+    if not rewriter.moves_tokens or not program.updates:
+        return found
+    names = ", ".join(dict.fromkeys(program.input_names[i] for i in program.updates.values()))
+    reason = WRITES.format(names=names, name=rewriter.name)
+    return [Miss(m.site, reason) if isinstance(m, Match) else m for m in found]
