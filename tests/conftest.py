@@ -1,5 +1,6 @@
 """Keeps the checkout's root off sys.path: transformers would import our `kernels/` as its own package."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test proves what it compiles, and not what an earlier run did.
 os.environ.setdefault("THRESHER_REWRITE_CACHE", "0")
+
+
+def pytest_collection_finish():
+    """What the imports made stays: the collector, which tracing calls often, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
