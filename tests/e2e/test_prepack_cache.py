@@ -153,6 +153,8 @@ def test_smollm2_continues_from_a_packed_prefill():
         model, tokenizer = models.smollm2()
     except Exception as reason:
         pytest.skip(f"SmolLM2 cannot be had here: {reason}")
+    # of 30 layers alike, six do; test_nvfp4 compiles all
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:6], 6
     batch = models.mixed_length_batch(tokenizer, 4, max_len=48)
     lengths = batch["attention_mask"].sum(1).tolist()
     torch._dynamo.reset()
@@ -168,6 +170,7 @@ def test_smollm2_continues_from_a_packed_prefill():
         packed = ours.counters[0].packed
         with torch.no_grad():
             expected, _ = greedy(model, model, copy.copy(inputs), 20)
+        assert expected.unique().numel() > 8  # else it would say little that the tokens are equal
         actual, _ = greedy(model, ours, inputs, 20)
         assert ours.counters[0].packed > packed
         assert torch.equal(actual, expected)
