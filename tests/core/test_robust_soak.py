@@ -16,7 +16,7 @@ import zoo
 
 import thresher
 
-SECONDS = float(os.environ.get("THRESHER_SOAK_SECONDS", "20"))
+SECONDS = float(os.environ.get("THRESHER_SOAK_SECONDS", "60"))
 
 
 def request(rng: random.Random, vocabulary: int) -> dict[str, torch.Tensor]:
