@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from . import option_types
 from .errors import ArgumentError, unknown_key
 
 if sys.version_info >= (3, 11):
@@ -101,6 +103,7 @@ class Recipe:
     stats: str | None = None
 
     def __post_init__(self) -> None:
+        option_types.check("option", self)
         if self.freshness not in FRESHNESS:
             raise unknown_key("freshness", self.freshness, FRESHNESS)
         for name, share in self.require:
@@ -115,6 +118,7 @@ class Recipe:
                 "min_gain", self.min_gain, "0 or more", "1.0 leaves what is expected to lose."
             )
         for config in self.passes:
+            option_types.check(f"{config.name} option", config)
             config.validate()
 
     def config(self, name: str) -> PassConfig | None:
@@ -187,25 +191,32 @@ def _toml(value: Any) -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
         raise ArgumentError(
-            "recipe", repr(str(path)), "the path of an existing TOML file", "Check the path."
+            "recipe",
+            f"{str(path)!r}: {error.strerror}",
+            "the path of an existing TOML file",
+            "Check the path.",
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ArgumentError("recipe", repr(str(path)), "valid TOML", f"The parser says: {error}.") from None
 
 
-def _from_dict(spec: Mapping[str, Any]) -> Recipe:
+def _from_dict(spec: Mapping[str, Any], files: tuple[str, ...] = ()) -> Recipe:
+    """files: those that led here, each named as another's base."""
     spec = dict(spec)
     names_a_pass = any(k in CONFIGS for k in spec)
     base = spec.pop("recipe", None)
     if base is None:
         base = "none" if names_a_pass else "exact"
     if str(base).endswith(".toml"):
-        return _from_dict({**_read_toml(Path(base)), **spec})
+        if str(base) in files:
+            raise ArgumentError("recipe", f"{base!r}, which is its own base", "a preset or another file",
+                                "Change its line `recipe = ...`.")  # fmt: skip
+        return _from_dict({**_read_toml(Path(base)), **spec}, (*files, str(base)))
     if base not in PRESETS:
-        raise unknown_key("recipe", str(base), PRESETS)
+        raise _no_preset(str(base))
     spec = {**PRESETS[base], **spec}
     settings = {f.name for f in dataclasses.fields(Recipe)} - {"passes"}
     passes: list[PassConfig] = []
@@ -216,9 +227,13 @@ def _from_dict(spec: Mapping[str, Any]) -> Recipe:
             if config is not None:
                 passes.append(config)
         elif key in ("require", "inductor"):
-            rest[key] = tuple(sorted(dict(given).items()))
+            if not isinstance(given, Mapping):
+                raise ArgumentError(
+                    key, repr(given), "a dict, in TOML a table", f"Write {key}={{...}} or [{key}]."
+                )
+            rest[key] = tuple(sorted(given.items()))
         elif key in settings:
-            rest[key] = given
+            rest[key] = os.fspath(given) if isinstance(given, os.PathLike) else given
         else:
             raise unknown_key("options", key, [*CONFIGS, *settings, "recipe"])
     return Recipe(passes=tuple(passes), **rest)
@@ -240,4 +255,22 @@ def _config(name: str, given: Any) -> PassConfig | None:
     for key in given:
         if key not in fields:
             raise unknown_key(f"{name} option", key, fields)
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return kind(**{k: _tuples(v) for k, v in given.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _no_preset(name: str) -> ArgumentError:
+    """The error for a recipe's name that is no preset's; some words name something else."""
+    known = "a preset or a TOML file; presets are " + ", ".join(sorted(PRESETS))
+    if name in CONFIGS:
+        return ArgumentError(
+            "recipe", f"{name!r}, a pass", known, f"Write {name}=True, or [{name}] in a TOML file."
+        )
+    if name == "auto":
+        return ArgumentError("recipe", "'auto', which needs a model and data to search on", known,
+                             'Use thresher.compile(model, batch, "auto"), or thresher.find_recipe(..., '
+                             'output="mine.toml") and that file.')  # fmt: skip
+    return unknown_key("recipe", name, PRESETS)

@@ -1,5 +1,7 @@
 """Recipes are values: from presets, keywords, dicts and files, with an answer to every wrong word."""
 
+from pathlib import Path
+
 import pytest
 
 from thresher import backend  # registers the passes
@@ -44,6 +46,26 @@ def test_presets_and_what_comes_on_top():
         ({"require": {"prepack": 50}}, "a share from 0 to 1"),
         ({"prepack": 3}, "True, False or a dict"),
         ({"recipe": "no/such/file.toml"}, "existing TOML file"),
+        ({"recipe": "nvfp4"}, "nvfp4=True"),
+        ({"recipe": "auto"}, "find_recipe"),
+        (
+            {"nvfp4": {"min_weights": "many"}},
+            "nvfp4 option min_weights: got 'many', which is str; accepted is a whole",
+        ),
+        ({"nvfp4": {"min_weights": True}}, "a whole number"),
+        ({"nvfp4": {"min_weights": 1e6}}, "a whole number"),
+        ({"nvfp4": {"budget": "0.5"}}, "a number"),
+        ({"nvfp4": {"keep": "head"}}, "a list, each of it text"),
+        ({"prepack": {"form": 3}}, "text in quotes"),
+        ({"rsq": {"rotate": "no"}}, "true or false"),
+        ({"transprune": {"stages": [[2]]}}, "a list of 2: a whole number, a number"),
+        ({"transprune": {"image_span": [1, 2, 3]}}, "a list of 2"),
+        ({"verify": "no"}, "option verify: got 'no'"),
+        ({"fuel": None}, "a whole number"),
+        ({"min_gain": "0.9"}, "a number"),
+        ({"require": 3}, "Write require={...} or [require]"),
+        ({"require": {"prepack": "all"}}, "option require"),
+        ({"stats": 3}, "text in quotes"),
     ],
 )
 def test_a_wrong_word_is_named_with_what_was_meant(given, said):
@@ -54,6 +76,21 @@ def test_a_wrong_word_is_named_with_what_was_meant(given, said):
 
 def test_a_broken_file_says_where(tmp_path):
     path = tmp_path / "r.toml"
-    path.write_text("prepack = [")
-    with pytest.raises(ArgumentError, match="valid TOML"):
+    for broken in (b"prepack = [", b"\xff\xfe"):
+        path.write_bytes(broken)
+        with pytest.raises(ArgumentError, match="valid TOML"):
+            Recipe.of(path)
+    path.write_text(f'recipe = "{path}"')
+    with pytest.raises(ArgumentError, match="its own base"):
         Recipe.of(path)
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(ArgumentError, match="Is a directory"):
+        Recipe.of(tmp_path / "folder.toml")
+
+
+def test_values_of_a_kind_with_the_declared_one_are_taken():
+    given = {"nvfp4": {"budget": 1, "keep": ["head", "first:2"]}, "stats": Path("s.safetensors"),
+             "transprune": {"stages": [[2, 1], [3, 0.5]], "image_span": [1, 5]}}  # fmt: skip
+    recipe = Recipe.of(given)
+    assert recipe.config("transprune").stages == ((2, 1), (3, 0.5)) and recipe.stats == "s.safetensors"
+    assert hash(recipe) == hash(Recipe.of(recipe.to_dict()))
