@@ -15,8 +15,10 @@ from transformers import (
 )
 
 import thresher
-from thresher import sessions
+from thresher import backend, sessions
 from thresher.errors import ArgumentError, CaptureError
+from thresher.passes.calibrate import Calibration
+from thresher.recipe import Recipe
 
 ROWS, WIDTH, ROOM = 3, 10, 32
 
@@ -95,7 +97,7 @@ def test_generate_compiles_its_decode_step(make):
     config = CompileConfig(backend="thresher", mode="default", options=None)
     config._compile_all_devices = True  # transformers compiles for accelerators only unless told so
     with warnings.catch_warnings():
-        warnings.simplefilter("error", thresher.backend.ThresherWarning)
+        warnings.simplefilter("error", thresher.ThresherWarning)
         generated = model.generate(**given, compile_config=config)
     assert generated.equal(model.generate(**given, disable_compile=True))
     assert len(sessions.recent()[-1].report["decode_attention"].rewritten) == 3
@@ -107,7 +109,7 @@ def test_a_prefill_that_writes_its_cache_is_not_packed():
     cache = StaticCache(config=model.config, max_cache_len=ROOM)
     cache.early_initialization(ROWS, 2, 8, torch.float32, torch.device("cpu"))
     fast = torch.compile(model, backend="thresher", options={"target": "reference"}, dynamic=False)
-    with pytest.warns(thresher.backend.ThresherWarning, match="rewrote nothing"), torch.no_grad():
+    with pytest.warns(thresher.ThresherWarning, match="rewrote nothing"), torch.no_grad():
         out = fast(**prompt(), past_key_values=cache)
     with torch.no_grad():
         expected = model(**prompt(), past_key_values=StaticCache(config=model.config, max_cache_len=ROOM))
@@ -135,8 +137,10 @@ def test_calibrating_writes_to_the_cache_too():
     model = tiny_llama.make()
     cache, expected = static(model), static(model)
     step = {"input_ids": torch.full((ROWS, 1), 5), "attention_mask": torch.ones(ROWS, ROOM, dtype=torch.long)}
-    thresher.calibrate(model, [{**step, "past_key_values": cache}], nvfp4={"min_weights": 1})
+    torch._dynamo.reset()
+    watched = torch.compile(model, backend=backend.watching(Calibration(Recipe.of("none"))), dynamic=False)
     with torch.no_grad():
+        watched(**step, past_key_values=cache)
         model(**step, past_key_values=expected)
     torch.testing.assert_close(cache.layers[-1].keys, expected.layers[-1].keys)
     assert cache.layers[0].cumulative_length == WIDTH + 1
