@@ -138,7 +138,11 @@ def test_calibrating_writes_to_the_cache_too():
     cache, expected = static(model), static(model)
     step = {"input_ids": torch.full((ROWS, 1), 5), "attention_mask": torch.ones(ROWS, ROOM, dtype=torch.long)}
     torch._dynamo.reset()
-    watched = torch.compile(model, backend=backend.watching(Calibration(Recipe.of("none"))), dynamic=False)
+    watched = torch.compile(
+        model,
+        backend=backend.watching(Calibration(Recipe.of(nvfp4={"min_weights": 1, "sensitive": 0.5}))),
+        dynamic=False,
+    )
     with torch.no_grad():
         watched(**step, past_key_values=cache)
         model(**step, past_key_values=expected)
