@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from . import api
 from .compat import isolated
@@ -91,6 +92,24 @@ def compare(
     for name, compiled in made.items():
         _record(compiled, baseline / seconds[name])
     return [Timed(n, seconds[n], built[n], differences[n]) for n in calls], made
+
+
+def table(
+    title: str,
+    timed: Sequence[Timed],
+    gains: Mapping[str, float],
+    expected: Mapping[str, float | None],
+    baseline: str,
+) -> Table:
+    """What `compare` measured. gains: speed over the baseline; expected: the same by the cost model, of recipes."""
+    shown = Table(title=title, title_justify="left")
+    for heading in ("run", "ms", f"over {baseline}", "expected", "max rel. difference", "compile, s"):
+        shown.add_column(heading, justify="left" if heading == "run" else "right")
+    for t in timed:
+        guess = expected.get(t.name)
+        shown.add_row(t.name, f"{t.seconds * 1e3:.1f}", f"{gains[t.name]:.2f}x", f"{guess:.2f}x" if guess else "",
+                      f"{t.difference:.1e}", f"{t.compile_seconds:.1f}")  # fmt: skip
+    return shown
 
 
 def _first(call: Callable[[], Any]) -> float:

@@ -1,20 +1,24 @@
 """The `thresher` command.
 
 Exit codes: 0 when what was asked for was done and holds; 1 when it was done and a check failed (nothing
-rewritten, slower than Inductor, outside the budget); 2 for wrong input, with a message that names the fix.
+rewritten, slower than Inductor, outside the budget); 2 for wrong input, with a message that names the fix;
+3 for an error that Thresher did not expect, with its traceback; 130 when it was interrupted.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from .errors import ThresherError
+from .files import check_writable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Graph rewrites that take the waste out of transformer inference.")  # fmt: skip
@@ -37,9 +41,12 @@ def _out(as_json: bool, payload: Any) -> None:
 
 def _recipe(name: str, stats: Path | None) -> Any:
     from . import backend  # registers the passes
+    from .passes.calibrate import Statistics
     from .recipe import Recipe
 
     assert backend
+    if stats is not None:
+        Statistics.load(stats)  # a wrong file is wrong input, not a graph that could not be captured
     return Recipe.of(name, **({"stats": str(stats)} if stats is not None else {}))
 
 
@@ -50,10 +57,27 @@ def _load(model: str, rows: int, longest: int, seed: int = 0) -> tuple[Any, dict
     return loaded, models.mixed_length_batch(tokenizer, rows, seed, max_len=longest)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"thresher {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def demo(
-    rows: Annotated[int, typer.Option(help="Sentences in the batch.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Timed turns of each candidate.")] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="Sentences in the batch.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each candidate.")] = 5,
     as_json: Json = False,
 ) -> None:
     """Compile a real encoder on a real mixed-length batch and show what was done and gained."""
@@ -98,6 +122,7 @@ def explain(
     """Show what a recipe would do to a model, without building anything. Exit code 1 when that is nothing."""
     from . import api, html_report
 
+    check_writable("--html", html)
     chosen = _recipe(recipe, stats)
     loaded, batch = _load(model, rows, longest)
     found = api.explain(loaded, batch, chosen)
@@ -131,6 +156,7 @@ def calibrate(
     """Run a model over batches of text and keep what the recipe's passes need to know."""
     from . import api, models
 
+    check_writable("output", output)
     chosen = _recipe(recipe, None)
     loaded, tokenizer = models.load(model)
     texts = [models.mixed_length_batch(tokenizer, rows, seed, max_len=longest) for seed in range(batches)]
@@ -158,6 +184,8 @@ def compile_model(
     """Compile a model, verify it on a batch of text, and save it. Exit code 1 when it is outside its budget."""
     from . import api, export, html_report
 
+    check_writable("output", output)
+    check_writable("--html", html)
     chosen = _recipe(recipe, stats)
     loaded, batch = _load(model, rows, longest)
     made = api.compile(loaded, batch, chosen, target=target)
@@ -187,6 +215,7 @@ def export_model(
     """Export a rewritten model to ONNX and check it against the program."""
     from . import export
 
+    check_writable("output", output)
     chosen = _recipe(recipe, stats)
     loaded, batch = _load(model, rows, longest)
     result = export.export_onnx(loaded, batch, output, chosen, runtime=runtime)
@@ -225,21 +254,8 @@ def bench(
         {**vars(t), "gain": gains[t.name], "expected": expected.get(t.name)} for t in timed
     ]})  # fmt: skip
     if not as_json:
-        table = Table(title=f"{model}, {rows} rows up to {longest} tokens", title_justify="left")
-        for heading in (
-            "run",
-            "ms",
-            f"over {baseline.name}",
-            "expected",
-            "max rel. difference",
-            "compile, s",
-        ):
-            table.add_column(heading, justify="left" if heading == "run" else "right")
-        for t in timed:
-            guess = expected.get(t.name)
-            table.add_row(t.name, f"{t.seconds * 1e3:.1f}", f"{gains[t.name]:.2f}x", f"{guess:.2f}x" if guess else "",
-                          f"{t.difference:.1e}", f"{t.compile_seconds:.1f}")  # fmt: skip
-        Console().print(table)
+        title = f"{model}, {rows} rows up to {longest} tokens"
+        Console().print(module.table(title, timed, gains, expected, baseline.name))
     if max(gains[n] for n in made) < least:
         raise typer.Exit(1)
 
@@ -267,9 +283,14 @@ def report(
 
 
 def main() -> None:
-    """Entry point: a ThresherError is a message and exit code 2, not a traceback."""
+    """Entry point: a ThresherError is a message and exit code 2; a defect is never exit code 1, a failed check's."""
     try:
         app()
     except ThresherError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", markup=True)
+        console = Console(stderr=True)
+        console.print("[red]error:[/red]", escape(str(error)))  # escaped: `thresher[demo]` is no colour
         raise SystemExit(2) from None
+    except Exception:
+        traceback.print_exc()
+        print("Thresher did not expect this error: please report it with the lines above.", file=sys.stderr)
+        raise SystemExit(3) from None

@@ -8,8 +8,9 @@ import pytest
 import zoo
 from typer.testing import CliRunner
 
+import thresher
 from thresher import bench, cli, device_rates, devices, models
-from thresher.errors import ArgumentError, ThresherError
+from thresher.errors import ArgumentError, MissingDependencyError, ThresherError
 
 runner = CliRunner()
 
@@ -101,6 +102,77 @@ def test_wrong_words_are_a_message_and_code_2(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert stopped.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
+
+
+def main(monkeypatch, capsys, *words):
+    """Exit code, standard output and standard error of the command as a shell runs it."""
+    monkeypatch.setattr("sys.argv", ["thresher", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr()
+    return stopped.value.code, said.out, " ".join(said.err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "argument"),
+    [
+        (("explain", "minilm", "--html"), "--html"),
+        (("calibrate", "minilm", "--recipe", "exact"), "output"),
+        (("compile", "minilm"), "output"),
+        (("export", "minilm"), "output"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch, capsys, words, argument):
+    def too_late(name):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(models, "load", too_late)
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "file" / "x", "a path that can be written"), (tmp_path, "which is no file"),
+                      ("/dev/null", "which is no file")):  # fmt: skip
+        code, out, said = main(monkeypatch, capsys, *words, path)
+        assert code == 2 and not out and f"{argument}: got" in said and why in said
+
+
+def test_wrong_statistics_are_wrong_input(tmp_path, monkeypatch, capsys):
+    code, out, said = main(monkeypatch, capsys, "explain", "minilm", "--stats", tmp_path / "none", "--json")
+    assert code == 2 and not out and "Calibrate the model" in said
+
+
+def test_messages_keep_their_brackets(monkeypatch, capsys):
+    def missing(name):
+        raise MissingDependencyError("gguf", "demo", "SmolLM2")
+
+    monkeypatch.setattr(models, "load", missing)
+    assert "pip install 'thresher[demo]'" in main(monkeypatch, capsys, "explain", "smollm2")[2]
+
+
+def test_an_unexpected_error_is_not_taken_for_a_failed_check(monkeypatch, capsys):
+    def broken(name):
+        raise RuntimeError("from below")
+
+    monkeypatch.setattr(models, "load", broken)
+    code, _, said = main(monkeypatch, capsys, "explain", "minilm")
+    assert code == 3 and "RuntimeError: from below" in said and "report it" in said
+
+
+def test_an_interrupt_has_its_own_code_and_leaves_no_file(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("thresher.runtime.archive.write", stopped)
+    path = tmp_path / "m.thr"
+    code, _, _ = main(monkeypatch, capsys, "compile", "minilm", path, "--target", "reference", "--json")
+    assert code == 130 and not list(tmp_path.iterdir())
+
+
+def test_rounds_and_rows_of_the_demo_are_at_least_one(monkeypatch, capsys):
+    for option in ("--rows", "--rounds"):
+        assert main(monkeypatch, capsys, "demo", option, "0")[0] == 2
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    assert main(monkeypatch, capsys, "--version")[1] == f"thresher {thresher.__version__}\n"
 
 
 def test_the_page_names_every_command():
