@@ -276,7 +276,21 @@ def load(name: str) -> tuple[Any, Any]:
             "model", repr(name), "minilm, smollm2, or the path of a model directory", "Check the path."
         )
     hf = _need("transformers", "Loading a model directory")
-    config = hf.AutoConfig.from_pretrained(name)
-    causal = any("CausalLM" in a for a in config.architectures or ())
-    kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
-    return kind.from_pretrained(name, dtype=torch.float32).eval(), hf.AutoTokenizer.from_pretrained(name)
+    try:
+        config = hf.AutoConfig.from_pretrained(name, local_files_only=True)
+        causal = any("CausalLM" in a for a in config.architectures or ())
+        kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
+        model = kind.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval()
+        tokenizer = hf.AutoTokenizer.from_pretrained(name, local_files_only=True)
+        if len(tokenizer) <= len(
+            tokenizer.all_special_tokens
+        ):  # what transformers makes of no tokenizer's files
+            raise ValueError("its tokenizer knows no words")
+    except (OSError, ValueError) as reason:
+        said = str(reason).strip().splitlines()[0]
+        raise ArgumentError("model", f"{name!r} ({said})",
+                            "a directory with config.json, weights and a tokenizer, as save_pretrained writes them",
+                            "Save the model and its tokenizer into it.") from None  # fmt: skip
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer

@@ -170,3 +170,22 @@ def test_smollm2_continues_a_sentence():
     with torch.no_grad():
         next_token = model(**prompt).logits[0, -1].argmax()
     assert tokenizer.decode(next_token).strip() == "Paris"
+
+
+def test_a_directory_without_a_model_or_a_tokenizer_is_wrong_input(tmp_path):
+    with pytest.raises(ArgumentError, match="save_pretrained"):
+        models.load(str(tmp_path))
+    transformers.BertModel(transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                                   intermediate_size=8, vocab_size=9)).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(ArgumentError, match="a tokenizer"):
+        models.load(str(tmp_path))
+
+
+def test_a_directory_whose_tokenizer_has_no_pad_token_gives_batches(tmp_path, monkeypatch):
+    model, tokenizer = models.minilm()
+    model.save_pretrained(tmp_path)
+    tokenizer.eos_token, tokenizer.pad_token = tokenizer.sep_token, None
+    tokenizer.save_pretrained(tmp_path)
+    loaded, tokenizer = models.load(str(tmp_path))
+    batch = models.mixed_length_batch(tokenizer, 3, max_len=8)
+    assert loaded(**batch).last_hidden_state.shape[:2] == batch["input_ids"].shape
