@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,15 +73,23 @@ def write(model: Any, path: Path, names: list[str] | None, parts: Parts, started
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(path.name + ".data")
-    data.unlink(missing_ok=True)
     size = sum(w.nbytes for w in weights)
-    parts.stage(f"writing {size / 1e6:.0f} MB")
-    if size > _LARGE:
-        ir.save(model, str(path), external_data=data.name, size_threshold_bytes=1024)
-    else:
-        ir.save(model, str(path))
-    parts.stage("checking the file")
-    onnx.checker.check_model(str(path), full_check=True)
+    # in a folder of its own first, under the name that the model calls its data by: an interrupted or refused
+    # export leaves what was there
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        fresh = Path(scratch) / path.name
+        parts.stage(f"writing {size / 1e6:.0f} MB")
+        if size > _LARGE:
+            ir.save(model, str(fresh), external_data=data.name, size_threshold_bytes=1024)
+        else:
+            ir.save(model, str(fresh))
+        parts.stage("checking the file")
+        onnx.checker.check_model(str(fresh), full_check=True)
+        if size > _LARGE:
+            (Path(scratch) / data.name).replace(data)
+        fresh.replace(path)
+        if size <= _LARGE:
+            data.unlink(missing_ok=True)  # of the model that was there before
     counts: dict[str, int] = {}
     for node in model.graph:
         key = f"{node.domain}::{node.op_type}" if node.domain else node.op_type

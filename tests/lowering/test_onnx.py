@@ -420,6 +420,29 @@ def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
     assert not data.exists()
 
 
+@pytest.mark.parametrize("large", [1 << 12, 1 << 28])
+def test_an_export_that_stops_leaves_the_old_files_whole(tmp_path, monkeypatch, large):
+    monkeypatch.setattr(onnx_write, "_LARGE", large)
+    weights = {"w": random(64, 64)}
+    program = small_programs.program(
+        torch.nn.functional.linear, {"x": random(3, 64)}, weights, {"x": {0: ANY}}
+    )
+    lowering.export(program, tmp_path / "m.onnx")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert len(before) == (2 if large == 1 << 12 else 1)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    other = small_programs.program(
+        torch.nn.functional.linear, {"x": random(3, 64)}, {"w": random(64, 64)}, {"x": {0: ANY}}
+    )
+    monkeypatch.setattr("onnx.checker.check_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lowering.export(other, tmp_path / "m.onnx")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_a_record_prints_its_differences_and_notes(tmp_path):
     found = dict(engine="onnxruntime", sizes={"x": [2, 8]}, absolute=1e-6, relative=2e-6)
     record = onnx_write.Exported(
