@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import backend, capture, sessions
+from . import backend, capture, generation, sessions
 from .certificate import Certificate
 from .compat import isolated, room_for_graphs, uncollected, without_fake_mode
 from .errors import ArgumentError, ThresherError
@@ -70,6 +70,10 @@ class Compiled:
     @property
     def counters(self) -> list[Counters]:
         return [s.counters for s in self.sessions]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own `generate` (transformers), with each step compiled; see `generation.generate`."""
+        return generation.generate(self, self.model, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)

@@ -103,6 +103,22 @@ def test_generate_compiles_its_decode_step(make):
     assert len(sessions.recent()[-1].report["decode_attention"].rewritten) == 3
 
 
+def test_a_compiled_model_generates_compiled():
+    torch._dynamo.reset()
+    model = tiny_llama.make()
+    given = {**prompt(), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**given)
+    fast = thresher.compile(model, prompt(), target="reference", dynamic=True)
+    assert fast.generate(**given).equal(expected) and "forward" not in vars(model)
+    assert sum(c.packed for c in fast.counters) == 2  # the example, and the prefill
+    assert sum(c.calls for c in fast.counters) == 9
+    with pytest.warns(thresher.ThresherWarning, match="makes its static cache during the prefill"):
+        assert fast.generate(**given, cache_implementation="static").equal(expected)
+    assert sum(c.calls for c in fast.counters) == 9 + 7
+    with pytest.raises(ArgumentError, match="has no generate"):
+        thresher.compile(Store().eval(), stored(torch.zeros(4, 8), torch.ones(3, 8)), recipe="none").generate()
+
+
 def test_a_prefill_that_writes_its_cache_is_not_packed():
     torch._dynamo.reset()
     model = mistral()  # whose attention reads the new keys and not its cache
