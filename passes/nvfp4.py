@@ -32,7 +32,7 @@ from .keep import check_keep, kept_layers
 from .nvfp4_calibration import InputStatistics, most_sensitive
 from .structure import LinearSite, Structure
 from .structure_linears import find_linears
-from .structure_sites import read_instead
+from .structure_sites import by_module, read_instead
 
 ops = torch.ops.thresher
 MODES = ("thresher", "te", "torchao", "modelopt", "compressed_tensors")
@@ -92,9 +92,9 @@ class NVFP4Config(PassConfig):
 
 @dataclass(frozen=True)
 class Found:
-    """A linear to rewrite, and the fixed tensor scale of its activations (fp32 []), if there is one."""
+    """A linear's places in the graph, and the fixed tensor scale of its activations (fp32 []), if there is one."""
 
-    site: LinearSite
+    sites: tuple[LinearSite, ...]
     input_scale: torch.Tensor | None = None
 
 
@@ -125,10 +125,12 @@ class NVFP4(Pass):
         structure = _structure(context)
         kept = kept_layers(structure, config.keep, context.notes)
         stats = context.stats.get(self.name, {})
+        places = {sites[0]: sites for sites in by_module(structure.linears)}
         fit: list[LinearSite] = []
         found: dict[LinearSite, Match | Miss] = {}
-        for site in structure.linears:
-            reason = kept.get(site) or unfit(program, site, config)
+        for site, sites in places.items():
+            reasons = (kept.get(s) or unfit(program, s, config) for s in sites)
+            reason = next((r for r in reasons if r is not None), None)
             needs_data = config.input_scale == "calibrated" or config.sensitive > 0
             if reason is None and needs_data and site.fqn not in stats:
                 reason = NEEDS_DATA
@@ -141,32 +143,33 @@ class NVFP4(Pass):
         for site in fit:
             if site not in found:
                 scale = stats[site.fqn]["amax"] / 2688 if config.input_scale == "calibrated" else None
-                found[site] = Match(site.fqn, Found(site, scale), claims=program.weights[site.weight].origins)
+                origins = program.weights[site.weight].origins
+                found[site] = Match(site.fqn, Found(places[site], scale), claims=origins)
         context.notes.extend(
-            _size_notes(program, [m.data.site for m in found.values() if isinstance(m, Match)])
+            _size_notes(program, [m.data.sites[0] for m in found.values() if isinstance(m, Match)])
         )
-        return [*(found[s] for s in structure.linears), *find_linears(program)[1]]
+        return [*(found[s] for s in places), *find_linears(program)[1]]
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
-        site, config = match.data.site, context.config
-        parts = packed_weights(program.weights[site.weight], site.transposed, config)
-        at = site.output
-        codes, scales, tensor_scale = (program.get_weight(w, before=at) for w in parts)
-        fixed = None
-        if match.data.input_scale is not None:
-            held = Weight(f"{site.fqn}.input_scale", match.data.input_scale.to(parts[0].tensor.device))
-            fixed = program.get_weight(held, before=at)
-        bias = None if site.bias is None else program.read_weight(site.bias, at)
-        with program.graph.inserting_before(at):
-            node = program.graph.call_function(
-                ops.nvfp4_linear.default,
-                (site.x, codes, scales, tensor_scale, fixed, bias, config.activations),
-            )
-        x = value(site.x)
-        node.meta = {k: v for k, v in at.meta.items() if k != "val"}
-        node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
-        at.replace_all_uses_with(node)
-        read_instead(_structure(context).linears, at, node)
+        first, config = match.data.sites[0], context.config
+        parts = packed_weights(program.weights[first.weight], first.transposed, config)
+        names: list[str | None] = [program.add_weight(w) for w in parts]
+        scale = match.data.input_scale
+        if scale is not None:
+            scale = scale.to(parts[0].tensor.device)
+        names.append(None if scale is None else program.add_weight(Weight(f"{first.fqn}.input_scale", scale)))
+        for site in match.data.sites:
+            at = site.output
+            held = [None if n is None else program.read_weight(n, at) for n in (*names, site.bias)]
+            with program.graph.inserting_before(at):
+                node = program.graph.call_function(
+                    ops.nvfp4_linear.default, (site.x, *held, config.activations)
+                )
+            x = value(site.x)
+            node.meta = {k: v for k, v in at.meta.items() if k != "val"}
+            node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
+            at.replace_all_uses_with(node)
+            read_instead(_structure(context).linears, at, node)
 
 
 def _structure(context: Context) -> Structure:

@@ -28,7 +28,7 @@ from .rsq_config import RSQConfig, decode_text, encode_text
 from .rsq_plan import Edit, Plan, make_plan
 from .structure import LinearSite, Structure
 from .structure_linears import find_linears
-from .structure_sites import read_instead
+from .structure_sites import by_module, read_instead
 
 ops = torch.ops.thresher
 CUTS = {"transprune", "zipvl", "deft"}  # passes behind which layers are no longer whole
@@ -46,9 +46,9 @@ class _Rotation:
 
 @dataclass(frozen=True)
 class Found:
-    """A linear to rewrite and its tensors (see `rsq_codes.to_tensors`)."""
+    """A linear's places in the graph and its tensors (see `rsq_codes.to_tensors`)."""
 
-    site: LinearSite
+    sites: tuple[LinearSite, ...]
     tensors: Mapping[str, torch.Tensor]
     rotation: _Rotation | None = field(repr=False)
 
@@ -85,7 +85,8 @@ class RSQ(Pass):
         structure = context.structure()
         stats = context.stats.get(self.name, {})
         if HEADER not in stats:
-            return [*(Miss(s.fqn, NEEDS_DATA) for s in structure.linears), *find_linears(program)[1]]
+            named = dict.fromkeys(s.fqn for s in structure.linears)
+            return [*(Miss(fqn, NEEDS_DATA) for fqn in named), *find_linears(program)[1]]
         config = quantized_with(stats)
         differing = context.config.contradictions(config)
         if differing:
@@ -96,7 +97,7 @@ class RSQ(Pass):
         plan = make_plan(program, structure, config)
         rotation = _Rotation(plan)
         context.notes.extend(plan.notes)
-        found: list[Match | Miss] = list(plan.missed)
+        found: list[Match | Miss] = list(dict.fromkeys(plan.missed))
         size_before = size_after = 0
         for site in plan.quantise:
             tensors = stats.get(site.fqn)
@@ -106,7 +107,7 @@ class RSQ(Pass):
                 continue
             assert tensors is not None
             held = program.weights[site.weight]
-            found.append(Match(site.fqn, Found(site, tensors, rotation), claims=(held.fqn,)))
+            found.append(Match(site.fqn, Found((site,), tensors, rotation), claims=(held.fqn,)))
             size_before += held.tensor.numel() * held.tensor.element_size()
             size_after += sum(t.numel() * t.element_size() for n, t in tensors.items() if n in _STORED)
         if size_before:
@@ -121,9 +122,17 @@ class RSQ(Pass):
         if data.rotation is not None and not data.rotation.done:
             rsq_rewrite.rotate(program, data.rotation.plan)
             data.rotation.done = True
-        site, at = data.site, data.site.output
-        held = program.weights[site.weight]
-        nodes = {n: program.get_weight(w, before=at) for n, w in _weights(site, data.tensors, held).items()}
+        held = program.weights[data.sites[0].weight]
+        names = {n: program.add_weight(w) for n, w in _weights(data.sites[0], data.tensors, held).items()}
+        for site in data.sites:
+            self._put(program, site, data, names, context)
+
+    def _put(
+        self, program: Program, site: LinearSite, data: Found, names: Mapping[str, str], context: Context
+    ) -> None:
+        """The product with codes in the place of one with a weight. names: of the codes' parts in the program."""
+        at = site.output
+        nodes = {part: program.read_weight(name, at) for part, name in names.items()}
         bias = None if site.bias is None else program.read_weight(site.bias, at)
         args: tuple[Any, ...]
         if "block_scales" in nodes:
@@ -156,7 +165,8 @@ def _prepared(
 ) -> list[Match | Miss]:
     """The linears of a program that was rotated before other passes cut it, by the names they had."""
     found: list[Match | Miss] = []
-    for site in structure.linears:
+    for sites in by_module(structure.linears):
+        site = sites[0]
         name = site.fqn.removesuffix(rsq_rewrite.SUFFIX)
         made, tensors = context.prepared.get(name), stats.get(name)
         held = program.weights[site.weight]
@@ -165,7 +175,7 @@ def _prepared(
             reason = "It was not there when the program was rotated."
         if reason is None:
             assert tensors is not None
-            found.append(Match(name, Found(site, tensors, None), claims=held.origins))
+            found.append(Match(name, Found(sites, tensors, None), claims=held.origins))
         else:
             found.append(Miss(name, reason))
     return found

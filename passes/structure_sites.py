@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -53,6 +54,15 @@ def read_instead(sites: Iterable[LinearSite], old: fx.Node, new: fx.Node) -> Non
     for site in sites:
         if site.x is old:
             site.x = new
+
+
+def by_module(sites: Iterable[LinearSite]) -> list[tuple[LinearSite, ...]]:
+    """Sites that are one linear of the model put together, in graph order: a module may be called twice, and behind
+    a cut its probes and the tokens that are kept go through it apart. They share their weights' new form, and a name."""
+    found: dict[tuple[Any, ...], list[LinearSite]] = {}
+    for s in sites:
+        found.setdefault((s.fqn, s.weight, s.bias, s.transposed), []).append(s)
+    return [tuple(group) for group in found.values()]
 
 
 @dataclass(eq=False)
