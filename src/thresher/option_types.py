@@ -24,15 +24,18 @@ def check(owner: str, options: Any) -> None:
     for field in dataclasses.fields(options):
         given, hint = getattr(options, field.name), hints.get(field.name, Any)
         if not _fits(given, hint):
-            default = (
-                "" if field.default is dataclasses.MISSING else f", such as the default, {field.default!r}"
-            )
             raise ArgumentError(
-                f"{owner} {field.name}",
-                f"{given!r}, which is {type(given).__name__}",
-                _words(hint),
-                f"Write a value of that kind{default}.",
-            )
+                f"{owner} {field.name}", f"{given!r}, which is {type(given).__name__}", _words(hint),
+                _fix(field, given, hint),
+            )  # fmt: skip
+
+
+def _fix(field: dataclasses.Field[Any], given: Any, hint: Any) -> str:
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and parts[-1] is Ellipsis and _fits(given, parts[0]):
+        return f"Write {field.name}={[given]!r}."
+    default = "" if field.default is dataclasses.MISSING else f", such as the default, {field.default!r}"
+    return f"Write a value of that kind{default}."
 
 
 @functools.cache
