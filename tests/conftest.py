@@ -9,6 +9,9 @@ import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and threads that wait for each other's core spin: small loops took a hundred times longer.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test proves what it compiles, and not what an earlier run did.
