@@ -91,7 +91,8 @@ def _passes(report: Report) -> str:
     rows = []
     for p in report.passes:
         error = "not measured" if p.error is None else f"{p.error:.1e}"
-        state = "rolled back" if p.rolled_back else f"{p.coverage:.0%}"
+        share = f"{p.coverage:.0%}" if p.rewritten or p.missed else "no site"
+        state = "rolled back" if p.rolled_back else share
         cells = (
             len(p.rewritten),
             len(p.missed),

@@ -57,6 +57,11 @@ def test_states_of_sites():
     )  # one site over layers stands in each
 
 
+def test_a_pass_without_sites_does_not_claim_to_cover_them():
+    page = html_report.render(Report("r", [PassReport("a"), PassReport("b", rewritten=["layers.0.x"])]))
+    assert page.count(">no site<") == 1 and page.count(">100%<") == 1
+
+
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ArgumentError, match="what"):
         html_report.render(3)
