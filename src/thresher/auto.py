@@ -25,6 +25,7 @@ from rich.table import Table
 
 from . import api, backend, bench
 from .errors import ArgumentError, ThresherError, unknown_key
+from .files import check_writable
 from .recipe import PRESETS, Recipe
 from .report import progress
 
@@ -109,9 +110,13 @@ def find_recipe(
     state: file in which measurements are kept; a search over the same model, example and target goes on from it.
     output: where the chosen recipe is written as TOML.
     """
+    if isinstance(budget, str) or not budget >= 0:
+        raise ArgumentError("budget", repr(budget), "a number, 0 or more", "0.01 is one percent.")
+    if recipes is not None and not recipes:
+        raise ArgumentError("recipes", "{}", "at least one recipe by name", "Leave it out for the presets.")
+    for name, path in (("state", state), ("output", output)):  # hours before they are written
+        check_writable(name, None if path is None else Path(path))
     judge = _metric(metric, model, example_inputs)
-    if not budget >= 0:
-        raise ArgumentError("budget", budget, "0 or more", "0.01 is one percent.")
     given = {n: Recipe.of(r) for n, r in recipes.items()} if recipes is not None else candidates(stats)
     kept = _State(state, _key(model, example_inputs, metric, target))
     for name, recipe in progress(given.items(), "searching recipes", len(given)):

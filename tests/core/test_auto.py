@@ -138,6 +138,16 @@ def test_compile_takes_auto(model, monkeypatch):
         thresher.compile(network, inputs, "auto", prepack=True)
 
 
+def test_what_cannot_be_used_is_said_before_the_search(model, tmp_path, monkeypatch):
+    network, inputs = model
+    monkeypatch.setattr(auto, "_metric", lambda *_: pytest.fail("the model was run first"))
+    (tmp_path / "file").touch()
+    for given, said in (({"output": tmp_path / "file" / "x.toml"}, "output"), ({"state": tmp_path}, "state"),
+                        ({"budget": "small"}, "a number"), ({"recipes": {}}, "at least one")):  # fmt: skip
+        with pytest.raises(ArgumentError, match=said):
+            auto.find_recipe(network, inputs, **given)
+
+
 def test_wrong_words(model):
     with pytest.raises(ArgumentError, match="Did you mean 'perplexity'"):
         find(model, metric="perplexiti")
