@@ -20,7 +20,7 @@ def check(owner: str, options: Any) -> None:
     owner: what the message calls the field after, as in "nvfp4 option min_weights". A whole number is a number;
     true and false are not. Types other than the words', tuples and unions are not looked at.
     """
-    hints = _hints(type(options))
+    hints = _hints(type(options))  # type: ignore[arg-type]
     for field in dataclasses.fields(options):
         given, hint = getattr(options, field.name), hints.get(field.name, Any)
         if not _fits(given, hint):
