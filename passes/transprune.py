@@ -43,6 +43,7 @@ from .tokens import (
     image_counts,
     largest_tower,
     layer_flops,
+    no_layers,
     publish_image,
     types_facts,
     types_from,
@@ -166,7 +167,7 @@ class TransPrune(Pass):
         program.clean()
         tower = largest_tower(context.structure()) if context.structure else None
         if tower is None:
-            return []
+            return no_layers(context.structure() if context.structure else None)
         stages, misses = _stages(context.config, tower)
         if not stages:
             return misses

@@ -37,7 +37,16 @@ from .causal_mask import candidates, make_causal
 from .structure import LayerSite
 from .token_axes import Stop, hint
 from .token_segments import caller, caller_types
-from .tokens import Decline, Types, counts_program, find_types, largest_tower, layer_flops, types_facts
+from .tokens import (
+    Decline,
+    Types,
+    counts_program,
+    find_types,
+    largest_tower,
+    layer_flops,
+    no_layers,
+    types_facts,
+)
 from .zipvl_budget import CallLengths, SequenceBudget, budget, budget_facts, protected_tokens, zip_flops
 from .zipvl_calibrate import Pair
 from .zipvl_replay import HEADS, rewrite_layers
@@ -160,7 +169,7 @@ class ZipVL(Pass):
         try:
             stretches = find_stretches(program, context.structure()) if context.structure else []
             if not stretches:
-                return []
+                return no_layers(context.structure() if context.structure else None)
             types, counted = self._types(program, stretches, context)
             lengths, protected = self._rows(program, stretches, (types, counted), context)
         except (Decline, Stop) as reason:

@@ -145,3 +145,18 @@ def test_windows_and_spelled_out_attention_are_left_alone():
 def test_options_that_make_no_sense_are_named(options):
     with pytest.raises(ArgumentError, match=next(iter(options))):
         thresher.Recipe.of(None, zipvl=options)
+
+
+@pytest.mark.parametrize("options", [{"zipvl": {"keep": 0.5}}, {"transprune": {"image_span": [1, 3]}}])
+def test_attention_in_no_layer_is_a_miss(options):
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    torch._dynamo.reset()
+    given = [torch.randn(1, 2, 8, 4) for _ in range(3)]
+    fast = thresher.compile(Attend().eval(), tuple(given), recipe="none", target="reference", **options)
+    (missed,) = fast.report.passes[0].missed
+    assert missed.reason.startswith(
+        "No layers on a residual stream were recovered in this graph. The first thing"
+    )
