@@ -116,7 +116,9 @@ def test_a_compiled_model_generates_compiled():
         assert fast.generate(**given, cache_implementation="static").equal(expected)
     assert sum(c.calls for c in fast.counters) == 9 + 7
     with pytest.raises(ArgumentError, match="has no generate"):
-        thresher.compile(Store().eval(), stored(torch.zeros(4, 8), torch.ones(3, 8)), recipe="none").generate()
+        thresher.compile(
+            Store().eval(), stored(torch.zeros(4, 8), torch.ones(3, 8)), recipe="none"
+        ).generate()
 
 
 def test_a_prefill_that_writes_its_cache_is_not_packed():
