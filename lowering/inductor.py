@@ -84,8 +84,6 @@ class Inductor(Target):
 def write_updates(graph: fx.Graph, program: Program) -> None:
     """End a program's graph with the writes to its inputs (`Program.updates`), which Inductor then does in place where
     the input is not read afterwards; None in the results' places."""
-    if not program.updates:
-        return
     places = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     results = list(output.args[0])

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
+from thresher.dialect import unrepeated
 from thresher.program import value
 
 from .decompose import op_name, own_nodes
@@ -43,14 +44,14 @@ def group_query(weights: Weights) -> None:
     The CUDA operator takes half types only. It is written for `ort-cuda`, and not run by Thresher's tests.
     """
     for node in weights.program.nodes(aten.scaled_dot_product_attention.default):
-        q, k, v = node.args[:3]
+        q, k, v = cast(tuple[fx.Node, ...], node.args[:3])
         given = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:])) | dict(node.kwargs)
         if not _fits(given, *(value(n) for n in (q, k, v))):
             continue
         if weights.runtime == "ort-cuda" and value(q).dtype == torch.float32:
             continue
         form = functools.partial(_form, scale=given.get("scale"))  # type: ignore[arg-type]
-        weights.replace(node, form, [q, unrepeated(k), unrepeated(v)])
+        weights.replace(node, form, [q, unrepeated(k) or k, unrepeated(v) or v])
 
 
 def packed(weights: Weights) -> None:
@@ -58,20 +59,20 @@ def packed(weights: Weights) -> None:
     for node in own_nodes(weights.program):
         if op_name(node) != "varlen_attention" or no_packed(node, weights.runtime) is not None:
             continue
-        q, k, v, cu_seqlens, _, scale, causal, _, softcap = node.args
-        attributes: dict[str, Any] = {"num_heads": int(value(q).shape[1]), "scale": float(scale)}  # type: ignore[arg-type]
+        q, k, v, cu_seqlens, _, scale, causal, _, softcap = cast(tuple[Any, ...], node.args)
+        attributes: dict[str, Any] = {"num_heads": int(value(q).shape[1]), "scale": float(scale)}
         if by_multi_head(node, weights.runtime):
             weights.note(UNRUN)
             name = "PackedEncoderAttention"
         else:
             if not causal:
                 weights.note(f"{_BIDIRECTIONAL}.")
-            k, v = unrepeated(k), unrepeated(v)
+            k, v = unrepeated(k) or k, unrepeated(v) or v
             name = "PackedAttention"
             attributes |= {
                 "kv_num_heads": int(value(k).shape[1]),
                 "causal": int(bool(causal)),
-                "softcap": float(softcap),  # type: ignore[arg-type]
+                "softcap": float(softcap),
             }
         weights.functions.add(name)
         form = functools.partial(_packed_form, name=name, attributes=attributes)
@@ -126,21 +127,6 @@ def _fits(given: dict[str, Any], q: Any, k: Any, v: Any) -> bool:
         return False
     alike = str(q.shape[2]) == str(k.shape[2]) and q.shape[3] == k.shape[3] == v.shape[3]
     return alike and q.dtype in _DTYPES and q.dim() == 4 and q.shape[1] % k.shape[1] == 0
-
-
-def unrepeated(node: Any) -> Any:
-    """Keys or values as they were before each head was repeated for the queries that share it."""
-    made = node
-    for target in (aten.reshape.default, aten.expand.default, aten.unsqueeze.default):
-        if made.target is not target:
-            return node
-        if target is aten.expand.default and made.args[0].target is aten.unsqueeze.default:
-            known, source = value(made), value(made.args[0].args[0])
-            if known.dim() != 5 or made.args[0].args[1] not in (2, -3) or source.dim() != 4:
-                return node
-        made = made.args[0]
-    kept = [value(n).shape[i] for n in (node, made) for i in (0, 2, 3)]
-    return made if [str(s) for s in kept[:3]] == [str(s) for s in kept[3:]] else node
 
 
 def _form(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:

@@ -26,6 +26,7 @@ from thresher.report import Miss
 
 if TYPE_CHECKING:
     from .cost import CostModel
+    from .structure import Structure
 
 __all__ = ["PASSES", "Context", "Effect", "Match", "Miss", "Pass", "register_pass"]
 
@@ -63,10 +64,10 @@ class Context:
     """What the pipeline gives a pass beside the program.
 
     recipe: the whole recipe. config: this pass's own options.
+    structure: the recovered transformer, shared by all passes of one pipeline stage (see structure.py).
     stats: calibration statistics by pass name, then by site; empty when there are none.
     inputs: example inputs for the program's placeholders as real tensors, or None in a dry run.
     device: where the program will run. notes: sentences to show with the pass's report.
-    structure: the recovered transformer, shared by all passes of one pipeline stage (see structure.py).
     predicted: time before over time after that the pass expects, by site; the cost model's own replaces it.
     cost: prices nodes and multiplications on the device (see cost.py); None without a cost model.
     counted: site -> name that its operator counts calls under.
@@ -76,11 +77,11 @@ class Context:
 
     recipe: Recipe
     config: Any
+    structure: Callable[[], Structure]
     stats: Mapping[str, Any] = field(default_factory=dict)
     inputs: Sequence[Any] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     notes: list[str] = field(default_factory=list)
-    structure: Callable[[], Any] | None = None
     predicted: dict[str, float] = field(default_factory=dict)
     counted: dict[str, str] = field(default_factory=dict)
     cost: CostModel | None = None

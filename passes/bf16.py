@@ -59,7 +59,6 @@ class BF16(Pass):
         return context.config.budget
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
-        assert context.structure is not None
         structure, config = context.structure(), context.config
         kept = kept_layers(structure, config.keep, context.notes)
         slow = None if config.emulate else no_instructions(context.device)
@@ -81,7 +80,6 @@ class BF16(Pass):
         product = program.insert(at, aten.linear.default, x, weight, bias)
         made = program.insert(at, aten.to.dtype, product, torch.float32)
         at.replace_all_uses_with(made)
-        assert context.structure is not None
         read_instead(context.structure().linears, at, made)
 
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+from thresher.dialect import unrepeated
 from thresher.program import Program, module_fqn, value
 from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
-from .structure_views import unrepeated
 from .visibility import Attention, attention
 
 aten = torch.ops.aten

@@ -98,20 +98,18 @@ class Deft(Pass):
         config: DeftConfig = context.config
         if config.approximate or config.bits < 16:
             return config.budget
-        mlps = context.structure().mlps if context.structure else []
+        mlps = context.structure().mlps
         half = any(value(m.down.output).dtype in (torch.bfloat16, torch.float16) for m in mlps)
         return _ROUNDING if half else self.effect.budget
 
     def taps(self, program: Program, context: Context) -> Sequence[Any]:
         """The hidden activations of every MLP whose activation has no flat zero."""
-        assert context.structure is not None
         mlps = widest(context.structure().mlps)[0] if context.config.approximate else []
         names = site_names(mlps)
         return [Tap(names[m], m.down.x, HiddenSample) for m in mlps if m.activation not in FLAT_ZERO]
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         config: DeftConfig = context.config
-        assert context.structure is not None
         structure = context.structure()
         mlps, beside = widest(structure.mlps)
         names = site_names(mlps)

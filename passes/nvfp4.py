@@ -173,7 +173,6 @@ class NVFP4(Pass):
 
 
 def _structure(context: Context) -> Structure:
-    assert context.structure is not None
     return context.structure()
 
 

@@ -13,10 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from thresher.capture import assemble
+from thresher.dialect import unrepeated
 from thresher.program import Program, value
 
 from .packed_frontier import Frontier, plan_fields
-from .structure_views import unrepeated
 from .token_axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, hint
 
 aten = torch.ops.aten

@@ -7,6 +7,7 @@ check the dialect, compare with the program before, and keep the result or roll 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,21 +94,14 @@ class Pipeline:
         return after
 
     def _context(self, config: PassConfig, program: Program, account: PassReport) -> Context:
-        structure: list[Any] = []
-
-        def view() -> Any:
-            if not structure:
-                structure.append(recover(program))
-            return structure[0]
-
         return Context(
             self.recipe,
             config,
+            functools.lru_cache(lambda: recover(program)),
             self.stats,
             self.inputs,
             self.device,
             account.notes,
-            view,
             account.predicted,
             account.counted,
             self.cost,

@@ -72,7 +72,6 @@ class RSQ(Pass):
             return None
         if "deft" in others and quantized_with(stats).rotate_down:
             return None
-        assert context.structure is not None
         plan = make_plan(program, context.structure(), quantized_with(stats))
         rsq_rewrite.rotate(program, plan)
         context.notes.append(
@@ -81,7 +80,6 @@ class RSQ(Pass):
         return {e.site.fqn: signature(e) for e in plan.edits.values() if e.site in plan.quantise}
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
-        assert context.structure is not None
         structure = context.structure()
         stats = context.stats.get(self.name, {})
         if HEADER not in stats:
@@ -151,7 +149,6 @@ class RSQ(Pass):
         node.meta = {k: v for k, v in at.meta.items() if k != "val"}
         node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
         at.replace_all_uses_with(node)
-        assert context.structure is not None
         sites = (
             [e.site for e in data.rotation.plan.edits.values()]
             if data.rotation

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.dialect import unrepeated
 from thresher.program import Program, value
 
 from .pattern import Anything, Number, Var, call, described, either, is_cast, match, uncast
 from .structure_masks import read_masks
 from .structure_rope import find_rope
 from .structure_sites import AttentionSite, LinearSite, NormSite, Projection, Rope, Unknown, common_prefix
-from .structure_views import Unviewable, head_rows, is_view, merges_heads, unrepeated, viewed
+from .structure_views import Unviewable, head_rows, is_view, merges_heads, viewed
 
 aten = torch.ops.aten
 

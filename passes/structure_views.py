@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.dialect import same_size
 from thresher.program import value
 
 from .pattern import is_cast
@@ -30,23 +29,6 @@ VIEWS = {
 PARTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
 _RESHAPES = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 _COPIES = {aten.contiguous.default, aten.clone.default}
-
-
-def unrepeated(node: fx.Node) -> fx.Node | None:
-    """Keys or values [batch, heads, tokens, dim] before each head is repeated for its query heads, or None."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or value(node).dim() != 4:
-        return None
-    if node.target is aten.repeat_interleave.self_int:
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-        return source if dim in (1, -3) else None
-    if node.target is not aten.reshape.default or source.target is not aten.expand.default:
-        return None
-    lifted: Any = source.args[0]
-    if lifted.target is not aten.unsqueeze.default or lifted.args[1] != 2 or value(lifted).dim() != 5:
-        return None
-    _, kv_heads, times, *_ = value(source).shape
-    return lifted.args[0] if same_size(value(node).shape[1], kv_heads * times) else None
 
 
 def sizes(node: Any) -> list[int]:

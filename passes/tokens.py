@@ -205,9 +205,9 @@ def largest_tower(structure: Structure) -> Tower | None:
     return max(structure.towers, key=tower_size, default=None)
 
 
-def no_layers(structure: Structure | None) -> list[Miss]:
+def no_layers(structure: Structure) -> list[Miss]:
     """A Miss for a graph with attention in which no layers were recovered; none for one without attention."""
-    if structure is None or not (structure.attentions or structure.missed):
+    if not (structure.attentions or structure.missed):
         return []
     why = f" The first thing not understood: {structure.missed[0].reason}" if structure.missed else ""
     return [Miss("the whole program", f"No layers on a residual stream were recovered in this graph.{why}")]

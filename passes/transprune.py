@@ -159,15 +159,15 @@ class TransPrune(Pass):
         if context.config.choice is not None and not any(context.config.choice) and not context.config.always:
             return whole("", "No token may be left out in calls of this kind.")
         fed = embeddings_fed(program)
-        if fed and context.structure and not context.structure().layers:
+        if fed and not context.structure().layers:
             return [Match("the graph that puts image features in", fed)]
         for node, _, reason in candidates(program):
             if reason is None:
                 make_causal(node)
         program.clean()
-        tower = largest_tower(context.structure()) if context.structure else None
+        tower = largest_tower(context.structure())
         if tower is None:
-            return no_layers(context.structure() if context.structure else None)
+            return no_layers(context.structure())
         stages, misses = _stages(context.config, tower)
         if not stages:
             return misses

@@ -149,7 +149,7 @@ class ZipVL(Pass):
         for node, _, reason in candidates(program):
             if reason is None:
                 make_causal(node)
-        tower = largest_tower(context.structure()) if context.structure else None
+        tower = largest_tower(context.structure())
         found = []
         for layer in tower.layers if tower else ():
             site = layer.attention
@@ -167,9 +167,9 @@ class ZipVL(Pass):
         program.clean()
         config = context.config
         try:
-            stretches = find_stretches(program, context.structure()) if context.structure else []
+            stretches = find_stretches(program, context.structure())
             if not stretches:
-                return no_layers(context.structure() if context.structure else None)
+                return no_layers(context.structure())
             types, counted = self._types(program, stretches, context)
             lengths, protected = self._rows(program, stretches, (types, counted), context)
         except (Decline, Stop) as reason:

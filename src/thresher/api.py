@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import torch
 from . import backend, capture, generation, sessions
 from .certificate import Certificate
 from .compat import isolated, room_for_graphs, uncollected, without_fake_mode
-from .errors import ArgumentError, ThresherError
+from .errors import ArgumentError, ThresherError, unknown_key
 from .passes.calibrate import Calibration, Statistics
 from .program import Program
 from .recipe import Recipe
@@ -119,6 +120,10 @@ def compile(
             )
         from . import auto
 
+        known = set(inspect.signature(auto.find_recipe).parameters) - {"model", "example_inputs", "target"}
+        for key in search or {}:
+            if key not in known:
+                raise unknown_key("search", key, known)
         recipe = auto.find_recipe(model, kwargs, target=target, **(search or {})).recipe
     chosen = Recipe.of(recipe, **options)
     # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs

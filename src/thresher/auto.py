@@ -136,7 +136,7 @@ def find_recipe(
     if output is not None:
         _write(
             Path(output),
-            f"# {found.name}: {found.gain:.2f}x, loss {found.loss:.2g}\n{found.recipe.to_toml()}",
+            f"# {found.name}: {found.gain:.2f}x, loss {found.loss:.2g}\n{found.recipe.to_toml(Path(output).parent)}",
         )
     return found
 

@@ -76,15 +76,40 @@ _SIZE_FUNCTIONS = {
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without adding a guard."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return statically_known_true(a == b)
+    with disable_proxy_modes_tracing():  # while a piece is traced, the question is no part of it
+        return statically_known_true(a == b)
 
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(same_size(x, y) for x, y in zip(a.shape, b.shape))
+
+
+def unrepeated(node: fx.Node) -> fx.Node | None:
+    """Keys or values [batch, heads, tokens, dim] before each head is repeated for its query heads, or None."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or value(node).dim() != 4:
+        return None
+    if node.target is aten.repeat_interleave.self_int:
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        return source if dim in (1, -3) else None
+    if node.target is not aten.reshape.default or source.target is not aten.expand.default:
+        return None
+    lifted: Any = source.args[0]
+    if (
+        lifted.target is not aten.unsqueeze.default
+        or lifted.args[1] not in (2, -3)
+        or value(lifted).dim() != 5
+    ):
+        return None
+    _, kv_heads, times, *rest = value(source).shape
+    flat = value(node).shape
+    kept = all(same_size(a, b) for a, b in zip(flat[2:], rest))
+    return lifted.args[0] if kept and same_size(flat[1], kv_heads * times) else None
 
 
 def _identity_of(node: fx.Node) -> fx.Node | None:

@@ -18,6 +18,7 @@ from .api import _example as example
 from .call_plan import refuse_to_keep
 from .certificate import plain
 from .errors import ArgumentError, CaptureError, ThresherError
+from .files import check_writable
 from .lowering.onnx import Exported, require_onnx
 from .lowering.onnx import export as onnx_export
 from .lowering.onnx_check import compare
@@ -57,6 +58,7 @@ def save(
 
     Raises ThresherError for a model with graph breaks: the Python code between its graphs cannot be saved.
     """
+    check_writable("path", Path(path))
     if isinstance(what, Program):
         return artifact.write(what, path, compiled=compiled, longest=longest)
     if not hasattr(what, "sessions") or not isinstance(what.model, torch.nn.Module):
@@ -142,6 +144,7 @@ def export_onnx(
     Raises ThresherError for what cannot be exported.
     """
     require_onnx()
+    check_writable("path", Path(path))
     positional, named = example(args)
     with Stages() as stage:
         if isinstance(model, Program):

@@ -141,9 +141,11 @@ class Recipe:
                 result[field.name] = dict(current) if field.name in ("require", "inductor") else current
         return result
 
-    def to_toml(self) -> str:
-        """A TOML file that `Recipe.of` turns back into this recipe."""
+    def to_toml(self, folder: str | os.PathLike[str] = ".") -> str:
+        """A TOML file in `folder` that `Recipe.of` turns back into this recipe: a path in it is seen from there."""
         given = self.to_dict()
+        if self.stats is not None:
+            given["stats"] = os.path.relpath(self.stats, folder)
         scalars = {k: v for k, v in given.items() if not isinstance(v, Mapping)}
         lines = [f"{k} = {_toml(v)}" for k, v in scalars.items()]
         if not self.passes:
@@ -190,8 +192,9 @@ def _toml(value: Any) -> str:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    """What stands in a file; the paths in it, which are seen from its folder, as seen from here."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArgumentError(
             "recipe",
@@ -201,6 +204,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ArgumentError("recipe", repr(str(path)), "valid TOML", f"The parser says: {error}.") from None
+    for key in ("stats", "recipe"):
+        if isinstance(given.get(key), str) and (key == "stats" or given[key].endswith(".toml")):
+            given[key] = os.path.normpath(path.parent / given[key])
+    return given
 
 
 def _from_dict(spec: Mapping[str, Any], files: tuple[str, ...] = ()) -> Recipe:

@@ -129,7 +129,7 @@ def _declaration(rewriter: Pass) -> list[str]:
     recipe = Recipe.of({rewriter.name: dataclasses.asdict(default)})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "r.toml"
-        path.write_text(recipe.to_toml())
+        path.write_text(recipe.to_toml(folder))
         if Recipe.of(path) != recipe:
             problems.append(
                 "A recipe with its options does not survive a TOML file: use numbers, strings and tuples."

@@ -1,6 +1,7 @@
 """recipe="auto": the fastest recipe within the budget, resumable, written out; presets and TOML examples load."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def test_compile_takes_auto(model, monkeypatch):
     network, inputs = model
     asked = {}
 
+    @functools.wraps(auto.find_recipe)
     def fake(model, example, **options):
         asked.update(options)
         return auto.Found(Recipe.of("exact"), "exact", 2.0, 0.0)
@@ -136,6 +138,8 @@ def test_compile_takes_auto(model, monkeypatch):
     assert compiled.recipe == Recipe.of("exact") and asked == {"target": "reference", "budget": 0.02}
     with pytest.raises(ArgumentError, match="search="):
         thresher.compile(network, inputs, "auto", prepack=True)
+    with pytest.raises(ArgumentError, match="Did you mean 'budget'"):
+        thresher.compile(network, inputs, "auto", search={"buget": 0.02})
 
 
 def test_what_cannot_be_used_is_said_before_the_search(model, tmp_path, monkeypatch):

@@ -88,6 +88,20 @@ def test_a_broken_file_says_where(tmp_path):
         Recipe.of(tmp_path / "folder.toml")
 
 
+def test_paths_in_a_file_are_seen_from_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "base.toml").write_text('recipe = "none"\nstats = "s.safetensors"\n[rsq]\n')
+    (tmp_path / "mine.toml").write_text('recipe = "kept/base.toml"\nfreshness = "trust"\n')
+    recipe = Recipe.of(tmp_path / "mine.toml")
+    assert recipe.stats == str(tmp_path / "kept" / "s.safetensors") and recipe.freshness == "trust"
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.of("mine.toml").stats == "kept/s.safetensors"
+    here = Recipe.of(rsq=True, stats="s.safetensors")
+    assert 'stats = "../s.safetensors"' in here.to_toml("kept")
+    (tmp_path / "kept" / "written.toml").write_text(here.to_toml("kept"))
+    assert Recipe.of("kept/written.toml") == here
+
+
 def test_values_of_a_kind_with_the_declared_one_are_taken():
     given = {"nvfp4": {"budget": 1, "keep": ["head", "first:2"]}, "stats": Path("s.safetensors"),
              "transprune": {"stages": [[2, 1], [3, 0.5]], "image_span": [1, 5]}}  # fmt: skip

@@ -11,6 +11,7 @@ from thresher.layout import Gather, Packing, PlanField, Scatter
 from thresher.passes.base import Context, Miss
 from thresher.passes.early_gather import gather_early
 from thresher.passes.prepack import Prepack, PrepackConfig
+from thresher.passes.structure import recover
 from thresher.recipe import Recipe
 
 aten = torch.ops.aten
@@ -21,7 +22,7 @@ def matched(program, **options):
     """The pass's one answer on a copy of a program, and the copy."""
     program = program.copy()
     config = PrepackConfig(**options)
-    context = Context(Recipe(passes=(config,)), config)
+    context = Context(Recipe(passes=(config,)), config, lambda: recover(program))
     (site,) = Prepack().match(program, context)
     if not isinstance(site, Miss):
         Prepack().rewrite(program, site, context)

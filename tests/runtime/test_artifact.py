@@ -279,6 +279,17 @@ def test_what_cannot_be_saved_is_said(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    model, inputs = compiled("llama")
+    monkeypatch.setattr(type(model), "__call__", lambda *_, **__: pytest.fail("the model was run first"))
+    for path in (tmp_path, tmp_path / "file" / "model"):
+        with pytest.raises(ArgumentError, match="path"):
+            thresher.save(model, path, example_inputs=inputs)
+        with pytest.raises(ArgumentError, match="path"):
+            thresher.export_onnx(model.model, inputs, path)
+
+
 def test_every_dtype_layout_and_argument_survives(tmp_path):
     """A program built by hand: strided, half, fp8, empty and scalar weights; infinities, slices, dtypes."""
     tensors = {
