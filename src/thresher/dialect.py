@@ -34,7 +34,7 @@ _ALIASES = {
     aten.resolve_neg.default,
     aten.type_as.default,
 }
-# And the result is that very argument where dtype and device stay.
+# And the result lies where that argument does, where dtype and device stay or all of it is sliced.
 _THE_SAME = {
     aten.alias.default,
     aten.detach.default,
@@ -43,7 +43,9 @@ _THE_SAME = {
     aten.to.device,
     aten.to.other,
     aten.type_as.default,
+    aten.slice.Tensor,
 }
+_COPIES = {aten.clone.default, aten.lift_fresh_copy.default}  # equal, and never in the argument's memory
 # Layout only; kept where the caller receives the result, dropped inside the graph.
 _LAYOUT = {aten.contiguous.default, aten.clone.default}
 _CASTS = {
@@ -209,11 +211,11 @@ def _write_to_copies(program: Program) -> None:
 
 
 def _written(place: object) -> object:
-    """The value behind casts and aliases that change nothing: those give the very tensor."""
+    """The value behind casts, aliases and slices that change nothing: they lie in its memory, element for element."""
     while (
         isinstance(place, fx.Node)
         and place.target in _THE_SAME
-        and True not in (*place.args, *place.kwargs.values())
+        and not any(given is True for given in (*place.args, *place.kwargs.values()))
     ):
         source = _identity_of(place)
         if source is None:
@@ -241,6 +243,8 @@ def _sharing(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 def _shares_memory(node: fx.Node) -> bool:
     """Whether a node's result may lie in one of its arguments' memory."""
+    if node.target in _COPIES:
+        return False
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return _shares_memory(node.args[0])
     if not isinstance(node.target, torch._ops.OpOverload):

@@ -30,6 +30,31 @@ def test_a_write_to_a_fresh_tensor():
         torch.testing.assert_close(got, expected)
 
 
+def test_a_copy_made_before_a_write_keeps_what_it_holds():
+    def function(x, table):
+        y = x * 2
+        kept, counted = y.clone(), table.clone()
+        y.add_(1)
+        table.mul_(3)
+        return y, kept * 1, counted + 1, table * 1
+
+    inputs = torch.randn(4, 5), torch.randn(3)
+    program, results = captured(function, *inputs)
+    for got, expected in zip(results, function(*(x.clone() for x in inputs)), strict=False):
+        torch.testing.assert_close(got, expected)
+    assert list(program.updates.values()) == [1]
+
+
+def test_a_write_to_a_slice_of_all_is_one_to_the_whole():
+    def function(x):
+        y = x.roll(-1, 1)
+        y[:, :, torch.tensor([-1])] = 5.0
+        return y
+
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(captured(function, x)[1][0], function(x))
+
+
 def test_a_write_that_another_value_sees_is_refused():
     def function(x):
         y = x * 2

@@ -12,6 +12,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import thresher
@@ -112,13 +114,56 @@ def test_a_compiled_model_generates_compiled():
     assert fast.generate(**given).equal(expected) and "forward" not in vars(model)
     assert sum(c.packed for c in fast.counters) == 2  # the example, and the prefill
     assert sum(c.calls for c in fast.counters) == 9
-    with pytest.warns(thresher.ThresherWarning, match="makes its static cache during the prefill"):
-        assert fast.generate(**given, cache_implementation="static").equal(expected)
-    assert sum(c.calls for c in fast.counters) == 9 + 7
+    with pytest.raises(ArgumentError, match="Leave it out"):
+        fast.generate(**given, compile_config=CompileConfig())
     with pytest.raises(ArgumentError, match="has no generate"):
         thresher.compile(
             Store().eval(), stored(torch.zeros(4, 8), torch.ones(3, 8)), recipe="none"
         ).generate()
+
+
+@pytest.mark.parametrize("make", [tiny_llama.make, mistral])
+def test_its_prefill_is_packed_before_a_static_cache_too(make):
+    torch._dynamo.reset()
+    model = make()
+    given = {**prompt(), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0,
+             "cache_implementation": "static", "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
+    expected = model.generate(**given)
+    fast = thresher.compile(model, prompt(), target="reference", dynamic=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", thresher.ThresherWarning)
+        made = fast.generate(**given)
+    assert made.sequences.equal(expected.sequences)
+    torch.testing.assert_close(torch.stack(made.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
+    cache, plain = made.past_key_values, expected.past_key_values
+    assert isinstance(cache, StaticCache) and cache.get_seq_length() == plain.get_seq_length()
+    shown = prompt()["attention_mask"].bool()
+    for ours, theirs in zip(cache.layers, plain.layers, strict=True):
+        at = shown if ours.keys.shape[2] >= WIDTH else slice(0, 0)
+        size = shown.shape[1] if ours.keys.shape[2] >= WIDTH else 0
+        for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(
+                a.transpose(1, 2)[:, :size][at], b.transpose(1, 2)[:, :size][at], rtol=1e-4, atol=1e-5
+            )
+    assert sum(c.packed for c in fast.counters) == 2  # the example, and the prefill
+    assert sum(c.calls for c in fast.counters) == 9 and not {"forward", "prepare_inputs_for_generation"} & {
+        *vars(model)
+    }
+
+
+def test_a_decoder_beside_an_encoder_is_not_packed_and_says_so():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+    ).eval()
+    given = {**prompt(), "max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    example = {**prompt(), "decoder_input_ids": torch.zeros(ROWS, 1, dtype=torch.long)}
+    fast = thresher.compile(model, example, target="reference", dynamic=True)
+    with pytest.warns(thresher.ThresherWarning, match="not one whole prompt"):
+        assert fast.generate(**given).equal(model.generate(**given))
 
 
 def test_a_prefill_that_writes_its_cache_is_not_packed():
