@@ -37,21 +37,19 @@ def search(b: Benchmark, args: Any) -> None:
     assert again == found.recipe
     for row in found.rows:
         b.row(part="auto", form=row.name, loss=row.loss, predicted=row.expected, gain=row.gain,
-              seconds=round(row.seconds, 1), reason=row.reason)  # fmt: skip
+              like=row.like, seconds=round(row.seconds, 1), reason=row.reason)  # fmt: skip
     b.row(part="auto", form=f"chosen: {found.name}", gain=found.gain, loss=found.loss, kept_when_stopped=kept)
-    fit = {r.name: given[r.name] for r in found.rows if r.gain is not None}
-    made: dict[str, Any] = {}
-    for recipe in fit.values():
-        made.setdefault(recipe.fingerprint(), thresher.compile(model, batch, recipe))
     calls = {}
-    for name, recipe in fit.items():
-        compiled = made[recipe.fingerprint()]
-        calls[name] = lambda c=compiled: c(**batch)
+    for row in found.rows:
+        if row.gain is not None and row.like is None:
+            compiled = thresher.compile(model, batch, given[row.name])
+            calls[row.name] = lambda c=compiled: c(**batch)
     with torch.no_grad(), alone(args.lock):
         times = {n: t.cpu_min for n, t in interleave(calls, rounds=4 if args.quick else 9).items()}
     for name, least in times.items():
         b.row(part="auto", form=f"{name}, timed again", cpu_min_ms=round(least, 2))
-    chosen = found.name if found.name in times else "none"
+    like = {r.name: r.like for r in found.rows}.get(found.name)
+    chosen = like or (found.name if found.name in times else "none")
     b.claim(
         "MiniLM: what recipe='auto' found, over the fastest preset within 1 %, timed again",
         times[chosen] / min(times.values()),

@@ -71,6 +71,13 @@ def candidates(program: Program) -> list[tuple[fx.Node, str, str | None]]:
     return found
 
 
+def make_all_causal(program: Program) -> None:
+    """Replace every mask that is provably the plain causal one by `is_causal`."""
+    for node, _, reason in candidates(program):
+        if reason is None:
+            make_causal(node)
+
+
 def make_causal(node: fx.Node) -> None:
     """Replace an attention's mask by `is_causal`."""
     site = attention(node)

@@ -77,6 +77,17 @@ def test_an_interrupted_search_goes_on(model, timings, tmp_path, monkeypatch):
     assert len(timings) == 2  # none and exact once each
 
 
+def test_recipes_that_make_the_same_program_are_timed_once(model, timings):
+    network, inputs = model
+    recipes = {"exact": "exact", "with deft": {"recipe": "exact", "deft": True}, "buckets": {"prepack": {"buckets": 4}},
+               "other buckets": {"prepack": {"buckets": 8}}}  # fmt: skip
+    found = thresher.find_recipe(network, inputs, budget=1e-3, recipes=recipes, target="reference")
+    rows = {r.name: r for r in found.rows}
+    assert rows["with deft"].like == "exact" and rows["with deft"].gain == rows["exact"].gain
+    assert len({r.program for r in found.rows}) == len(timings) == 3
+    assert "(the same program as exact)" in str(found)
+
+
 def test_a_larger_budget_times_what_the_smaller_one_left_out(model, timings, tmp_path):
     state = tmp_path / "s.json"
     find(model, budget=1e-3, state=state)
