@@ -10,7 +10,7 @@ from _harness import Benchmark, interleave
 
 import thresher
 from thresher import models
-from thresher.kernels.native import cache_dir
+from thresher.files import cache_dir
 
 PAST = 128
 

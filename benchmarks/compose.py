@@ -25,6 +25,7 @@ from _serve import BUDGET, serve
 
 import thresher
 from thresher import auto, backend, bench, device_rates, devices, models
+from thresher.files import cache_dir
 from thresher.passes.cost import CostModel
 from thresher.recipe import PRESETS, Recipe
 
@@ -38,7 +39,7 @@ SHAPES = {  # out, in
 
 def cost(b: Benchmark, args) -> None:
     with alone(args.lock):
-        devices.save_cpu(device_rates.measure_cpu(), devices.cache_dir())
+        devices.save_cpu(device_rates.measure_cpu(), cache_dir())
     model = CostModel(devices.get("cpu"))
     errors: dict[str, list[float]] = {}
     rows_of = (1, 64) if args.quick else (1, 8, 64, 512)

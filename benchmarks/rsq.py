@@ -32,7 +32,7 @@ import torch
 from _harness import Benchmark, arguments
 
 from thresher import models
-from thresher.kernels.native import cache_dir
+from thresher.files import cache_dir
 from thresher.passes.rsq_config import RSQConfig
 from thresher.passes.rsq_driver import Batch, Outcome, quantise_program
 from thresher.passes.rsq_sweep import Sweep, bind

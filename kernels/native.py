@@ -20,14 +20,10 @@ from pathlib import Path
 
 import torch
 
+from thresher.files import cache_dir
+
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-Wall")
-
-
-def cache_dir() -> Path:
-    """Where built libraries are kept: `$THRESHER_CACHE_DIR`, else `~/.cache/thresher`."""
-    root = os.environ.get("THRESHER_CACHE_DIR")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "thresher"
 
 
 @functools.cache

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from thresher.files import cache_dir
+
 from . import native, sparse_native
 from . import sparse_mlp as gated
 
@@ -147,7 +149,7 @@ def least_seconds(candidates: tuple[Callable[[int], object], ...]) -> list[float
 
 
 def _path() -> Path:
-    return native.cache_dir() / "sparse_break_even.json"
+    return cache_dir() / "sparse_break_even.json"
 
 
 def _read() -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from thresher.files import cache_dir
 from thresher.kernels import native
 
 
@@ -27,7 +28,7 @@ def settings() -> dict[str, Any]:
 
         if config.cpp.vec_isa_ok is not None:
             return {}
-        kept = native.cache_dir() / "isa" / _key(get_cpp_compiler())
+        kept = cache_dir() / "isa" / _key(get_cpp_compiler())
         if not kept.exists():
             named = [i for i in cpu_vec_isa.supported_vec_isa_list if _named(i, cpu_vec_isa)]
             if not named or named != cpu_vec_isa.valid_vec_isa_list():  # this is Inductor's own trial

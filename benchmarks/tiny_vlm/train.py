@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from thresher.kernels.native import cache_dir
+from thresher.files import cache_dir
 
 from . import data
 from .model import TinyVLM

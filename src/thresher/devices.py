@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError, ThresherError, unknown_key
+from .files import cache_dir
 
 FORMAT = "thresher-device-1"
 
@@ -216,12 +217,6 @@ def this_cpu(cache: Path, key: str = "") -> Device:
         return Device.from_dict(json.loads(cpu_path(cache).read_text()))
     except (OSError, ValueError):
         return guessed_cpu()
-
-
-def cache_dir() -> Path:
-    """Where calibrations are kept: $THRESHER_CACHE_DIR, else ~/.cache/thresher."""
-    root = os.environ.get("THRESHER_CACHE_DIR")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "thresher"
 
 
 def get(name: str) -> Device:

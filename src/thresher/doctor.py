@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import compat, device_rates, devices, ops
+from .files import cache_dir
 from .kernels import catalog, native
 from .lowering import tensorrt, torch_tensorrt
 
@@ -77,7 +78,7 @@ def _rates() -> Check:
 def calibrate() -> Path:
     """Measure this CPU and keep the result; where it is kept."""
     catalog.load()
-    return devices.save_cpu(device_rates.measure_cpu(), devices.cache_dir())
+    return devices.save_cpu(device_rates.measure_cpu(), cache_dir())
 
 
 def _python() -> Check:

@@ -1,11 +1,18 @@
-"""Where results may be written."""
+"""Where results may be written, and where things are kept."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 from .errors import ArgumentError
+
+
+def cache_dir() -> Path:
+    """Where what was built, measured and rewritten is kept: $THRESHER_CACHE_DIR, else ~/.cache/thresher."""
+    root = os.environ.get("THRESHER_CACHE_DIR")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "thresher"
 
 
 def check_writable(option: str, path: Path | None) -> None:

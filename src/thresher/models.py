@@ -28,7 +28,7 @@ import torch
 
 from . import lengths
 from .errors import ArgumentError, MissingDependencyError, ThresherError
-from .kernels.native import cache_dir
+from .files import cache_dir
 
 _log = logging.getLogger(__name__)
 

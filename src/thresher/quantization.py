@@ -23,7 +23,7 @@ import torch
 from . import backend, capture
 from .compat import isolated, without_fake_mode
 from .errors import ArgumentError, ThresherError
-from .kernels.native import cache_dir
+from .files import cache_dir
 from .passes import rsq, rsq_driver
 from .passes.calibrate import Statistics
 from .passes.rsq_config import RSQConfig

@@ -25,7 +25,7 @@ from . import rewrite_key
 from .capture import Places
 from .certificate import Certificate, plain
 from .errors import ThresherError
-from .kernels.native import cache_dir
+from .files import cache_dir
 from .layout import Visibility
 from .program import Program
 from .recipe import Recipe

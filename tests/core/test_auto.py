@@ -1,5 +1,6 @@
 """recipe="auto": the fastest recipe within the budget, resumable, written out; presets and TOML examples load."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ from thresher.recipe import PRESETS, Recipe
 
 assert backend
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
+compile_now = thresher.compile
 RECIPES = {
     "none": "none",
     "exact": "exact",
@@ -24,15 +26,31 @@ RECIPES = {
 }
 
 
-@pytest.fixture
-def model():
+@functools.cache
+def built():
     return zoo.ZOO["llama"].build()
 
 
 @pytest.fixture
+def model():
+    return built()
+
+
+@functools.cache
+def once(network, recipe):
+    return compile_now(network, built()[1], recipe, target="reference")
+
+
+def compiled(network, inputs, recipe, target):
+    assert inputs is built()[1] and target == "reference"
+    return once(network, recipe)
+
+
+@pytest.fixture
 def timings(monkeypatch):
-    """Recipes that take fixed times, and how often each was timed."""
+    """Recipes that take fixed times, and how often each was timed. Each is compiled once for all tests."""
     asked = []
+    monkeypatch.setattr(auto.api, "compile", compiled)
 
     def fixed(model, inputs, recipe, target, rounds):
         asked.append(recipe)
@@ -97,7 +115,7 @@ def test_a_larger_budget_times_what_the_smaller_one_left_out(model, timings, tmp
 def test_another_model_starts_anew(model, timings, tmp_path):
     state = tmp_path / "s.json"
     find(model, budget=1e-3, state=state)
-    network, inputs = model
+    network, inputs = copy.deepcopy(model[0]), model[1]
     with torch.no_grad():
         network.lm_head.weight.mul_(1.5)
     before = len(timings)
