@@ -24,9 +24,21 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thorough", action="store_true", help="also the cases of matrices that a plain run leaves out"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     import torch
 
+    # sizes and symbols of tiny models seldom repeat, so that noting results costs more than it saves
+    torch._dynamo.config.fake_tensor_cache_enabled = False
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if "thorough" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "thorough" not in item.keywords]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none on this machine")

@@ -47,7 +47,9 @@ def slow(case):
 
 # The rest differ from these in what prepacking does not look at.
 CORE = ("llama", "gemma2", "gpt2", "opt", "bloom", "bert", "t5_encoder")
-PACKED = [n if n in CORE else slow(n) for n in zoo.TEXT if n not in DECLINED]
+PACKED = [
+    n if n in CORE else pytest.param(n, marks=pytest.mark.thorough) for n in zoo.TEXT if n not in DECLINED
+]
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -25,7 +25,13 @@ def difference(model, call, inputs):
 
 
 @pytest.mark.parametrize(
-    "name, cache", [("llama", False), ("llama", True), ("gpt2", False), ("qwen2", False)]
+    "name, cache",
+    [
+        ("llama", False),
+        ("llama", True),
+        ("gpt2", False),
+        pytest.param("qwen2", False, marks=pytest.mark.thorough),
+    ],
 )
 def test_eight_bits_hardly_change_a_model(tmp_path, name, cache):
     model, inputs = zoo.ZOO[name].build()

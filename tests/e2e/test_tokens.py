@@ -36,7 +36,9 @@ def _pruning(**options):
 
 
 @pytest.mark.filterwarnings("ignore::thresher.ThresherWarning")
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "name", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.thorough), "qwen2_5_vl"]
+)
 @torch.no_grad()
 def test_vision_language_models_as_they_are(name):
     model, inputs = zoo.BESIDE[name]() if name in zoo.BESIDE else zoo.ZOO[name].build()

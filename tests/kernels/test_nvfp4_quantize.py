@@ -41,7 +41,7 @@ def test_bytes_equal_the_oracle(mode):
     check_against_oracle(mode, SMALL)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ORACLES)
 def test_bytes_equal_the_oracle_on_ten_million_values(mode):
     check_against_oracle(mode, LARGE)
@@ -51,7 +51,7 @@ def test_bytes_equal_torchao():
     check_against_torchao(SMALL)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_bytes_equal_torchao_on_ten_million_values():
     check_against_torchao(LARGE)
 

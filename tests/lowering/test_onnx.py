@@ -81,7 +81,11 @@ BATCHES = [
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", pytest.param("mistral", marks=pytest.mark.slow), pytest.param("bert", marks=pytest.mark.slow)],
+    [
+        "llama",
+        pytest.param("mistral", marks=pytest.mark.thorough),
+        pytest.param("bert", marks=pytest.mark.slow),
+    ],
 )
 def test_a_packed_model_takes_and_gives_padded_tensors(name, tmp_path):
     program = packed(name)

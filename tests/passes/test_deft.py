@@ -109,10 +109,12 @@ LIST = {
 }
 
 
-FAST = ("gpt2, Conv1D", "opt", "phi3, fused gate_up")
+CORE = ("gpt2, Conv1D", "opt", "phi3, fused gate_up", "t5, gated", "llama, ReGLU")
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LIST])
+@pytest.mark.parametrize(
+    "name", [n if n in CORE else pytest.param(n, marks=pytest.mark.thorough) for n in LIST]
+)
 def test_every_site_is_found_and_computes_the_same(name):
     make, inputs, expected = LIST[name]
     torch.manual_seed(zoo.SEED)
@@ -229,7 +231,7 @@ IN_DETAIL = ("llama", "bert", "opt", "gpt2", "modernbert", "mpt")
 @pytest.mark.parametrize(
     "name",
     [
-        n if n in IN_DETAIL else pytest.param(n, marks=pytest.mark.slow)
+        n if n in IN_DETAIL else pytest.param(n, marks=pytest.mark.thorough)
         for n in sorted(zoo.ZOO)
         if n not in NOT_ALONE
     ],

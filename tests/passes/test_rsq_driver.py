@@ -56,7 +56,12 @@ def same_codes(a, b):
             assert torch.equal(tensor, b.linears[site][part]), (site, part)
 
 
-@pytest.mark.parametrize("name", [*ROTATED, *UNROTATED])
+CORE = ("llama", "qwen3", "phi3", "gpt2", "gpt_neox", *UNROTATED)
+
+
+@pytest.mark.parametrize(
+    "name", [*CORE, *(pytest.param(n, marks=pytest.mark.thorough) for n in ROTATED if n not in CORE)]
+)
 def test_rotation_is_exact_in_fp64(name):
     program = captures.of_zoo(name)
     inputs = captures.arguments(program, zoo.ZOO[name].build()[1])

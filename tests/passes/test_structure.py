@@ -20,10 +20,10 @@ WHOLE = [n for n in zoo.ZOO if n not in ("mpt", "llava", "qwen2_vl")]
 NO_PLACE = {"bert": ["pooler.dense"], "roberta": ["pooler.dense"], "vit": ["pooler.dense"]}
 DYNAMIC = ["llama", "gemma3", "gpt2", "gpt_neox", "bert", "modernbert"]
 CASES = [(n, "export") for n in WHOLE] + [("bert", "dynamo"), ("llama", "export-dynamic")]
-SLOW = [(n, "dynamo") for n in ("roberta", "t5_encoder", "phi3", "bloom")] + [
+FURTHER = [(n, "dynamo") for n in ("roberta", "t5_encoder", "phi3", "bloom")] + [
     (n, f"{w}-dynamic") for w in ("dynamo", "export") for n in DYNAMIC
 ]
-CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in CASES]
+CASES += [pytest.param(*case, marks=pytest.mark.thorough) for case in FURTHER if case not in CASES]
 SAME_NAME = {"gelu_new": "gelu_tanh"}
 
 

@@ -60,7 +60,14 @@ def dense(model):
     return thresher.compile(model, inputs, target="reference", causal_mask=True)(**inputs).logits
 
 
-@pytest.mark.parametrize("policy", SCORED)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "transprune",
+        "fastv",
+        *(pytest.param(p, marks=pytest.mark.thorough) for p in SCORED[1:] if p != "fastv"),
+    ],
+)
 def test_a_budget_of_all_tokens_changes_not_one_bit(model, dense, policy):
     ids = prompt()
     call = compiled(model, ids, policy=policy, stages=((1, 1.0), (2, 1.0)), always=True)
