@@ -19,8 +19,9 @@ aten = torch.ops.aten
 WHOLE = [n for n in zoo.ZOO if n not in ("mpt", "llava", "qwen2_vl")]
 NO_PLACE = {"bert": ["pooler.dense"], "roberta": ["pooler.dense"], "vit": ["pooler.dense"]}
 DYNAMIC = ["llama", "gemma3", "gpt2", "gpt_neox", "bert", "modernbert"]
-CASES = [(n, "export") for n in WHOLE] + [("bert", "dynamo"), ("llama", "export-dynamic")]
-FURTHER = [(n, "dynamo") for n in ("roberta", "t5_encoder", "phi3", "bloom")] + [
+CASES = [(n, "export") for n in WHOLE]
+CASES += [("bert", "dynamo"), ("gpt2", "dynamo"), ("llama", "dynamo-dynamic"), ("llama", "export-dynamic")]
+FURTHER = [(n, "dynamo") for n in WHOLE] + [
     (n, f"{w}-dynamic") for w in ("dynamo", "export") for n in DYNAMIC
 ]
 CASES += [pytest.param(*case, marks=pytest.mark.thorough) for case in FURTHER if case not in CASES]
