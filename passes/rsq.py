@@ -36,6 +36,12 @@ HEADER = "recipe"  # the site name under which a file keeps its options
 NEEDS_DATA = "It needs calibration: run thresher.quantize(model, data, RSQ(...)).save(path) and name that file in `stats`."
 
 
+HIDDEN = (
+    "rsq: the cache holds values as the model makes them, so that each attention stands between two rotations, and zipvl"
+    " and transprune see no layers through them. Quantize with rotate_heads=False to have both."
+)
+
+
 @dataclass
 class _Rotation:
     """A plan that is carried out with the first site that needs it."""
@@ -77,6 +83,8 @@ class RSQ(Pass):
         context.notes.append(
             "rsq: rotated the whole program before the other passes; its codes are put in behind them."
         )
+        if {"zipvl", "transprune"} & others and any(e.heads_out and e.cached for e in plan.edits.values()):
+            context.notes.append(HIDDEN)
         return {e.site.fqn: signature(e) for e in plan.edits.values() if e.site in plan.quantise}
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:

@@ -60,15 +60,15 @@ def sizes(node: fx.Node) -> list[int]:
 def rule_for(node: fx.Node) -> Rule:
     """The rule of a node's operator. Raises Stop when there is none."""
     target = node.target
-    if target in RULES:
-        return RULES[target]
+    if (rule := RULES.get(target) or RULES.get(str(target))) is not None:
+        return rule
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return pointwise
     raise Stop("is an operator with no rule for following tokens through it")
 
 
 Rule = Callable[[fx.Node, TokenAxes], Any]
-RULES: dict[Any, Rule] = {}
+RULES: dict[Any, Rule] = {}  # by operator; by name for those of Thresher's own, which are made later
 
 
 def rule_of(*targets: Any) -> Callable[[Rule], Rule]:

@@ -80,7 +80,7 @@ def _embedding(node: fx.Node, labels: TokenAxes) -> Any:
     return (*labels[node.args[1]], None)  # type: ignore[index]
 
 
-@rule_of(aten.linear.default, aten.mm.default, aten.matmul.default)
+@rule_of(aten.linear.default, aten.mm.default, aten.matmul.default, "thresher.hadamard.default")
 def _linear(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = _only_first(node, labels)
     if (

@@ -8,7 +8,7 @@ import zoo
 import thresher
 
 CUT = {"keep": 0.5, "recent": 2, "spread": 2, "sinks": 1, "bucket": 1, "min_saving": 0.0, "budget": 2.0}
-PLAIN = {"bits": 8, "rotate": False, "rotate_heads": False, "rotate_down": False, "budget": 2.0}
+PLAIN = {"bits": 8, "rotate_heads": False, "budget": 2.0}
 
 
 @pytest.mark.parametrize("method", ["nvfp4", "rsq"])
@@ -33,6 +33,15 @@ def test_each_linear_is_named_and_held_once(tmp_path, method):
         n for n in session.program.graph.nodes if "nvfp4_linear" in str(n.target) or "wna16" in str(n.target)
     ]
     assert len(products) > len(codes)  # what the test is about is there
+
+
+def test_rotated_heads_hide_layers_and_the_report_says_what_to_do(tmp_path):
+    model, inputs = zoo.ZOO["llama"].build()
+    path, rotated = tmp_path / "codes.safetensors", {"bits": 8, "budget": 2.0}
+    thresher.quantize(model, [dict(inputs)], {"rsq": rotated}).save(path)
+    report = thresher.explain(model, inputs, {"zipvl": CUT, "rsq": rotated, "stats": str(path)}).report
+    assert not report["zipvl"].rewritten and "No layers" in report["zipvl"].missed[0].reason
+    assert any("rotate_heads=False" in note for note in report.notes)
 
 
 def test_a_linear_that_is_left_alone_at_two_places_is_named_once():
