@@ -41,7 +41,8 @@ def generate(compiled: Callable[..., Any], model: torch.nn.Module, *args: Any, *
         raise ArgumentError("compile_config", type(kwargs["compile_config"]).__name__, "None: this model is compiled",
                             "Leave it out, or call generate of the model itself.")  # fmt: skip
     own = model.__dict__.get("forward")  # a hook, such as accelerate's
-    written, prepare_inputs = model.forward, model.prepare_inputs_for_generation
+    written: Callable[..., Any] = model.forward
+    prepare_inputs: Callable[..., Any] = model.prepare_inputs_for_generation  # type: ignore[assignment]
     mask: torch.Tensor | None = (
         None  # of the call that is prepared, before transformers widens it to the cache
     )
@@ -50,12 +51,12 @@ def generate(compiled: Callable[..., Any], model: torch.nn.Module, *args: Any, *
     def prepare(*inputs: Any, **named: Any) -> Any:
         nonlocal mask
         mask = named.get("attention_mask")
-        return prepare_inputs(*inputs, **named)  # type: ignore[operator]
+        return prepare_inputs(*inputs, **named)
 
     @functools.wraps(written)
     def forward(*inputs: Any, **named: Any) -> Any:
         name = "cache" if "cache" in named else "past_key_values"
-        static = named.get(name)
+        static: Any = named.get(name)
         if not _is_empty_and_static(static):
             with _instead(model, "forward", own):  # what is compiled is the model's own
                 return compiled(*inputs, **named)
