@@ -15,8 +15,8 @@ from .errors import ArgumentError
 
 EAGER_PREFILL = (
     "generate makes its static cache during the prefill, which transformers does not compile, and this prefill is not one "
-    "whole prompt of a decoder with a mask of one row a sequence: that call runs as the model was written, padded. Later "
-    "steps are compiled. Leave cache_implementation out to have the prefill compiled."
+    "whole prompt of a decoder with attention in every layer and a mask of one row a sequence: that call runs as the model "
+    "was written, padded. Later steps are compiled. Leave cache_implementation out to have the prefill compiled."
 )
 
 
@@ -60,11 +60,13 @@ def generate(compiled: Callable[..., Any], model: torch.nn.Module, *args: Any, *
         if not _is_empty_and_static(static):
             with _instead(model, "forward", own):  # what is compiled is the model's own
                 return compiled(*inputs, **named)
-        if inputs or not _one_prompt(named, mask):
+        from transformers.cache_utils import DynamicCache, StaticLayer
+
+        layers = getattr(static, "layers", ())  # an encoder-decoder's cache has none of its own
+        keys_and_values = bool(layers) and all(isinstance(layer, StaticLayer) for layer in layers)
+        if inputs or not keys_and_values or not _one_prompt(named, mask):
             warnings.warn(EAGER_PREFILL, ThresherWarning, stacklevel=2)
             return written(*inputs, **named)
-        from transformers import DynamicCache
-
         given = {**named, name: DynamicCache(), "attention_mask": mask}
         with _instead(model, "forward", own):
             out = compiled(**given)
