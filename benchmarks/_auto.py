@@ -21,7 +21,10 @@ class _Stopped(Exception):
 
 
 def search(b: Benchmark, args: Any) -> None:
-    """Search, stopped after two candidates, go on in the state file, and time the winner beside every preset again."""
+    """Search, stopped after two candidates, go on in the state file, and time the winner beside every preset again.
+
+    Recipes that make the same program of the model are one form: timing it twice would measure the machine.
+    """
     model, tokenizer = models.minilm()
     batch = models.mixed_length_batch(tokenizer, 8, max_len=64 if args.quick else 128)
     given = candidates()
