@@ -196,7 +196,7 @@ def _write_to_copies(program: Program) -> None:
         if number is None and _shares_memory(place):
             continue
         before = [u for u in place.users if position[u] < position[node] and _shares_memory(u)]
-        if any(position[u] > position[node] for n in _sharing(before) for u in n.users):
+        if any(position[u] > position[node] for n in _sharing(before, but=node) for u in n.users):
             continue
         if value(place).dtype != value(node).dtype or not same_shape(value(place), value(node)):
             continue
@@ -229,15 +229,15 @@ def _handed_back(place: fx.Node) -> bool:
     return any(u.op == "output" for n in _sharing([place]) for u in n.users)
 
 
-def _sharing(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """These nodes, and all whose results may lie in their memory."""
+def _sharing(nodes: Sequence[fx.Node], but: fx.Node | None = None) -> set[fx.Node]:
+    """These nodes, and all whose results may lie in their memory, but for those that have it from `but`."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack += [u for u in node.users if u.op == "call_function" and _shares_memory(u)]
+            stack += [u for u in node.users if u.op == "call_function" and u is not but and _shares_memory(u)]
     return found
 
 

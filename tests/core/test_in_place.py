@@ -45,6 +45,20 @@ def test_a_copy_made_before_a_write_keeps_what_it_holds():
     assert list(program.updates.values()) == [1]
 
 
+def test_a_write_through_another_name_may_be_read_where_it_was_made():
+    def function(table, x):
+        named = table.to("cpu")
+        before = named + x
+        made = named.add_(1)
+        return before, made.clone() * 2
+
+    inputs = torch.randn(3), torch.randn(3)
+    program, results = captured(function, *inputs)
+    for got, expected in zip(results, function(inputs[0].clone(), inputs[1]), strict=False):
+        torch.testing.assert_close(got, expected)
+    assert list(program.updates.values()) == [0]
+
+
 def test_a_write_to_a_slice_of_all_is_one_to_the_whole():
     def function(x):
         y = x.roll(-1, 1)
