@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from .compat import lazy_module
 
@@ -132,7 +133,8 @@ class Program:
             node = self.graph.call_function(target, args)
         node.meta = {k: v for k, v in before.meta.items() if k != "val"}
         known = torch.utils._pytree.tree_map_only(fx.Node, value, args)
-        with self.fake_mode(), torch.no_grad():
+        # torch 2.11's own decompositions of composite operators refuse symbolic sizes; those in Python take them
+        with self.fake_mode(), enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*known)
         return node
 
