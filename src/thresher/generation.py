@@ -43,9 +43,8 @@ def generate(compiled: Callable[..., Any], model: torch.nn.Module, *args: Any, *
     own = model.__dict__.get("forward")  # a hook, such as accelerate's
     written: Callable[..., Any] = model.forward
     prepare_inputs: Callable[..., Any] = model.prepare_inputs_for_generation  # type: ignore[assignment]
-    mask: torch.Tensor | None = (
-        None  # of the call that is prepared, before transformers widens it to the cache
-    )
+    # of the call that is prepared, before transformers widens it to the cache
+    mask: torch.Tensor | None = None
 
     @functools.wraps(prepare_inputs)
     def prepare(*inputs: Any, **named: Any) -> Any:

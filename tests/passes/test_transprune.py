@@ -62,11 +62,7 @@ def dense(model):
 
 @pytest.mark.parametrize(
     "policy",
-    [
-        "transprune",
-        "fastv",
-        *(pytest.param(p, marks=pytest.mark.thorough) for p in SCORED[1:] if p != "fastv"),
-    ],
+    [p if p in ("transprune", "fastv") else pytest.param(p, marks=pytest.mark.thorough) for p in SCORED],
 )
 def test_a_budget_of_all_tokens_changes_not_one_bit(model, dense, policy):
     ids = prompt()
