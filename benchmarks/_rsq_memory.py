@@ -19,7 +19,7 @@ import torch
 from _harness import Benchmark, arguments
 
 from thresher import RSQ, models, quantize
-from thresher.passes import rsq_driver
+from thresher.passes.rsq.quantizer import driver as rsq_driver
 
 LENGTH = 512
 

@@ -26,7 +26,7 @@ from _serve import BUDGET, serve
 import thresher
 from thresher import auto, backend, bench, device_rates, devices, models
 from thresher.files import cache_dir
-from thresher.passes.cost import CostModel
+from thresher.passes.cost.model import CostModel
 from thresher.recipe import PRESETS, Recipe
 
 assert backend

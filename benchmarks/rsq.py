@@ -33,9 +33,9 @@ from _harness import Benchmark, arguments
 
 from thresher import models
 from thresher.files import cache_dir
-from thresher.passes.rsq_config import RSQConfig
-from thresher.passes.rsq_driver import Batch, Outcome, quantise_program
-from thresher.passes.rsq_sweep import Sweep, bind
+from thresher.passes.rsq.config import RSQConfig
+from thresher.passes.rsq.quantizer.driver import Batch, Outcome, quantise_program
+from thresher.passes.rsq.quantizer.sweep import Sweep, bind
 from thresher.program import Program
 from thresher.quantization import _capture, cut_text
 

@@ -18,7 +18,7 @@ from _harness import Benchmark, Timing, alone, arguments, interleave
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import thresher
-from thresher.passes.prune_scores import POLICIES
+from thresher.passes.transprune.scores import POLICIES
 from thresher.runtime.kv_cache import MixedPrecisionCache
 from thresher.runtime.kv_layer import KVPolicy
 

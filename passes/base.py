@@ -25,8 +25,8 @@ from thresher.recipe import PassConfig, Recipe, register
 from thresher.report import Miss
 
 if TYPE_CHECKING:
-    from .cost import CostModel
-    from .structure import Structure
+    from .cost.model import CostModel
+    from .structure.recover import Structure
 
 __all__ = ["PASSES", "Context", "Effect", "Match", "Miss", "Pass", "register_pass"]
 

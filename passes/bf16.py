@@ -20,9 +20,9 @@ from thresher.recipe import PassConfig
 
 from .base import Context, Effect, Match, Miss, Pass, register_pass
 from .keep import check_keep, kept_layers
-from .structure import LinearSite
-from .structure_linears import find_linears
-from .structure_sites import read_instead
+from .structure.linears import find_linears
+from .structure.recover import LinearSite
+from .structure.sites import read_instead
 
 aten = torch.ops.aten
 

@@ -30,7 +30,7 @@ from thresher.program import Program
 from thresher.recipe import Recipe
 
 from .base import PASSES, Context
-from .structure import recover
+from .structure.recover import recover
 
 FORMAT = "thresher-statistics-1"
 

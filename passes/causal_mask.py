@@ -26,10 +26,10 @@ from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
 from .extract import extract
-from .pattern import match
-from .structure_masks import _BEFORE, _NEAR, _conditions
-from .token_axes import hint
-from .visibility import MASKED, attention
+from .prepack.visibility import MASKED, attention
+from .structure.masks import _BEFORE, _NEAR, _conditions
+from .structure.pattern import match
+from .tokens.axes import hint
 
 aten = torch.ops.aten
 _LONGEST = 4096  # an evaluation costs n^2 bytes

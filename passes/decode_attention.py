@@ -22,7 +22,7 @@ from thresher.program import Program, module_fqn, value
 from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
-from .visibility import Attention, attention
+from .prepack.visibility import Attention, attention
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

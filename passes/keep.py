@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from thresher.errors import ArgumentError
 
-from .structure import LinearSite, Structure
+from .structure.recover import LinearSite, Structure
 
 
 def check_keep(method: str, keep: Sequence[str]) -> None:

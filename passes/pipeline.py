@@ -23,9 +23,9 @@ from thresher.report import Miss, PassReport, Report
 
 from .base import EXACT, PASSES, Context, Match, Pass
 from .candidates import candidates
-from .cost import CostModel
-from .cost_ledger import Gain, Ledger
-from .structure import recover
+from .cost.ledger import Gain, Ledger
+from .cost.model import CostModel
+from .structure.recover import recover
 
 Compare = Callable[[Program, Program, Sequence[Any]], float]
 """Largest relative difference between two programs on the same caller's inputs (injected: running

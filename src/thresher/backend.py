@@ -27,7 +27,7 @@ from .lowering.target import Target
 from .op_checks import watch
 from .passes import catalog as passes
 from .passes.calibrate import Calibration, Statistics
-from .passes.cost import CostModel
+from .passes.cost.model import CostModel
 from .passes.pipeline import Pipeline
 from .program import Program, module_fqn, value
 from .recipe import Recipe

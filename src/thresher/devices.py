@@ -83,7 +83,7 @@ class Device:
     flops: dense FLOP/s of matrix products by the operands' type (float32, bfloat16, float8, int8, nvfp4),
         as reached, not as printed. bandwidth: bytes/s from main memory, as reached.
     launch: seconds a call costs however small it is. pointwise: elements/s of fused elementwise code.
-    surfaces: measured times by kernel class (see `passes/cost.py`), where there are any.
+    surfaces: measured times by kernel class (see `passes/cost/model.py`), where there are any.
     source: where the numbers come from, for the report.
     """
 

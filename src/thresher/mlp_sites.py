@@ -18,8 +18,8 @@ from torch import nn
 
 from . import capture
 from .errors import ArgumentError, ThresherError
-from .passes.deft_sites import site_names, widest
-from .passes.structure import recover
+from .passes.deft.sites import site_names, widest
+from .passes.structure.recover import recover
 from .program import module_fqn
 
 _PACKED = (torch.uint8, torch.int8, torch.int32)

@@ -24,11 +24,12 @@ from . import backend, capture
 from .compat import isolated, without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .files import cache_dir
-from .passes import rsq, rsq_driver
 from .passes.calibrate import Statistics
-from .passes.rsq_config import RSQConfig
-from .passes.rsq_driver import Batch, Outcome
-from .passes.rsq_importance import shift_sequences
+from .passes.rsq import rsq
+from .passes.rsq.config import RSQConfig
+from .passes.rsq.quantizer import driver as rsq_driver
+from .passes.rsq.quantizer.driver import Batch, Outcome
+from .passes.rsq.quantizer.importance import shift_sequences
 from .program import Program
 from .quantization_report import QuantizeReport
 from .recipe import Recipe

@@ -189,7 +189,7 @@ def _rewritten(program: Program, recipe: Recipe) -> Program:
 def _purity(rewriter: Pass, recipe: Recipe, program: Program) -> list[str]:
     """`match` may look and must not touch."""
     from .passes.base import Context
-    from .passes.structure import recover
+    from .passes.structure.recover import recover
 
     copy = program.copy()
     before = copy.text()

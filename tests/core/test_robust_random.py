@@ -17,7 +17,7 @@ from torch import nn
 from thresher import backend, bench
 from thresher.errors import ThresherError
 from thresher.lowering.reference import Reference
-from thresher.passes import prepack
+from thresher.passes.prepack import prepack
 from thresher.recipe import Recipe
 from thresher.runtime.compare import run_plainly
 

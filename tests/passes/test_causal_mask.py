@@ -5,7 +5,7 @@ import torch
 import zoo
 
 import thresher
-from thresher.passes.visibility import attention
+from thresher.passes.prepack.visibility import attention
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ import zoo
 import thresher
 from thresher.errors import ArgumentError
 from thresher.layout import Packing
-from thresher.passes.token_axes import hint
+from thresher.passes.tokens.axes import hint
 from thresher.program import value
 
 

@@ -1,0 +1,301 @@
+"""Sparse MLPs: read only the weights of neurons that are on.
+
+    matched:  down(act(up(x))) and down(act(gate(x)) * up(x)) whose activation has a flat zero
+    becomes:  thresher::sparse_down, or thresher::sparse_mlp where the up projection's rows can be skipped too
+
+The rewrite is exact: a neuron that is off adds zero. Each call counts its active neurons and runs
+sparse or dense, whichever was measured to be faster, so that a dense model loses nothing. How
+sparse a model is, is up to its training: `thresher.density_loss` and `thresher.relufy` (the method DEFT,
+arXiv 2402.01911, which gives the loss and no kernel).
+
+GELU and SiLU are never exactly zero. For them `approximate=True` drops small activations under
+thresholds from calibration, within an error budget. It is off by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.compat import has_values
+from thresher.errors import ArgumentError
+from thresher.program import Program, Weight, value
+from thresher.recipe import PassConfig
+
+from ..base import EXACT, Context, Match, Miss, Pass, register_pass
+from ..calibrate import Tap, weights_fingerprint
+from ..structure.linears import PRODUCTS
+from ..structure.sites import LinearSite, MlpSite
+from .sites import FLAT_ZERO, Plan, read, site_names, up_rows, widest
+from .thresholds import Choice, HiddenSample, choose, curve, neuron_norms, root_mean_square
+from .weights import derived, not_finite, stored
+
+aten = torch.ops.aten
+MEASURED = -1.0  # tau: the operator measures its break-even on the machine that runs it
+_FLAT_ZERO_OPS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.hardswish.default,
+                  aten.clamp_min.default}  # fmt: skip
+_ROUNDING = 2e-2  # of half types: each rewritten output is rounded once, after sums in another order
+
+
+@dataclass(frozen=True)
+class DeftConfig(PassConfig):
+    """Options of sparse MLPs.
+
+    approximate: also drop small activations of GELU and SiLU, by calibrated thresholds.
+    error: approximate mode's budget: root mean square, over the MLPs, of the relative L2 error of their outputs.
+    budget: largest change of the model's outputs that approximate mode may cause; above it is rolled back.
+    bmax: most tokens a call may have for its active neurons to be looked for.
+    tau: largest share of neurons, on for any token of a call, that runs sparse; -1 measures it on the machine.
+    min_bytes: down projections smaller than this stay dense.
+    skip_up: let gated MLPs skip the up projection's rows; False leaves that linear for other passes.
+    bits: 16 keeps the weights; 8 or 4 rounds down projections to so many, in groups along the outputs so that
+        a neuron that is off still costs no byte. `budget` then bounds what that does to the outputs.
+    """
+
+    name = "deft"
+    approximate: bool = False
+    error: float = 0.05
+    budget: float = 0.1
+    bmax: int = 64
+    tau: float = MEASURED
+    min_bytes: int = 1 << 17
+    skip_up: bool = True
+    bits: int = 16
+
+    def validate(self) -> None:
+        if not (self.tau == MEASURED or 0 <= self.tau <= 1):
+            raise ArgumentError(
+                "deft's tau", self.tau, "0 to 1, or -1 for measured", "Leave it out to measure it."
+            )
+        for name, given in (("error", self.error), ("budget", self.budget)):
+            if not 0 < given < 1:
+                raise ArgumentError(f"deft's {name}", given, "between 0 and 1", "0.05 is five percent.")
+        if self.bits not in (16, 8, 4):
+            raise ArgumentError("deft's bits", self.bits, "16, 8 or 4", "16 keeps the weights as they are.")
+        if self.bmax < 1:
+            raise ArgumentError("deft's bmax", self.bmax, "1 or more", "Leave it out for 64.")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What `rewrite` needs: the plan, a threshold if it is approximate, and the name the site counts under."""
+
+    plan: Plan
+    choice: Choice | None
+    counted: str
+
+
+@register_pass
+class Deft(Pass):
+    name, order, config_type, effect = "deft", 40, DeftConfig, EXACT
+    per_rank = True
+
+    def budget(self, context: Context) -> float:
+        config: DeftConfig = context.config
+        if config.approximate or config.bits < 16:
+            return config.budget
+        mlps = context.structure().mlps
+        half = any(value(m.down.output).dtype in (torch.bfloat16, torch.float16) for m in mlps)
+        return _ROUNDING if half else self.effect.budget
+
+    def taps(self, program: Program, context: Context) -> Sequence[Any]:
+        """The hidden activations of every MLP whose activation has no flat zero."""
+        mlps = widest(context.structure().mlps)[0] if context.config.approximate else []
+        names = site_names(mlps)
+        return [Tap(names[m], m.down.x, HiddenSample) for m in mlps if m.activation not in FLAT_ZERO]
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        config: DeftConfig = context.config
+        structure = context.structure()
+        mlps, beside = widest(structure.mlps)
+        names = site_names(mlps)
+        found: list[Match | Miss] = list(beside)
+        plans: list[Plan] = []
+        for mlp in mlps:
+            plan = read(program, mlp, config.bmax, config.min_bytes)
+            if not isinstance(plan, str) and config.bits == 4 and plan.shape[1] % 2:
+                plan = f"It has {plan.shape[1]} outputs, and 4-bit codes lie two a byte."
+            if isinstance(plan, str):
+                found.append(Miss(names[mlp], plan))
+            elif plan.exact or config.approximate:
+                plans.append(plan)
+            else:
+                found.append(Miss(names[mlp], _needs_relu(mlp)))
+        unplaced = {s.fqn for s in structure.linears if not s.role and _reads_flat_zero(s)}
+        found += [m for m in structure.missed if m.site in unplaced]
+        choices = self._choices(program, {names[p.mlp]: p for p in plans if not p.exact}, context)
+        prefix = weights_fingerprint(program)[:8] if plans else ""
+        for plan in plans:
+            fqn = names[plan.mlp]
+            choice = choices.get(fqn)
+            if isinstance(choice, str):
+                found.append(Miss(fqn, choice))
+                continue
+            claims = [plan.mlp.down.weight_fqn]
+            if plan.gated and config.skip_up and config.bits == 16:
+                claims += [plan.mlp.up.linear.weight_fqn]
+                if plan.mlp.fused and not has_values(program.weights[plan.mlp.up.linear.weight].tensor):
+                    context.notes.append(f"{fqn}: its fused projection is split into gate and up.")
+            elif plan.why_down:
+                context.notes.append(f"{fqn} keeps its up projection dense. {plan.why_down}")
+            found.append(Match(fqn, Found(plan, choice, f"{fqn}@{prefix}"), tuple(claims)))
+        return found
+
+    def _choices(self, program: Program, plans: dict[str, Plan], context: Context) -> dict[str, Choice | str]:
+        """For each approximate site its threshold, or a sentence why it has none."""
+        if not plans:
+            return {}
+        samples = context.stats.get(self.name, {})
+        result: dict[str, Choice | str] = {}
+        curves = {}
+        for fqn, plan in plans.items():
+            hidden = samples.get(fqn, {}).get("hidden")
+            if hidden is None or not hidden.numel():
+                result[fqn] = (
+                    "Approximate mode needs calibration and there are no statistics of this MLP: run "
+                    "thresher.calibrate(model, batches, deft={'approximate': True}).save(path) and compile with stats=path."
+                )
+                continue
+            if (token := not_finite(hidden)) is not None:
+                result[fqn] = (
+                    f"Its calibrated activations are not finite (sampled token {token}), so no threshold can be set."
+                )
+                continue
+            curves[fqn] = curve(hidden, _neuron_major(program, plan))
+        chosen = choose(curves, context.config.error)
+        for fqn, choice in chosen.items():
+            if choice.density > 0.95:
+                result[fqn] = (
+                    f"No threshold leaves out a twentieth of its neurons within the error budget {context.config.error:g}; "
+                    f"an even share would cost {curves[fqn].errors[1]:.2g} at {curves[fqn].densities[1]:.0%} density."
+                )
+            else:
+                result[fqn] = choice
+        kept = [c for c in chosen.values() if c.density <= 0.95]
+        if kept:
+            mean = sum(c.density for c in kept) / len(kept)
+            context.notes.append(
+                f"thresholds keep {mean:.0%} of the neurons of {len(kept)} MLPs (held-out tokens), at an error of "
+                f"{root_mean_square([c.error for c in chosen.values()]):.3f} of the MLPs' outputs."
+            )
+        return result
+
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        found: Found = match.data
+        plan, config = found.plan, context.config
+        down = plan.mlp.down
+        before = down.output
+        bias = stored(program, down.bias, before)
+        weight, scale = _down_weight(program, plan, before, config.bits)
+        threshold = _threshold(program, found, before) if found.choice is not None else None
+        tail = (weight, scale, bias, threshold, config.tau, config.bmax, found.counted)
+        if plan.gated and config.skip_up and config.bits == 16:
+            _rewrite_gated(program, plan, before, tail)
+        else:
+            _replace(program, before, down.node, torch.ops.thresher.sparse_down.default, (down.x, *tail))
+        context.counted[match.site] = found.counted
+
+
+def _down_weight(program: Program, plan: Plan, before: fx.Node, bits: int) -> tuple[fx.Node, fx.Node | None]:
+    """The neuron-major weight and its scales, None for 16 bits."""
+    down = plan.mlp.down
+    if bits == 16:
+        return derived(program, down.weight, before, "neuron_major", not down.transposed, None), None
+    parts = [
+        derived(
+            program, down.weight, before, f"{part}{bits}", not down.transposed, None, form=f"{part}{bits}"
+        )
+        for part in ("codes", "scales")
+    ]
+    return parts[0], parts[1]
+
+
+def _rewrite_gated(program: Program, plan: Plan, before: fx.Node, tail: tuple[Any, ...]) -> None:
+    mlp, up = plan.mlp, plan.mlp.up.linear
+    rows = up_rows(mlp.up)
+    if mlp.fused:
+        assert mlp.gate is not None
+        _split_gate(program, mlp)
+    weight = derived(program, up.weight, before, "up_rows", up.transposed, rows)
+    bias = None
+    if up.bias is not None:
+        bias = derived(program, up.bias, before, "up_rows", False, rows)
+    arguments = (mlp.activation_node, up.x, weight, None, bias, plan.up_act, *tail)
+    _replace(program, before, mlp.down.node, torch.ops.thresher.sparse_mlp.default, arguments)
+
+
+def _split_gate(program: Program, mlp: MlpSite) -> None:
+    """Give the gate of a fused projection a linear of its own, on its rows of the same weight."""
+    gate = mlp.gate
+    assert gate is not None
+    linear, rows, result = gate.linear, up_rows(gate), gate.result
+    weight = derived(program, linear.weight, result, "gate_rows", linear.transposed, rows, checked=False)
+    arguments: list[Any] = [linear.x, weight]
+    if linear.bias is not None:
+        arguments.append(derived(program, linear.bias, result, "gate_rows", False, rows, checked=False))
+    _replace(program, result, linear.node, aten.linear.default, tuple(arguments))
+
+
+def _replace(
+    program: Program, output: fx.Node, like: fx.Node, target: Any, arguments: tuple[Any, ...]
+) -> None:
+    """Compute `output` by a new call, placed before it. like: whose module the call belongs to."""
+    with program.graph.inserting_before(output):
+        node = program.graph.call_function(target, arguments)
+    node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")})
+    mode = program.fake_mode()
+    with mode, torch.no_grad():
+        node.meta["val"] = target(*[value(a) for a in arguments])
+    output.replace_all_uses_with(node)
+
+
+def _threshold(program: Program, found: Found, before: fx.Node) -> fx.Node:
+    """The node of a site's fp32 [F] thresholds. They have no recipe: another weight makes them stale."""
+    assert found.choice is not None
+    down = found.plan.mlp.down
+    held = program.weights[down.weight]
+    fqn = f"{held.fqn}.threshold"
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and program.weights[str(node.target)].fqn == fqn:
+            return node
+        if node is before:
+            break
+    limits = found.choice.limit / neuron_norms(_neuron_major(program, found.plan))
+    return program.get_weight(
+        Weight(
+            fqn,
+            limits.to(held.tensor.device),
+            source=held.origins,
+            made_from=held.origin_tensors,
+        ),
+        before,
+    )
+
+
+def _neuron_major(program: Program, plan: Plan) -> torch.Tensor:
+    tensor = program.weights[plan.mlp.down.weight].tensor.detach()
+    return tensor if plan.mlp.down.transposed else tensor.t()
+
+
+def _needs_relu(mlp: MlpSite) -> str:
+    return (
+        f"Its activation is {mlp.activation}, which is never zero on an interval, so no neuron is ever exactly off. "
+        "Swap it with thresher.relufy(model) and fine-tune, or accept a measured error with "
+        "deft={'approximate': True} and calibration."
+    )
+
+
+def _reads_flat_zero(linear: LinearSite) -> bool:
+    """Whether an activation with a flat zero lies a few steps before a linear."""
+    reached = [linear.x]
+    for node in reached[:8]:
+        if node.target in _FLAT_ZERO_OPS:
+            return True
+        if node.op == "call_function" and node.target not in PRODUCTS:
+            reached += [a for a in node.all_input_nodes[:2] if a.op == "call_function"]
+            reached[8:] = []
+    return False

@@ -1,0 +1,260 @@
+"""NVFP4: every large linear multiplies by weights of 4.5 bits.
+
+    matched:  a linear (`linear`, `addmm`, `mm`, `matmul`; weights stored [out, in] or [in, out]) by a stored,
+              finite weight that is large enough to be worth it and is not named by `keep`
+    becomes:  one `thresher::nvfp4_linear` node, bias included, on three weights derived from the model's:
+              codes uint8 [out, 8B], block scales (E4M3 bytes, uint8) [out, B] and a tensor scale fp32 [],
+              with B = ceil(in / 16). They are computed anew when the model's weight changes.
+
+Approximate: rounding moves each weight by about 9.5 % (root mean square) of the weights' own size, so
+`budget` is an option and the pipeline measures the result against it. Memory shrinks in any case; a recipe
+that is after speed alone sets `min_gain`, and the pipeline's cost model leaves what would lose. Which layers
+stay as they are is `keep`, and `sensitive` on top of it: the share of weights whose rounding changes their
+own output most, measured on calibration data (see nvfp4_calibration.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from thresher.compat import has_values
+from thresher.errors import ArgumentError, unknown_key
+from thresher.program import Program, Weight, value
+from thresher.recipe import PassConfig
+
+from ..base import Context, Effect, Match, Miss, Pass, register_pass
+from ..calibrate import Tap
+from ..keep import check_keep, kept_layers
+from ..structure.linears import find_linears
+from ..structure.recover import LinearSite, Structure
+from ..structure.sites import by_module, read_instead
+from .calibration import InputStatistics, most_sensitive
+
+ops = torch.ops.thresher
+MODES = ("thresher", "te", "torchao", "modelopt", "compressed_tensors")
+SEARCHES = ("none", "mse", "four_over_six")
+ACTIVATIONS = ("exact", "int16", "int8", "nvfp4")
+KEPT_WORDS = ("head", "embedding", "first", "last")
+PARTS = ("codes", "block_scales", "global_scale")
+NEEDS_DATA = "It needs calibration: run thresher.calibrate with this recipe and name its file in `stats`."
+
+
+@dataclass(frozen=True)
+class NVFP4Config(PassConfig):
+    """Options of the NVFP4 pass.
+
+    mode: whose arithmetic the weights are rounded in: thresher, te, torchao, modelopt, compressed_tensors.
+    search: choose each block's scale by squared error: "none" (from the block's maximum), "mse" (about 20 %
+        less error, for some 0.2 s a million weights while compiling), "four_over_six".
+    activations: "exact" (weight-only), "int16" or "int8" (integers a block of 16, faster on CPUs), or "nvfp4"
+        (W4A4, for FP4 tensor cores).
+    input_scale: the tensor scale of "nvfp4" activations: "dynamic", each call's own, or "calibrated".
+    keep: linears to leave as they are: "head", "embedding" (between embeddings and the first layer), "first"
+        or "first:2" and "last" or "last:8" for so many layers at either end, or a glob on the module's name.
+    sensitive: keep also the linears whose own output changes most, up to this share of all weights, 0 to 1.
+    min_weights: leave smaller linears; below about 64 thousand weights the call costs more than it saves.
+    budget: largest accepted difference of any output on the example, relative to its largest value.
+    """
+
+    name = "nvfp4"
+    mode: str = "thresher"
+    search: str = "none"
+    activations: str = "exact"
+    input_scale: str = "dynamic"
+    keep: tuple[str, ...] = ("head",)
+    sensitive: float = 0.0
+    min_weights: int = 1 << 16
+    budget: float = 0.5
+
+    def validate(self) -> None:
+        for field, known in (("mode", MODES), ("search", SEARCHES), ("activations", ACTIVATIONS),
+                             ("input_scale", ("dynamic", "calibrated"))):  # fmt: skip
+            if getattr(self, field) not in known:
+                raise unknown_key(f"nvfp4 option {field}", str(getattr(self, field)), known)
+        check_keep("nvfp4", self.keep)
+        if self.input_scale == "calibrated" and self.activations != "nvfp4":
+            raise ArgumentError(
+                "nvfp4 option input_scale",
+                f"'calibrated' with activations={self.activations!r}",
+                "'dynamic', or activations='nvfp4'",
+                "Only NVFP4 activations have a tensor scale.",
+            )
+        for field, low, high in (("sensitive", 0, 1), ("budget", 0, float("inf"))):
+            if not low <= getattr(self, field) <= high:
+                raise ArgumentError(
+                    f"nvfp4 option {field}", getattr(self, field), f"{low} to {high}", "Change it."
+                )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A linear's places in the graph, and the fixed tensor scale of its activations (fp32 []), if there is one."""
+
+    sites: tuple[LinearSite, ...]
+    input_scale: torch.Tensor | None = None
+
+
+@register_pass
+class NVFP4(Pass):
+    name, order, config_type = "nvfp4", 60, NVFP4Config
+    per_rank = True
+    effect = Effect(exact=False, budget=0.5)
+    extends = frozenset({"rsq"})
+
+    def budget(self, context: Context) -> float:
+        return context.config.budget
+
+    def taps(self, program: Program, context: Context) -> Sequence[Tap]:
+        config: NVFP4Config = context.config
+        if config.input_scale == "dynamic" and not config.sensitive:
+            return ()
+        structure = _structure(context)
+        kept = kept_layers(structure, config.keep)
+        return [
+            Tap(s.fqn, s.x, InputStatistics)
+            for s in structure.linears
+            if s not in kept and unfit(program, s, config) is None
+        ]
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        config: NVFP4Config = context.config
+        structure = _structure(context)
+        kept = kept_layers(structure, config.keep, context.notes)
+        stats = context.stats.get(self.name, {})
+        places = {sites[0]: sites for sites in by_module(structure.linears)}
+        fit: list[LinearSite] = []
+        found: dict[LinearSite, Match | Miss] = {}
+        for site, sites in places.items():
+            reasons = (kept.get(s) or unfit(program, s, config) for s in sites)
+            reason = next((r for r in reasons if r is not None), None)
+            needs_data = config.input_scale == "calibrated" or config.sensitive > 0
+            if reason is None and needs_data and site.fqn not in stats:
+                reason = NEEDS_DATA
+            if reason is None:
+                fit.append(site)
+            else:
+                found[site] = Miss(site.fqn, reason)
+        if config.sensitive:
+            found.update(most_sensitive(program, fit, stats, config.sensitive, quantized_weight(config)))
+        for site in fit:
+            if site not in found:
+                scale = stats[site.fqn]["amax"] / 2688 if config.input_scale == "calibrated" else None
+                origins = program.weights[site.weight].origins
+                found[site] = Match(site.fqn, Found(places[site], scale), claims=origins)
+        context.notes.extend(
+            _size_notes(program, [m.data.sites[0] for m in found.values() if isinstance(m, Match)])
+        )
+        return [*(found[s] for s in places), *find_linears(program)[1]]
+
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        first, config = match.data.sites[0], context.config
+        parts = packed_weights(program.weights[first.weight], first.transposed, config)
+        names: list[str | None] = [program.add_weight(w) for w in parts]
+        scale = match.data.input_scale
+        if scale is not None:
+            scale = scale.to(parts[0].tensor.device)
+        names.append(None if scale is None else program.add_weight(Weight(f"{first.fqn}.input_scale", scale)))
+        for site in match.data.sites:
+            at = site.output
+            held = [None if n is None else program.read_weight(n, at) for n in (*names, site.bias)]
+            with program.graph.inserting_before(at):
+                node = program.graph.call_function(
+                    ops.nvfp4_linear.default, (site.x, *held, config.activations)
+                )
+            x = value(site.x)
+            node.meta = {k: v for k, v in at.meta.items() if k != "val"}
+            node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
+            at.replace_all_uses_with(node)
+            read_instead(_structure(context).linears, at, node)
+
+
+def _structure(context: Context) -> Structure:
+    return context.structure()
+
+
+def unfit(program: Program, site: LinearSite, config: NVFP4Config) -> str | None:
+    """Why a linear cannot or should not be rewritten, or None."""
+    weight = program.weights[site.weight].tensor
+    count = weight.numel()
+    if count < config.min_weights:
+        return (
+            f"Its {site.out_features} x {site.in_features} = {count} weights are fewer than "
+            f"min_weights={config.min_weights}: the call would cost more than it saves."
+        )
+    x, y = value(site.x), value(site.output)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or y.dtype != x.dtype:
+        return (
+            f"It turns {x.dtype} into {y.dtype}; the operator takes fp32, bf16 or fp16 and returns the same."
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"Its weight is stored as {weight.dtype}; fp32, bf16 and fp16 can be rounded to NVFP4."
+    if has_values(weight):
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            return f"{site.weight_fqn} has {bad} NaN or infinite values, which NVFP4 cannot hold; repair the weight."
+    return None
+
+
+def quantized_weight(config: NVFP4Config) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """[N, K] -> codes, block scales and tensor scale, in the mode and with the search of the options."""
+    return lambda weight: ops.nvfp4_quantize(weight, config.mode, config.search)
+
+
+def packed_weights(held: Weight, transposed: bool, config: NVFP4Config) -> list[Weight]:
+    """Codes, block scales and tensor scale of a weight, to be recomputed from what it came from.
+
+    A weight that another pass computed is followed back to the model's; where that one cannot be recomputed,
+    neither can these.
+    """
+    quantize = quantized_weight(config)
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return quantize(tensor.t() if transposed else tensor)
+
+    again = held.then(pack)
+    shared = None if again is None else _Shared(again)
+    return [
+        Weight(
+            f"{held.fqn}.nvfp4_{part}",
+            tensor,
+            held.origins,
+            None if shared is None else shared.part(i),
+            held.origin_tensors,
+        )
+        for i, (part, tensor) in enumerate(zip(PARTS, pack(held.tensor)))
+    ]
+
+
+class _Shared:
+    """Three tensors that are computed together and asked for one by one, once each."""
+
+    def __init__(self, make: Callable[..., tuple[torch.Tensor, ...]]):
+        self._make = make
+        self._lock = threading.Lock()
+        self._left: dict[int, torch.Tensor] = {}
+        self._sources: tuple[tuple[int, int], ...] = ()
+
+    def part(self, index: int) -> Callable[..., torch.Tensor]:
+        return lambda *sources: self._take(index, sources)
+
+    def _take(self, index: int, sources: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        stamp = tuple((id(t), -1 if t.is_inference() else t._version) for t in sources)
+        with self._lock:
+            if stamp != self._sources or index not in self._left:
+                self._left, self._sources = dict(enumerate(self._make(*sources))), stamp
+            return self._left.pop(index)
+
+
+def _size_notes(program: Program, sites: Sequence[LinearSite]) -> list[str]:
+    tensors = [program.weights[s.weight].tensor for s in sites]
+    before = sum(t.numel() * t.element_size() for t in tensors)
+    after = sum(s.out_features * -(-s.in_features // 16) * 9 + 4 for s in sites)
+    if not before:
+        return []
+    return [
+        f"the weights of {len(sites)} linears take {after / 1e6:.3g} MB instead of {before / 1e6:.3g} MB."
+    ]

@@ -1,0 +1,214 @@
+"""The packed body: its nodes traced again at one row of T tokens, or at rows of a capacity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from thresher.capture import assemble
+from thresher.dialect import unrepeated
+from thresher.program import Program, value
+
+from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, hint
+from .frontier import Frontier, plan_fields
+
+aten = torch.ops.aten
+
+
+def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node]) -> Program:
+    """Trace the labelled nodes at one row of T tokens, or at rows of a capacity; all of these symbolic.
+
+    Returns the body as a Program.
+    """
+    axes = frontier.axes
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    tokens = _symbol(mode, _free_number(program, max(64, axes.batch * axes.sequence // 2)), "tokens")
+    if frontier.rows:
+        rows = _symbol(mode, _free_number(program, hint(tokens) + 1), "packed_rows")
+        packed = {BATCH: rows, SEQUENCE: tokens, TOKENS: rows * tokens}
+    else:
+        packed = {BATCH: 1, SEQUENCE: tokens, TOKENS: tokens}
+    offsets = _symbol(mode, axes.batch + 1 + (axes.batch + 1 == hint(tokens)), "offsets")
+    longest = _symbol(mode, axes.sequence, "longest")
+    weights = [n for n in program.graph.nodes if n.op == "get_attr" and any(u in axes for u in n.users)]
+    device = value(next(iter(frontier.entering))).device
+    whole = (packed[BATCH], packed[SEQUENCE])
+    shapes = {
+        "cu_seqlens": offsets,
+        "rows": tokens,
+        "columns": whole if frontier.rows else tokens,
+        "segments": whole,
+    }
+    fields = plan_fields(frontier)
+    with mode:
+        fakes: list[Any] = [_packed_fake(n, labels, packed) for n, labels in frontier.entering.items()]
+        for name in fields:
+            dtype = torch.int32 if name == "cu_seqlens" else torch.int64
+            fakes.append(
+                longest if name == "max_len" else torch.empty(shapes[name], dtype=dtype, device=device)
+            )
+        fakes += [_fresh(mode, n, i) for i, n in enumerate(frontier.masks)]
+        fakes += [_weight_fake(mode, program.weights[str(n.target)].tensor) for n in weights]
+    names = [n.name for n in frontier.entering] + fields + [n.name for n in frontier.masks]
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        env: dict[fx.Node, Any] = dict(zip(frontier.entering, arguments))
+        given = dict(zip(names, arguments))
+        env.update(zip(frontier.masks, arguments[len(names) - len(frontier.masks) : len(names)]))
+        env.update(zip(weights, arguments[len(names) :]))
+        for node in program.graph.nodes:
+            if node in axes and node.op == "call_function":
+                with fx.traceback.set_current_meta(node):
+                    env[node] = _replay(node, env, axes, frontier, given, packed)
+        return tuple(env[n] for n in leaving)
+
+    with mode, torch.no_grad(), fx.traceback.preserve_node_meta():
+        traced = make_fx(run, pre_dispatch=True)(*fakes)
+    held = {len(names) + i: _held(program, n) for i, n in enumerate(weights)}
+    body = assemble(traced, names, held, list(program.notes))
+    known = {w.fqn: w for w in program.weights.values()}  # computed ones keep how they are computed
+    body.weights = {name: known.get(w.fqn, w) for name, w in body.weights.items()}
+    return body
+
+
+def _held(program: Program, node: fx.Node) -> tuple[str, torch.Tensor]:
+    weight = program.weights[str(node.target)]
+    return weight.fqn, weight.tensor
+
+
+def _replay(
+    node: fx.Node,
+    env: dict[fx.Node, Any],
+    axes: TokenAxes,
+    frontier: Frontier,
+    given: dict[str, Any],
+    packed: dict[str, Any],
+) -> Any:
+    def of(argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda n: env[n])
+
+    if node in frontier.sites:
+        return (_attend_in_rows if frontier.rows else _attend)(node, env, frontier, given)
+    if node.target in (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int):
+        return torch.ops.aten.reshape.default(of(node.args[0]), _packed_shape(node, axes, packed))
+    if node.target is aten.expand.default:
+        return torch.ops.aten.expand.default(of(node.args[0]), _packed_shape(node, axes, packed))
+    return node.target(*of(node.args), **of(node.kwargs))  # type: ignore[operator]
+
+
+def _packed_shape(node: fx.Node, axes: TokenAxes, packed: dict[str, Any]) -> list[Any]:
+    shape = []
+    for label, size in zip(axes[node], value(node).shape):
+        if label is None and not isinstance(size, int):
+            raise Stop(f"{node.name} has a symbolic dimension that is neither batch nor sequence")
+        shape.append(packed[label] if label is not None else size)
+    return shape
+
+
+def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: Any) -> Any:
+    site = frontier.sites[node]
+    q, k, v = (env[n] for n in (site.q, _shared(site.k, frontier.axes), _shared(site.v, frontier.axes)))
+    scale = site.scale if site.scale is not None else value(site.q).shape[-1] ** -0.5
+    seen = frontier.visibilities[node]
+    if seen.kind == "generic":
+        return torch.ops.thresher.varlen_attention_masked(
+            q,
+            k,
+            v,
+            env[site.mask],  # type: ignore[index]
+            given["rows"],
+            given["columns"],
+            given["cu_seqlens"],
+            given["max_len"],
+            scale,
+        )
+    return torch.ops.thresher.varlen_attention(
+        q,
+        k,
+        v,
+        given["cu_seqlens"],
+        given["max_len"],
+        scale,
+        seen.kind == "causal",
+        seen.window,
+        site.softcap,
+    )
+
+
+def _attend_in_rows(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: dict[str, Any]) -> Any:
+    """Attention in rows that sequences share: a mask keeps each to itself. Columns are the padded batch's."""
+    site, seen = frontier.sites[node], frontier.visibilities[node]
+    if seen not in (masks := given.setdefault("made", {})):
+        segments, columns = given["segments"], given["columns"]
+        mask = segments.unsqueeze(2) == segments.unsqueeze(1)
+        # filler has columns of its own order only by chance: it sees all filler
+        distance = torch.where(
+            (segments < 0).unsqueeze(2),
+            torch.zeros_like(columns).unsqueeze(2),
+            columns.unsqueeze(2) - columns.unsqueeze(1),
+        )
+        if seen.kind == "causal":
+            mask = mask & (distance >= 0)
+        if seen.window >= 0:
+            mask = mask & (distance.abs() <= seen.window)
+        masks[seen] = mask.unsqueeze(1)
+    return torch.ops.aten.scaled_dot_product_attention.default(
+        env[site.q], env[site.k], env[site.v], masks[seen], 0.0, False, scale=site.scale
+    )
+
+
+def _shared(node: fx.Node, axes: TokenAxes) -> fx.Node:
+    """Keys or values before they are repeated for each query head: the operator shares them instead."""
+    source = unrepeated(node)
+    return source if source is not None and source in axes else node
+
+
+def _symbol(mode: FakeTensorMode, example: int, name: str) -> Any:
+    """A fresh symbolic size of at least 2."""
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    tensor = mode.from_tensor(
+        torch.empty(max(2, example), device="meta"), symbolic_context=context, source=ConstantSource(name)
+    )
+    return tensor.shape[0]
+
+
+def _free_number(program: Program, start: int) -> int:
+    """An example T that no fixed size of the graph equals, so that nothing is mistaken for it."""
+    taken = {
+        hint(s) for n in program.graph.nodes if isinstance(value(n), torch.Tensor) for s in value(n).shape
+    }
+    while start in taken:
+        start += 1
+    return start
+
+
+def _packed_fake(node: fx.Node, labels: Labels, packed: dict[str, Any]) -> torch.Tensor:
+    known = value(node)
+    shape = [packed[label] if label is not None else hint(size) for label, size in zip(labels, known.shape)]
+    return torch.empty(shape, dtype=known.dtype, device=known.device)
+
+
+def _fresh(mode: FakeTensorMode, node: fx.Node, number: int) -> torch.Tensor:
+    """A padded tensor in the body's own fake mode, each of its dynamic sizes a symbol of its own."""
+    known = value(node)
+    dynamic = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DYNAMIC for s in known.shape]
+    example = torch.empty([hint(s) for s in known.shape], dtype=known.dtype, device="meta")
+    fake = mode.from_tensor(
+        example,
+        symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
+        source=ConstantSource(f"mask{number}"),
+    )
+    return torch.empty(fake.shape, dtype=known.dtype, device=known.device)
+
+
+def _weight_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return mode.from_tensor(tensor.detach(), static_shapes=True)

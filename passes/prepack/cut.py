@@ -1,0 +1,120 @@
+"""Cuts a program into prologue, packed body and epilogue, and describes how they fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from thresher.layout import PackedLayout, Packing, Passed, Scatter, Visibility
+from thresher.program import Program, module_fqn
+
+from ..extract import extract
+from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Stop, TokenAxes
+from .body import trace_body
+from .frontier import Frontier, body_inputs
+from .visibility import Attention, MaskProbe
+
+aten = torch.ops.aten
+
+
+class Decline(Exception):
+    """Why a program is not packed, as a full sentence."""
+
+
+@dataclass
+class Found:
+    """What `match` worked out."""
+
+    tokens: fx.Node
+    padding: fx.Node
+    axes: TokenAxes
+    sites: dict[fx.Node, Attention]
+    visibilities: dict[fx.Node, Visibility]
+    probes: dict[fx.Node, MaskProbe]
+    proven: int
+
+
+def linears(program: Program) -> list[tuple[fx.Node, int]]:
+    """Each linear with the number of elements of its weight."""
+    found = []
+    for node in program.nodes(aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
+        weight = next((program.weight(a) for a in reversed(node.all_input_nodes) if program.weight(a)), None)
+        found.append((node, weight.tensor.numel() if weight is not None else 0))
+    return found
+
+
+def cut(program: Program, padded: Program, found: Found, packing: Packing) -> tuple[PackedLayout, Program]:
+    """Cut the program into prologue, body and epilogue, and describe how they fit together."""
+    axes = found.axes
+    places = program.placeholders
+    frontier = Frontier(program, axes, found.sites, found.visibilities, packing.form == "rows")
+    try:
+        frontier.explore()
+    except Stop as stop:
+        raise Decline(f"The tokens cannot be separated from the padding: {stop}.") from None
+    results = program.outputs
+    computed = [n for n in results if isinstance(n, fx.Node)]
+    late = [n for n in program.graph.nodes if n in axes.stopped]
+    leaving = [
+        n
+        for n in axes.labels
+        if n.op != "placeholder" and any(u in axes.stopped or u.op == "output" for u in n.users)
+    ]
+    prologue_nodes = [n for n in frontier.prologue if n.op != "placeholder"]
+    early = [
+        a for node in late for a in node.all_input_nodes
+        if a not in axes.stopped and a not in axes and a.op == "call_function"
+    ] + [n for n in computed if n not in axes and n not in axes.stopped and n.op != "placeholder"]  # fmt: skip
+    prologue_nodes = list(dict.fromkeys(prologue_nodes + early))
+    body = trace_body(program, frontier, leaving)
+    epilogue, epilogue_arguments = None, []
+
+    def source(node: fx.Node) -> Scatter | Passed:
+        if node in places:
+            return Passed("input", places.index(node))
+        if node in axes:
+            labels = axes[node]
+            if TOKENS in labels:
+                return Scatter(leaving.index(node), labels.index(TOKENS), labels.index(TOKENS))
+            return Scatter(leaving.index(node), labels.index(BATCH), labels.index(SEQUENCE))
+        return Passed("prologue", prologue_nodes.index(node))
+
+    late_results = list(dict.fromkeys(n for n in computed if n in axes.stopped))
+    if late_results:
+        needed = list(dict.fromkeys(
+            a for node in late for a in node.all_input_nodes if a not in axes.stopped and a.op != "get_attr"
+        ))  # fmt: skip
+        epilogue = extract(program, needed, late_results)
+        epilogue_arguments = [source(n) for n in needed]
+    layout = PackedLayout(
+        mask=places.index(found.padding),
+        tokens=places.index(found.tokens),
+        prologue=extract(program, places, prologue_nodes) if prologue_nodes else None,
+        arguments=body_inputs(frontier, places, prologue_nodes),
+        epilogue=epilogue,
+        epilogue_arguments=epilogue_arguments,
+        results=[
+            Passed("epilogue", late_results.index(n)) if n in late_results else source(n) for n in computed
+        ],
+        padded=padded,
+        visibilities={module_fqn(n) or n.name: v for n, v in found.visibilities.items()},
+        masks=tuple(prologue_nodes.index(m) for m in frontier.masks if m in prologue_nodes),
+        proven=found.proven,
+        packing=packing,
+    )
+    resizable = {
+        n: found.probes[mask]
+        for n, v in found.visibilities.items()
+        if v.kind != "generic" and (mask := found.sites[n].mask) is not None
+    }
+    if any(p.resizable() for p in resizable.values()):
+        names = {n: module_fqn(n) or n.name for n in resizable}
+
+        def reclassify(length: int) -> dict[str, Visibility]:
+            seen = {id(p): p.classify(length) for p in set(resizable.values())}
+            return {names[n]: seen[id(p)] for n, p in resizable.items()}
+
+        layout.reclassify = reclassify
+    return layout, body

@@ -1,0 +1,247 @@
+"""Prepacking: compute a padded batch's real tokens only, and hand back what the padded model would.
+
+    matched:  a program with a padding mask, in which every attention treats its rows separately
+    becomes:  the same nodes on [1, T] real tokens, with `thresher::varlen_attention` for attention
+
+A program captured for [B, S] is polymorphic: with one row of T tokens the same nodes compute exactly
+those tokens, for everything but attention treats tokens alike. The program is cut in three. What
+does not depend on the tokens (positions, rotary tables) is the prologue and stays padded; the body
+is traced again at [1, T]; what comes after the first operator that mixes positions (a pooler, the
+last token's logits) is the epilogue and sees padded values again. Positions are gathered, never
+renumbered, so left padding and learned positions keep their meaning.
+
+Method: arXiv 2404.09529 packs prompts into bins under a block mask; here segments replace the mask,
+and one row replaces the bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from thresher.errors import ArgumentError, unknown_key
+from thresher.layout import Packing, Visibility
+from thresher.program import Program, module_fqn, value
+from thresher.recipe import PassConfig
+
+from ..base import EXACT, Context, Match, Miss, Pass, register_pass
+from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, hint, propagate
+from .attention_sites import attention_sites
+from .cut import Decline, Found, cut, linears
+from .early_gather import gather_early
+from .visibility import LeaksPads, MaskProbe
+
+aten = torch.ops.aten
+WHOLE = "the whole program"
+
+
+@dataclass(frozen=True)
+class PrepackConfig(PassConfig):
+    """Options of prepacking.
+
+    mask: name of the input that marks real tokens, for models that do not call it attention_mask.
+    min_share: decline when less than this share of the linears' weights lies in the packed part.
+    min_gain: run a batch padded when packing it is predicted to gain less than this factor. A batch without
+        any padding runs padded too, bit-identical to the model as it was. Where other passes have rewritten the
+        packed program, such batches run packed, since the padded one lacks what they did.
+    form: "flat", all tokens in one row of segments; or "rows", sequences share rows of a fixed capacity under
+        a block mask, as arXiv 2404.09529 has it, for targets that know neither segments nor ragged shapes.
+    capacity: of a row in form "rows"; 0 takes what costs least for the batch's lengths. A longer sequence
+        raises it for its batch: a capacity of 1 is the published choice, the longest sequence.
+    buckets: fill the number of tokens up to one of at most this many sizes, for targets that compile each
+        size; 0 leaves it as it is, and one compilation serves all.
+    outputs: "padded", or "packed": results with values per token come back as [1, T, ...], in the order of
+        `mask.nonzero()`, and no [batch, sequence, vocabulary] is made.
+    """
+
+    name = "prepack"
+    mask: str = "attention_mask"
+    min_share: float = 0.5
+    min_gain: float = 1.0
+    form: str = "flat"
+    capacity: int = 0
+    buckets: int = 0
+    outputs: str = "padded"
+
+    def validate(self) -> None:
+        for name, accepted in (("form", ("flat", "rows")), ("outputs", ("padded", "packed"))):
+            if getattr(self, name) not in accepted:
+                raise unknown_key(f"prepack's {name}", str(getattr(self, name)), accepted)
+        for name in ("buckets", "capacity"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(
+                    f"prepack's {name}", getattr(self, name), "0 or a positive number", "Leave it at 0."
+                )
+        if self.form == "rows" and (self.buckets or self.outputs == "packed"):
+            raise ArgumentError(
+                "prepack's form",
+                '"rows" with buckets or packed outputs',
+                '"rows" alone',
+                'Use form="flat" for those.',
+            )
+
+
+@register_pass
+class Prepack(Pass):
+    name, order, config_type, effect = "prepack", 10, PrepackConfig, EXACT
+    per_rank, moves_tokens = True, True
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        moved = gather_early(program)
+        if moved:
+            context.notes.append("the positions that are read are selected before the LM head, not after it.")
+        try:
+            return [Match(WHOLE, find(program, context.config))]
+        except Decline as reason:
+            return [Miss(WHOLE, str(reason))]
+
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        found: Found = match.data
+        padded = program.copy()
+        layout, body = cut(program, padded, found, packing(program, found, context.config))
+        program.graph_module, program.weights = body.graph_module, body.weights
+        program.input_names, program.packing = body.input_names, layout
+        for site, seen in sorted(layout.visibilities.items())[:1]:
+            window = f" with a window of {seen.window + 1}" if seen.window >= 0 else ""
+            context.notes.append(f"attention is {seen.kind}{window} in {site or 'the model'}"
+                                 f" (one of {len(layout.visibilities)} attention sites).")  # fmt: skip
+
+
+def find(program: Program, config: PrepackConfig) -> Found:
+    """Everything that decides whether and how a program is packed. Raises Decline."""
+    padding = _padding_mask(program, config.mask)
+    tokens = _token_input(program, padding)
+    batch, sequence = value(tokens).shape[:2]
+    for size, axis in ((batch, "batch"), (sequence, "sequence")):
+        if hint(size) == 1:
+            raise Decline(
+                f"The {axis} dimension is 1 in this graph, so there is no padding between rows to leave out."
+            )
+    # The flow starts at the embedded tokens, not at the ids: what else a model computes from the ids
+    # (RoBERTa counts positions in them) is a handful of integers and stays padded.
+    start = _embedded(tokens) or [tokens]
+    sites = attention_sites(program)
+    axes = propagate(program, {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start}, sites)
+    if not sites:
+        raise Decline(_no_attention(axes))
+    visibilities, probes = {}, {}
+    for node, site in sites.items():
+        where = module_fqn(node) or node.name
+        if node not in axes:
+            raise Decline(
+                f"The attention in {where} cannot be packed: {axes.stopped.get(node, 'it does not see the tokens')}."
+            )
+        if site.mask is None:
+            raise Decline(
+                f"The attention in {where} does not use the padding mask, so pad tokens are part of its result."
+            )
+        if site.mask not in probes:
+            probes[site.mask] = MaskProbe(program, site.mask, padding)
+        visibilities[node] = seen = _classify(probes[site.mask], where, hint(sequence))
+        if seen.kind == "generic" and (site.softcap or config.form == "rows"):
+            raise Decline(
+                f"The attention mask in {where} is more than a causal or windowed one, and "
+                + (
+                    "its scores have a soft cap."
+                    if site.softcap
+                    else 'form="rows" makes masks of those kinds only.'
+                )
+            )
+        if site.softcap and config.form == "rows":
+            raise Decline(f'The attention in {where} has a soft cap, which form="rows" cannot express.')
+    share = _packed_share(program, axes)
+    if share < config.min_share:
+        first = next(iter(axes.stopped.values()), "they do not see the tokens")
+        raise Decline(
+            f"Only {share:.0%} of the linear weights could run packed, and min_share is {config.min_share:.0%}: {first}."
+        )
+    return Found(tokens, padding, axes, sites, visibilities, probes, hint(sequence))
+
+
+def _padding_mask(program: Program, name: str) -> fx.Node:
+    for place, given in zip(program.placeholders, program.input_names):
+        if given == name and isinstance(value(place), torch.Tensor):
+            if value(place).dim() != 2:
+                raise Decline(
+                    f"{name} has {value(place).dim()} dimensions; only a [batch, sequence] mask says which tokens are pads."
+                )
+            return place
+    raise Decline(
+        f"The model was called without {name}, so every token counts as real and there is no padding to leave out."
+    )
+
+
+def _token_input(program: Program, padding: fx.Node) -> fx.Node:
+    """The input that carries the tokens: ids that an embedding reads, or embeddings themselves."""
+    rows = [hint(s) for s in value(padding).shape]
+    candidates = []
+    for place in program.placeholders:
+        known = value(place)
+        if place is padding or not isinstance(known, torch.Tensor) or known.dim() not in (2, 3):
+            continue
+        if [hint(s) for s in known.shape[:2]] != rows:
+            continue
+        if (known.dim() == 3 and known.is_floating_point()) or any(_largest_table(u) for u in place.users):
+            candidates.append((max([0, *(_largest_table(u) for u in place.users)]), known.dim(), place))
+    if not candidates:
+        raise Decline(
+            "No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens."
+        )
+    return max(candidates, key=lambda c: c[:2])[2]
+
+
+def _embedded(tokens: fx.Node) -> list[fx.Node]:
+    """The lookups of the token input in its largest table, through casts."""
+    found, reads = [], [tokens]
+    for node in reads:
+        reads += [u for u in node.users if u.target in (aten.to.dtype, aten.clone.default)]
+        found += [u for u in node.users if u.target is aten.embedding.default and u.args[1] is node]
+    largest = max([value(n.args[0]).shape[0] for n in found], default=0)
+    return [n for n in found if value(n.args[0]).shape[0] == largest]
+
+
+def _largest_table(user: fx.Node) -> int:
+    if user.target is aten.embedding.default:
+        return value(user.args[0]).shape[0]
+    if user.target in (aten.to.dtype, aten.clone.default):
+        return max([0, *(_largest_table(u) for u in user.users)])
+    return 0
+
+
+def _no_attention(axes: TokenAxes) -> str:
+    mixing = next((reason for reason in axes.stopped.values()), None)
+    if mixing is None:
+        return "The program has no attention, and nothing in it mixes positions."
+    return f"The program has no scaled_dot_product_attention; the tokens were followed up to this: {mixing}."
+
+
+def _classify(probe: MaskProbe, where: str, length: int) -> Visibility:
+    if probe.depends_on_values():
+        return Visibility("generic")
+    try:
+        return probe.classify(length)
+    except LeaksPads:
+        raise Decline(
+            f"The attention mask in {where} lets real tokens see pad tokens, so leaving pads out would change the result."
+        ) from None
+
+
+def _packed_share(program: Program, axes: TokenAxes) -> float:
+    sizes = linears(program)
+    total = sum(size for _, size in sizes)
+    return sum(size for node, size in sizes if node in axes) / total if total else 1.0
+
+
+def packing(program: Program, found: Found, config: PrepackConfig) -> Packing:
+    """How and when calls are packed; costs are FLOPs of what runs packed."""
+    token_cost = 2 * sum(size for node, size in linears(program) if node in found.axes)
+    pair_cost = sum(
+        2 * value(site.q).shape[1] * (value(site.q).shape[-1] + value(site.v).shape[-1])
+        for site in found.sites.values()
+    )
+    causal = all(v.kind == "causal" for v in found.visibilities.values())
+    return Packing(config.form, config.buckets, found.axes.batch * found.axes.sequence, config.outputs,
+                   config.min_gain, float(token_cost), float(pair_cost), causal, config.capacity)  # fmt: skip

@@ -1,0 +1,255 @@
+"""What RSQ does to each weight of a model: a plan made from the recovered structure, before anything is edited.
+
+An `Edit` says how one linear's weight changes: the norm fused into its input side, the rotations of its input
+and of its output. Streams that cannot be rotated, and sites that cannot be quantised, are Misses with the
+reason; the rest of the plan stands without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from thresher.compat import has_values
+from thresher.hadamard import decompose
+from thresher.program import Program, value
+from thresher.report import Miss
+
+from ..keep import kept_layers
+from ..structure.recover import AttentionSite, LinearSite, NormSite, Structure
+from .config import RSQConfig
+from .rotation import (
+    Rotation,
+    centre_writer,
+    fuse_norm,
+    rotate_heads_in,
+    rotate_heads_out,
+    rotate_reader,
+    rotate_writer,
+    rotation,
+)
+from .stream import NotRotatable, Stream, follow
+
+STREAM_SEED, HEAD_SEED, DOWN_SEED = 0, 1, 2  # added to the seed, so that R1, R2 and R4 differ
+
+
+@dataclass(eq=False)
+class Edit:
+    """How a linear's weight and bias change.
+
+    norm: fused into the input side. reads: rotation of the input. heads_in: rotation of each head of the
+    input. online: rotation that the graph applies to the input, and the weight undoes. writes, centred: of
+    the output. heads_out, rows: rotation of each value head, and which rows of the weight these are
+    (int64 [heads, head_dim]). cached: values leave the graph or come into it, unrotated.
+    """
+
+    site: LinearSite
+    norm: NormSite | None = None
+    reads: Rotation | None = None
+    heads_in: Rotation | None = None
+    online: Rotation | None = None
+    writes: Rotation | None = None
+    centred: bool = False
+    heads_out: Rotation | None = None
+    rows: torch.Tensor | None = None
+    cached: bool = False
+    transposed: bool = field(init=False)  # as the model stores the weight; the site itself moves along
+
+    def __post_init__(self) -> None:
+        self.transposed = self.site.transposed
+
+    @property
+    def changes(self) -> bool:
+        return any((self.norm, self.reads, self.heads_in, self.online, self.writes, self.heads_out))
+
+    def apply(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        shift: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """([N, K], [N] or None). weight: as the model stores it. gain, shift: the norm's, [K]."""
+        w = weight.t() if self.transposed else weight
+        if self.norm is not None:
+            gain = torch.ones(w.shape[1], dtype=w.dtype, device=w.device) if gain is None else gain
+            w, bias = fuse_norm(w, bias, gain + self.norm.offset, shift)
+        if self.reads is not None:
+            w = rotate_reader(w, self.reads)
+        if self.heads_in is not None:
+            w = rotate_heads_in(w, self.heads_in)
+        if self.online is not None:
+            w = rotate_reader(w, self.online)
+        if self.writes is not None:
+            if self.centred:
+                w, bias = centre_writer(w, bias)
+            w, bias = rotate_writer(w, bias, self.writes)
+        if self.heads_out is not None:
+            assert self.rows is not None
+            chosen = self.rows.flatten()
+            part, part_bias = rotate_heads_out(
+                w[chosen], None if bias is None else bias[chosen], self.heads_out
+            )
+            w = w.clone().index_copy_(0, chosen, part)
+            bias = (
+                bias if part_bias is None or bias is None else bias.clone().index_copy_(0, chosen, part_bias)
+            )
+        return w.contiguous(), bias
+
+
+@dataclass
+class Plan:
+    """What to do. streams: rotated ones with their R1. edits: one a linear that is rotated or quantised.
+    quantise: the linears that get low-bit weights, in graph order. missed, notes: for the report."""
+
+    streams: list[tuple[Stream, Rotation]] = field(default_factory=list)
+    edits: dict[LinearSite, Edit] = field(default_factory=dict)
+    quantise: list[LinearSite] = field(default_factory=list)
+    missed: list[Miss] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def edit(self, site: LinearSite) -> Edit:
+        return self.edits.setdefault(site, Edit(site))
+
+
+def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Plan:
+    """The plan for a program; a pure function of its arguments."""
+    plan = Plan()
+    if config.rotate:
+        _plan_streams(program, structure, config, plan)
+    if config.rotate_heads:
+        for site in structure.attentions:
+            _plan_heads(structure, site, config, plan)
+    if config.rotate_down:
+        for mlp in structure.mlps:
+            kind = "block" if config.rotation in ("auto", "block") else config.rotation
+            if kind == "orthogonal":
+                plan.missed.append(
+                    Miss(mlp.down.fqn, "A dense orthogonal rotation cannot run online; use rotation='auto'.")
+                )
+                continue
+            plan.edit(mlp.down).online = rotation(mlp.width, config.seed + DOWN_SEED, kind)
+    kept = kept_layers(structure, config.keep, plan.notes)
+    for linear in structure.linears:
+        reason = kept.get(linear) or unfit(program, linear, config)
+        if reason is not None:
+            plan.missed.append(Miss(linear.fqn, reason))
+        else:
+            plan.edit(linear)
+            plan.quantise.append(linear)
+    said: dict[str, int] = {}
+    for edit in plan.edits.values():
+        for name, r in (("R2", edit.heads_in), ("R4", edit.online)):
+            if r is not None:
+                said[f"{name}: {r.note}"] = said.get(f"{name}: {r.note}", 0) + 1
+    plan.notes += [f"R1: {r.note}" for _, r in plan.streams]
+    plan.notes += [f"{note} {count} sites." for note, count in said.items()]
+    plan.missed += [m for m in structure.missed if m.site not in {x.site for x in plan.missed}]
+    return plan
+
+
+def _plan_streams(program: Program, structure: Structure, config: RSQConfig, plan: Plan) -> None:
+    if not structure.towers:
+        plan.missed.append(
+            Miss("the residual stream", "No residual stream was recovered, so nothing is rotated.")
+        )
+    for tower in structure.towers:
+        name = tower.layers[0].fqn.rsplit(".", 1)[0] if tower.layers else "tower"
+        try:
+            stream = follow(program, structure, tower)
+            taken = [
+                s.fqn for readers in stream.norms.values() for s in readers if plan.edit(s).norm is not None
+            ]
+            if taken:
+                raise NotRotatable(f"{taken[0]} reads two streams.")
+        except NotRotatable as reason:
+            plan.missed.append(Miss(f"{name} (rotation of the residual stream)", str(reason)))
+            continue
+        r = rotation(stream.width, config.seed + STREAM_SEED, config.rotation)
+        plan.streams.append((stream, r))
+        for norm, readers in stream.norms.items():
+            for site in readers:
+                edit = plan.edit(site)
+                edit.norm, edit.reads = norm, r
+        for site in stream.writers:
+            edit = plan.edit(site)
+            edit.writes, edit.centred = r, stream.centred
+        head = structure.head
+        token = tower.token_embedding
+        if head is not None and token is not None and head.weight == token.weight:
+            held = program.weights[head.weight].tensor
+            plan.notes.append(
+                f"Embedding and head share {head.weight_fqn}; rotated they differ, and the head's own copy takes "
+                f"{held.numel() * held.element_size() / 1e6:.0f} MB more."
+            )
+
+
+def _plan_heads(structure: Structure, site: AttentionSite, config: RSQConfig, plan: Plan) -> None:
+    layer = structure.layer_of(site)
+    cached = site.past is not None or (layer is not None and bool(layer.exports))
+    reason = None
+    if site.v.rows.shape != (site.kv_heads, site.value_dim):
+        reason = "The rows of its value heads are not all known."
+    elif site.o.in_features != site.heads * site.value_dim:
+        reason = "Its output projection reads more than the heads."
+    elif site.v.linear in (site.q.linear, site.k.linear) and _overlap(site):
+        reason = "Its values share weights with its queries or keys."
+    r = rotation(site.value_dim, config.seed + HEAD_SEED, config.rotation)
+    if reason is None and cached and not (site.v.whole and _symmetric(r)):
+        reason = (
+            "Its values leave the graph as a cache and would come out rotated, and only unfused value projections "
+            "with a power of two as head size are turned back. Compile with use_cache=False, or quantize with "
+            "rotate_heads=False."
+        )
+    if reason is not None:
+        plan.missed.append(Miss(f"{site.fqn} (rotation of its heads)", reason))
+        return
+    out = plan.edit(site.v.linear)
+    out.heads_out, out.rows, out.cached = r, site.v.rows, cached
+    into = plan.edit(site.o)
+    into.heads_in, into.cached = r, cached
+
+
+def _overlap(site: AttentionSite) -> bool:
+    rows = set(site.v.rows.flatten().tolist())
+    return any(
+        part.linear is site.v.linear and rows & set(part.rows.flatten().tolist()) for part in (site.q, site.k)
+    )
+
+
+def _symmetric(r: Rotation) -> bool:
+    """Sylvester's matrix is its own transpose, so that the rotation can be undone by the same operator."""
+    return r.block == r.order and decompose(r.order) == ((), r.order)
+
+
+def unfit(program: Program, site: LinearSite, config: RSQConfig) -> str | None:
+    """Why a linear cannot be quantised, or None."""
+    weight = program.weights[site.weight].tensor
+    x, y = value(site.x), value(site.output)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) or y.dtype != x.dtype:
+        return (
+            f"It turns {x.dtype} into {y.dtype}; the operators take floating activations and return the same."
+        )
+    group = 16 if config.grid == "nvfp4" else config.group_size
+    if group > 0 and site.in_features % group:
+        fits = [g for g in (128, 64, 32) if site.in_features % g == 0]
+        return f"Groups of {group} do not divide its {site.in_features} inputs; " + (
+            f"{fits[0]} does." if fits else "use group_size=-1."
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"Its weight is stored as {weight.dtype}; fp32, bf16 and fp16 can be quantised."
+    if program.weights[site.weight].source:
+        return f"{site.weight_fqn} was already rewritten by another pass."
+    if site.tied and site.role not in ("head",) and _read_by_linears(program, site) > 1:
+        return f"{site.weight_fqn} is shared with another linear, which would need its own codes."
+    if has_values(weight):
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            return f"{site.weight_fqn} has {bad} NaN or infinite values; repair the weight."
+    return None
+
+
+def _read_by_linears(program: Program, site: LinearSite) -> int:
+    node = next(n for n in program.graph.nodes if n.op == "get_attr" and n.target == site.weight)
+    return sum(u.target is not torch.ops.aten.embedding.default for u in node.users)

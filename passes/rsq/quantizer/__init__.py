@@ -1,0 +1,1 @@
+"""What `thresher.quantize` runs: importance, Hessians, grids and codes, piece by piece."""

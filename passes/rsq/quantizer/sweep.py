@@ -1,0 +1,227 @@
+"""Runs a program piece by piece over many batches at once, holding one layer's values.
+
+`Sweep` keeps, for each batch, only the values that later pieces read. Weights are computed when a piece needs
+them and dropped with it, so that a rotated model never exists as a whole. The same machine in fp64 proves
+that a rotated program computes what the original does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.errors import ArgumentError
+from thresher.program import Program
+
+from ..rewrite import materialise
+
+aten = torch.ops.aten
+Values = dict[fx.Node, Any]
+
+_CHUNK = 1 << 21  # weights converted to fp64 at a time: 16 MiB, of which rotating holds a few copies
+
+
+def bind(program: Program, named: Mapping[str, Any], most: Sequence[int] = ()) -> list[Any]:
+    """A value for each placeholder, from the caller's inputs by name; sizes are read off the tensors.
+
+    most: largest extents of the leading dimensions, where the program takes any size; inputs are cut to them.
+    """
+    cut: dict[fx.Node, Any] = {}
+    sizes: dict[str, int] = {}
+    for node, name in zip(program.placeholders, program.input_names, strict=True):
+        known = node.meta.get("val")
+        if isinstance(known, torch.SymInt):
+            continue
+        if name not in named and not node.users:
+            cut[node] = None
+            continue
+        if name not in named:
+            raise ArgumentError(
+                "inputs",
+                ", ".join(named),
+                f"an input named {name!r}",
+                "Pass what the model was captured with.",
+            )
+        given = named[name]
+        if isinstance(given, torch.Tensor) and isinstance(known, torch.Tensor):
+            for dim, (size, limit) in enumerate(zip(known.shape, most)):
+                if isinstance(size, torch.SymInt):
+                    given = given.narrow(dim, 0, min(limit, given.shape[dim]))
+            for size, actual in zip(known.shape, given.shape):
+                if isinstance(size, torch.SymInt):
+                    sizes[str(size)] = actual
+                elif size != actual:
+                    raise ArgumentError(f"input {name!r}", f"shape {list(given.shape)}", f"{list(known.shape)}",
+                                        "The model was captured at fixed sizes; give every batch that size.")  # fmt: skip
+        cut[node] = given
+    return [
+        sizes[str(node.meta["val"])] if isinstance(node.meta.get("val"), torch.SymInt) else cut[node]
+        for node in program.placeholders
+    ]
+
+
+class Sweep:
+    """A program, executed in pieces.
+
+    overrides: by attribute name, what computes a tensor to use instead of the program's weight (a quantised one).
+    dtype: compute in this floating dtype, whatever the program says; None leaves dtypes alone.
+    """
+
+    def __init__(self, program: Program, dtype: torch.dtype | None = None):
+        self.program, self.dtype = program, dtype
+        self.overrides: dict[str, Callable[[], torch.Tensor]] = {}
+        self._held: dict[str, torch.Tensor] = {}
+        self.order = {node: i for i, node in enumerate(program.graph.nodes)}
+
+    def start(self, inputs: Sequence[Any]) -> Values:
+        """One batch's values at the start: its placeholders."""
+        return {
+            node: self._cast(given) for node, given in zip(self.program.placeholders, inputs, strict=True)
+        }
+
+    def needed(
+        self, targets: Iterable[fx.Node], known: Mapping[fx.Node, Any] | set[fx.Node]
+    ) -> list[fx.Node]:
+        """The nodes to run, in order, to have `targets` from what is known."""
+        found: set[fx.Node] = set()
+        stack = [t for t in targets if t not in known]
+        while stack:
+            node = stack.pop()
+            if node in found or node in known or node.op == "get_attr":
+                continue
+            found.add(node)
+            stack += node.all_input_nodes
+        return sorted(found, key=self.order.__getitem__)
+
+    def run(
+        self, values: Values, targets: Iterable[fx.Node], nodes: Sequence[fx.Node] | None = None
+    ) -> Values:
+        """`values` with those of the targets added; what was needed only on the way is dropped early."""
+        targets = set(targets)
+        nodes = self.needed(targets, values) if nodes is None else nodes
+        last: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            for argument in node.all_input_nodes:
+                last[argument] = node
+        keep = set(values) | targets
+        env = dict(values)
+        for node in nodes:
+            env[node] = self._call(node, env)
+            for argument in node.all_input_nodes:
+                if last[argument] is node and argument not in keep:
+                    env.pop(argument, None)
+        return {n: v for n, v in env.items() if n in keep}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A weight's values: the override, or computed from the model's, once until `forget`."""
+        if name not in self._held:
+            other = self.overrides.get(name)
+            self._held[name] = (
+                materialise(self.program.weights[name], self.dtype) if other is None else other()
+            )
+        return self._held[name]
+
+    def forget(self) -> None:
+        """Drop the weights computed so far."""
+        self._held.clear()
+
+    def _call(self, node: fx.Node, env: Values) -> Any:
+        if node.target is aten.linear.default and self.dtype == torch.float64:
+            return self._wide_linear(node, env)
+        if node.target is aten.embedding.default and self._looks_up_first(node):
+            return self._look_up(node, env)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._value(n, env))
+        if self.dtype is not None:
+            args, kwargs = torch.utils._pytree.tree_map_only(
+                torch.dtype, lambda d: self.dtype if d.is_floating_point else d, (args, kwargs)
+            )
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _value(self, node: fx.Node, env: Values) -> Any:
+        return self.weight(str(node.target)) if node.op == "get_attr" else env[node]
+
+    def _cast(self, given: Any) -> Any:
+        floating = isinstance(given, torch.Tensor) and given.is_floating_point()
+        return given.to(self.dtype) if floating and self.dtype is not None else given
+
+    def _looks_up_first(self, node: fx.Node) -> bool:
+        held = self.program.weights.get(str(node.args[0].target))  # type: ignore[union-attr]
+        return held is not None and (self.dtype is not None or held.derive is not None)
+
+    def _look_up(self, node: fx.Node, env: Values) -> torch.Tensor:
+        """Looked up before it is converted or rotated: rows are independent, and few of them are read."""
+        name = str(node.args[0].target)  # type: ignore[union-attr]
+        held, index = self.program.weights[name], self._value(node.args[1], env)  # type: ignore[arg-type]
+        rows, place = torch.unique(index, return_inverse=True)
+        tensors = [
+            t[rows].to(self.dtype or t.dtype) for t in (held.made_from if held.derive else (held.tensor,))
+        ]
+        table = held.derive(*tensors) if held.derive else tensors[0]
+        return table[place]
+
+    def _wide_linear(self, node: fx.Node, env: Values) -> torch.Tensor:
+        """A linear whose weight is converted in parts, where it is a head's."""
+        x, read = self._value(node.args[0], env), node.args[1]  # type: ignore[arg-type]
+        bias = self._value(node.args[2], env) if len(node.args) > 2 and node.args[2] is not None else None  # type: ignore[arg-type]
+        held = self.program.weights.get(str(read.target)) if read.op == "get_attr" else None  # type: ignore[union-attr]
+        if held is None or held.tensor.numel() <= _CHUNK or (held.derive is None and held.source):
+            return torch.nn.functional.linear(x, self._value(read, env), bias)  # type: ignore[arg-type]
+        rows = held.tensor.shape[0]
+        step = max(1, _CHUNK // held.tensor.shape[1])
+        parts = []
+        for first in range(0, rows, step):
+            chosen = slice(first, first + step)
+            if held.derive is None:
+                part = held.tensor[chosen].to(self.dtype)
+            else:
+                # Only a head is this large, and it is a reader: its rows are computed apart.
+                cut = [t[chosen] if t.dim() == 2 or t.shape[0] == rows else t for t in held.made_from]
+                part = held.derive(*(t.to(self.dtype) for t in cut))
+            parts.append(torch.nn.functional.linear(x, part))
+        out = torch.cat(parts, -1)
+        return out if bias is None else out + bias
+
+
+def exactness(
+    original: Program,
+    rotated: Program,
+    inputs: Sequence[Any],
+    compare: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> float:
+    """Largest difference of any output between two programs in fp64, relative to that output's largest value.
+
+    inputs: of the original's placeholders; keep them short, fp64 is slow.
+    compare: `(index, expected, actual)` -> the parts to compare, such as the real tokens.
+    """
+    results = []
+    for program in (original, rotated):
+        sweep = Sweep(program, torch.float64)
+        outputs = [n for n in program.outputs if n is not None]
+        values = sweep.start(inputs)
+        # Node by node, so that one weight at a time is held in fp64.
+        nodes = sweep.needed(outputs, values)
+        uses: dict[fx.Node, int] = {}
+        for i, node in enumerate(nodes):
+            for argument in node.all_input_nodes:
+                uses[argument] = i
+        kept = set(outputs)
+        for i, node in enumerate(nodes):
+            values[node] = sweep._call(node, values)
+            sweep.forget()
+            for argument in node.all_input_nodes:
+                if uses[argument] == i and argument not in kept:
+                    values.pop(argument, None)
+        results.append([sweep._value(n, values) for n in outputs])
+    worst = 0.0
+    for index, (expected, actual) in enumerate(zip(*results, strict=True)):
+        if not isinstance(expected, torch.Tensor) or not expected.is_floating_point() or not expected.numel():
+            continue
+        if compare is not None:
+            expected, actual = compare(index, expected, actual)
+        scale = expected.abs().max().clamp_min(1e-30)
+        difference = float((expected - actual).abs().max() / scale)
+        worst = difference if not difference <= worst else worst
+    return worst

@@ -1,0 +1,1 @@
+"""The transformer in a graph, recovered once and read by every pass."""

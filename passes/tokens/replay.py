@@ -1,0 +1,359 @@
+"""Runs a program's nodes again for fewer tokens: how a pass shortens the sequence halfway.
+
+`retrace` traces a program anew under `make_fx` and lets a pass decide what each node's value is. A
+`Frame` is a stretch of the program with one choice of tokens: it knows which tokens of the frame
+before are left, and fits every value made for other tokens to them. Sizes that a graph spells out
+(reshapes, expansions) are written anew from the labels of `token_axes`, so a graph captured at fixed
+sizes is shortened as well as one with symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from thresher.capture import assemble
+from thresher.program import Program, module_fqn, value
+
+from ..extract import is_computed
+from ..prepack.visibility import attention
+from .axes import BATCH, RULES, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
+
+aten = torch.ops.aten
+
+_SHAPED = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
+_NO_BROADCAST = {
+    aten.embedding.default, aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default,
+    aten.layer_norm.default, aten.rms_norm.default,
+}  # fmt: skip
+
+
+def retrace(
+    program: Program,
+    replay: Callable[[dict[fx.Node, Any], Mapping[str, Any]], Sequence[Any]],
+    extra: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Replace a program's graph by the trace of `replay`.
+
+    replay: takes the values of placeholders and weights by node, and those of the extra inputs by name;
+        returns the results. extra: fakes of inputs to append, by name.
+    """
+    extra = extra or {}
+    places = program.placeholders
+    weights = [n for n in program.graph.nodes if n.op == "get_attr"]
+    fakes = [value(n) for n in places] + list(extra.values()) + [value(n) for n in weights]
+    names = [*program.input_names, *extra]
+
+    def run(*given: Any) -> tuple[Any, ...]:
+        env = dict(zip([*places, *weights], [*given[: len(places)], *given[len(names) :]]))
+        return tuple(replay(env, dict(zip(extra, given[len(places) :]))))
+
+    with program.fake_mode(), torch.no_grad(), fx.traceback.preserve_node_meta():
+        traced = make_fx(run, pre_dispatch=True)(*fakes)
+    read = [program.weights[str(n.target)] for n in weights]
+    held = {len(names) + i: (w.fqn, w.tensor) for i, w in enumerate(read)}
+    fresh = assemble(traced, names, held, list(program.notes))
+    known = {w.fqn: w for w in read}
+    program.weights = {name: known.get(w.fqn, w) for name, w in fresh.weights.items()}
+    program.graph_module, program.input_names = fresh.graph_module, fresh.input_names
+
+
+def call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    """A node's value as the program has it."""
+    args: Any = fx.node.map_arg(node.args, lambda n: env[n])
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: env[n])
+    with fx.traceback.set_current_meta(node):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def needed(axes: TokenAxes, node: fx.Node, argument: fx.Node) -> Labels:
+    """Labels that an argument without any must have to line up with a labelled node's result. Raises Stop."""
+    rank = value(argument).dim()
+    if node.target in _NO_BROADCAST:
+        return (None,) * rank
+    result = axes[node]
+    if not isinstance(result, tuple):
+        raise Stop(f"{node.name} gives several results and takes {argument.name} beside the tokens")
+    aligned = result[len(result) - rank :] if rank else ()
+    wide = {label for label, size in zip(aligned, sizes(argument)) if label is not None and size != 1}
+    if TOKENS in wide:
+        raise Stop(f"{node.name} takes {argument.name} beside rows that were joined to one")
+    return tuple(
+        label if SEQUENCE in wide and (label in (SEQUENCE, BATCH) or size != 1) else None
+        for label, size in zip(aligned, sizes(argument))
+    )
+
+
+def packed_attention() -> Any:
+    """The operator of attention over packed sequences."""
+    return torch.ops.thresher.varlen_attention.default
+
+
+def follow_packed_attention() -> None:
+    """Let `token_axes` follow tokens through attention over packed sequences."""
+
+    def rule(node: fx.Node, axes: TokenAxes) -> Labels:
+        expected = (BATCH, None, SEQUENCE, None)
+        if any(axes.get(a) != expected for a in node.args[:3]):
+            raise Stop("attends over another layout than [1, heads, tokens, head_dim]")
+        if node.args[7] != -1:
+            raise Stop("has a window, which counts tokens that would be gone")
+        return expected
+
+    RULES.setdefault(packed_attention(), rule)
+
+
+def check(program: Program, axes: TokenAxes) -> None:
+    """Raise Stop unless everything the labelled nodes read can be fitted to fewer tokens."""
+    attentions = (aten.scaled_dot_product_attention.default, packed_attention())
+    for node in axes.labels:
+        if node.op != "call_function" or node.target in attentions:
+            continue
+        for argument in node.all_input_nodes:
+            if is_computed(argument) and argument not in axes:
+                needed(axes, node, argument)
+
+
+def pick(t: torch.Tensor, labels: Labels, index: torch.Tensor) -> torch.Tensor:
+    """Tokens `index` [B, L] of t along its sequence dimension; a batch dimension of 1 grows to B."""
+    at, row = labels.index(SEQUENCE), labels.index(BATCH)
+    batch = index.shape[0]
+    if isinstance(batch, int) and batch == 1:
+        return t.index_select(at, index[0])
+    if (row, at) == (0, 1) and isinstance(t.shape[0], int) == isinstance(batch, int):
+        rows = torch.arange(batch, device=index.device)[:, None]
+        return torch.ops.aten.index.Tensor(t.expand(batch, *t.shape[1:]), [rows, index])
+    shape: list[Any] = [1] * t.dim()
+    shape[row], shape[at] = batch, index.shape[1]
+    wide = list(t.shape)
+    wide[row] = batch
+    picked = list(wide)
+    picked[at] = index.shape[1]
+    return t.expand(wide).gather(at, index.reshape(shape).expand(picked))
+
+
+def put(base: torch.Tensor, labels: Labels, index: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """`base` with t's tokens at `index` [B, L] of its sequence dimension."""
+    at, row = labels.index(SEQUENCE), labels.index(BATCH)
+    shape: list[Any] = [1] * t.dim()
+    shape[row], shape[at] = index.shape
+    return base.scatter(at, index.reshape(shape).expand(t.shape), t)
+
+
+@dataclass(eq=False)
+class Frame:
+    """One choice of tokens, and the values computed for it.
+
+    parent, step: this frame's tokens are `step` int64 [B, L] of the parent's; None for all tokens.
+    length: L. offsets: int32, where packed sequences begin and end, or None. real: bool [L], false for
+    places that hold a token only to fill up, or None. values: of labelled nodes computed here. fitted:
+    values of elsewhere, picked for these tokens. numbered: int64 [B, L], the tokens of the whole sequence whose
+    positions these have been given, or None where they keep their own.
+    """
+
+    parent: Frame | None
+    step: torch.Tensor | None
+    length: Any
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    fitted: dict[Any, Any] = field(default_factory=dict)
+    paths: dict[int, torch.Tensor] = field(default_factory=dict)
+    offsets: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    numbered: torch.Tensor | None = None
+
+    def positions(self) -> torch.Tensor | None:
+        """The tokens of the whole sequence at whose positions this frame's stand, int64 [B, L]; None for all."""
+        if self.numbered is not None or self.step is None or self.parent is None:
+            return self.numbered
+        before = self.parent.positions()
+        return self.step if before is None else before.gather(1, self.step)
+
+    def since(self, other: Frame) -> torch.Tensor | None:
+        """Which of another, earlier frame's tokens are this one's, int64 [B, L]; None for all."""
+        if self is other or self.step is None or self.parent is None:
+            return None
+        if id(other) not in self.paths:
+            before = self.parent.since(other)
+            self.paths[id(other)] = self.step if before is None else before.gather(1, self.step)
+        return self.paths[id(other)]
+
+
+class Replay:
+    """The state of one trace: values by node, and the frame of each labelled one.
+
+    env: values of nodes that are the same for every choice of tokens. axes: labels from the first boundary on.
+    tables: unlabelled values that stand for positions, such as rotary tables.
+    """
+
+    def __init__(
+        self, axes: TokenAxes, env: dict[Any, Any], length: Any, tables: Container[fx.Node] = frozenset()
+    ):
+        self.axes, self.env, self.tables = axes, env, tables
+        self.root = self.frame = Frame(None, None, length)
+        self.home: dict[fx.Node, Frame] = {}
+
+    def compute(self, node: fx.Node) -> Any:
+        """A node's value for the current frame's tokens; kept."""
+        result = self.value_in(node, self.frame)
+        self.env[node] = result
+        if node in self.axes:
+            self.home[node] = self.frame
+        return result
+
+    def narrow(self, index: torch.Tensor, length: Any) -> Frame:
+        """Go on with tokens `index` [B, L] of the current frame."""
+        self.frame = Frame(self.frame, index, length)
+        return self.frame
+
+    def value_in(self, node: fx.Node, frame: Frame) -> Any:
+        """Compute one node from values fitted to a frame."""
+        if node not in self.axes or frame.step is None:
+            return call(node, self.env if frame is self.root else {**self.env, **frame.values})
+        if node.target is packed_attention():
+            given = {
+                n: self.fit(n, node, frame) if n in self.axes else self.env[n] for n in node.all_input_nodes
+            }
+            given[node.all_input_nodes[3]] = frame.offsets
+            return call(node, given)
+        if node.target is aten.scaled_dot_product_attention.default:
+            given = {n: self.fit(n, node, frame) for n in node.all_input_nodes}
+            mask = attention(node).mask
+            if mask is not None:
+                given[mask] = self._fit_mask(mask, frame)
+            return call(node, given)
+        given = {n: self.fit(n, node, frame) for n in node.all_input_nodes}
+        if node.target in _SHAPED or node.target is aten.expand.default:
+            target = aten.expand.default if node.target is aten.expand.default else aten.reshape.default
+            with fx.traceback.set_current_meta(node):
+                return target(given[node.all_input_nodes[0]], self._shape(node, frame))
+        return call(node, given)
+
+    def fit(self, argument: fx.Node, reader: fx.Node, frame: Frame) -> Any:
+        """An argument's value for a frame's tokens."""
+        if argument in frame.values:
+            return frame.values[argument]
+        known = self.env[argument]
+        if not is_computed(argument):
+            return known
+        if argument in self.axes:
+            home = self.home.get(argument, self.root)
+            labels: Any = self.axes[argument]
+        else:
+            home = self.root
+            if reader.target is aten.scaled_dot_product_attention.default:
+                return known  # the mask, which has its own way
+            labels = needed(self.axes, reader, argument)
+        index = frame.positions() if argument in self.tables else frame.since(home)
+        if index is None or not isinstance(labels, tuple) or SEQUENCE not in labels:
+            return known
+        key = (argument, labels)
+        if key not in frame.fitted:
+            if BATCH not in labels:  # alike for all rows, but each row keeps tokens of its own
+                wide = self.axes[reader]
+                known = known.reshape([1] * (len(wide) - known.dim()) + list(known.shape))
+                labels = tuple(
+                    BATCH if w == BATCH else own
+                    for w, own in zip(wide, (None,) * (len(wide) - len(labels)) + labels)
+                )
+            frame.fitted[key] = pick(known, labels, index)
+        return frame.fitted[key]
+
+    def now(self, node: fx.Node) -> Any:
+        """A labelled value, or one from before the first boundary, for the current frame's tokens."""
+        index = self.frame.since(self.home.get(node, self.root))
+        if index is None:
+            return self.env[node]
+        if node not in self.frame.fitted:
+            self.frame.fitted[node] = pick(self.env[node], self.axes[node], index)
+        return self.frame.fitted[node]
+
+    def _fit_mask(self, mask: fx.Node, frame: Frame) -> Any:
+        index = frame.since(self.root)
+        if index is None:
+            return self.env[mask]
+        if (mask, "mask") not in frame.fitted:
+            full = self.env[mask]
+            full = full.reshape([1] * (4 - full.dim()) + list(full.shape))
+            rows, columns = full.shape[-2:]
+            if not (isinstance(rows, int) and rows == 1):
+                full = pick(full, (BATCH, None, SEQUENCE, None), index)
+            if not (isinstance(columns, int) and columns == 1):
+                full = pick(full, (BATCH, None, None, SEQUENCE), index)
+            frame.fitted[(mask, "mask")] = full
+        return frame.fitted[(mask, "mask")]
+
+    def _shape(self, node: fx.Node, frame: Frame) -> list[Any]:
+        wanted: list[Any] = []
+        for label, size in zip(self.axes[node], value(node).shape):
+            if label == SEQUENCE:
+                wanted.append(frame.length)
+            elif label is None and isinstance(size, int):
+                wanted.append(size)
+            elif label == BATCH:
+                wanted.append(size if isinstance(size, int) or frame.step is None else frame.step.shape[0])
+            else:
+                wanted.append(-1)
+        if wanted.count(-1) > 1:
+            raise Stop(f"{node.name} has two sizes that cannot be told in advance")
+        return wanted
+
+    def ahead(self, target: fx.Node, start: fx.Node, rows: torch.Tensor | None, given: Any = None) -> Any:
+        """The value of a node further on, for tokens `rows` [B, P] of the frame only (None: all of them).
+
+        start: all the labelled data that `target` needs. given: its value for those tokens, where it is not
+        the one at hand. Nothing is kept.
+        """
+        now = self.frame
+        if rows is None:
+            frame = Frame(now.parent, now.step, now.length, paths=dict(now.paths), numbered=now.numbered)
+            frame.values = {start: self.now(start) if given is None else given}
+        else:
+            frame = Frame(now, rows, rows.shape[1])
+            frame.values = {start: pick(self.now(start), self.axes[start], rows) if given is None else given}
+        self._fill(target, frame)
+        return frame.values[target]
+
+    def _fill(self, target: fx.Node, frame: Frame) -> None:
+        stack = [target]
+        while stack:
+            node = stack[-1]
+            if node in frame.values or (node in self.env and node not in self.axes):
+                stack.pop()
+                continue
+            waiting = [
+                n
+                for n in node.all_input_nodes
+                if n not in frame.values and (n in self.axes or n not in self.env) and n.op == "call_function"
+            ]
+            if waiting:
+                stack += waiting
+                continue
+            stack.pop()
+            if node not in self.axes:
+                self.env[node] = call(node, self.env)
+            else:
+                frame.values[node] = self.value_in(node, frame)
+
+    def restored(self, node: fx.Node, base: torch.Tensor | None = None) -> Any:
+        """A value for all tokens again, those left out being `base`'s, or zero."""
+        known, home = self.env[node], self.home.get(node, self.root)
+        index = home.since(self.root)
+        labels = self.axes.get(node)
+        if index is None or not isinstance(labels, tuple) or SEQUENCE not in labels:
+            return known
+        if BATCH not in labels:
+            raise Stop(f"{module_fqn(node) or node.name} has no batch dimension to put tokens back into")
+        if home.real is not None:  # fillers leave nothing behind
+            real = home.real.reshape([-1 if label == SEQUENCE else 1 for label in labels])
+            left = torch.zeros_like(known) if base is None else pick(base, labels, index)
+            known = torch.where(real, known, left)
+        if base is None:
+            shape = list(known.shape)
+            shape[labels.index(SEQUENCE)] = self.root.length
+            base = known.new_zeros(shape)
+        return put(base, labels, index, known)

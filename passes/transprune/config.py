@@ -1,0 +1,84 @@
+"""The options of token pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from thresher.errors import ArgumentError
+from thresher.recipe import PassConfig
+
+from .scores import POLICIES
+
+RESTORE = ("zeros", "passthrough", "none")
+MODES = ("paper", "official_code")
+POSITION = ("kept", "renumbered")
+
+
+@dataclass(frozen=True)
+class TransPruneConfig(PassConfig):
+    """Options of token pruning.
+
+    policy: transprune, ttv, iga, fastv, pyramiddrop, uniform, random, or given.
+    mode: "paper" or "official_code", whose arithmetic differs (see kernels/token_transition.py).
+    stages: (after_layer, keep) pairs: layers count from one, keep is the share of the original image tokens.
+        Empty: the paper's High schedule, scaled to the model's depth.
+    instruction: at most so many tokens behind the image ask for attention.
+    accumulate_from: first layer whose transitions count; None: the first stage's.
+    reserve: share of the kept tokens that is spread evenly over the image instead of chosen by score. Later
+        questions need what the first did not ask for.
+    restore: what results have at tokens left out. "zeros"; "passthrough": the hidden state they left with,
+        through final norm and head; "none": such results are shorter. Keys and values always are.
+    position: "kept", or "renumbered" as in the published code: kept tokens stand side by side behind a cut, up to
+        the prompt's end, for models with rotary positions.
+    min_image_tokens: rows with fewer keep them all. min_saving: least share of the layers' FLOPs to save.
+    bucket: tokens left out are a multiple of this; a larger one makes fewer programs.
+    image_token_id, image_span: which ids, or which columns, are the image, where the graph does not tell.
+    seed: of the random policy. budget: largest relative change of results at kept tokens.
+    choice: tokens each stage leaves out; None to count them. always: cut even where none goes, for tests.
+    """
+
+    name = "transprune"
+    policy: str = "transprune"
+    mode: str = "paper"
+    stages: tuple[tuple[int, float], ...] = ()
+    instruction: int = 32
+    accumulate_from: int | None = None
+    reserve: float = 0.0
+    restore: str = "zeros"
+    position: str = "kept"
+    min_image_tokens: int = 64
+    min_saving: float = 0.05
+    bucket: int = 16
+    image_token_id: int | None = None
+    image_span: tuple[int, int] | None = None
+    seed: int = 0
+    budget: float = float("inf")
+    choice: tuple[int, ...] | None = None
+    always: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(tuple(s) for s in self.stages))
+
+    def validate(self) -> None:
+        self.one_of(policy=POLICIES, mode=MODES, restore=RESTORE, position=POSITION)
+        for stage in self.stages:
+            if len(stage) != 2:
+                raise ArgumentError("stages", stage, "pairs (after_layer, keep)", "Write ((2, 0.25),).")
+            after, keep = stage
+            if after < 1:
+                raise ArgumentError("stages", f"after_layer {after}", "at least 1", "Layers count from one.")
+            if not 0 < keep <= 1:
+                raise ArgumentError(
+                    "stages", f"keep {keep}", "a share above 0, at most 1", "0.25 keeps a quarter."
+                )
+        for (a, k), (b, l) in zip(self.stages, self.stages[1:]):
+            if b <= a or l > k:
+                raise ArgumentError(
+                    "stages",
+                    self.stages,
+                    "rising layers and falling shares",
+                    "Each stage keeps a part of the last.",
+                )
+        self.at_least(instruction=1, bucket=1, min_image_tokens=1)
+        if not 0 <= self.reserve <= 1:
+            raise ArgumentError("reserve", self.reserve, "a share from 0 to 1", "0.3 is a good start.")

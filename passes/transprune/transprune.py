@@ -1,0 +1,301 @@
+"""Token pruning: leave image tokens out from a layer on, so that everything behind it is shorter.
+
+    matched:  a boundary between two layers of the language model, and where its image tokens are
+    becomes:  score -> topk_sorted -> gather of hidden state, rotary tables and masks; the layers behind run
+              on the kept tokens; results with a value for each token get their places back
+
+Text is never left out, the order of tokens and their positions stay. The number of tokens left out is
+fixed when a program is built, so it has one shape and waits for no device; how many may go is counted
+from each call's token types beforehand, and calls with another count (in steps of `bucket`) get a
+program of their own. TransPrune (arXiv 2507.20630) is one policy of several; `prune_scores` has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Any
+
+from torch import fx
+
+from thresher import tokens as given_tokens
+from thresher.call_plan import CallPlan, Choice, Shortened
+from thresher.errors import ArgumentError
+from thresher.program import Program, value
+from thresher.rules import Rule, rule
+
+from ..base import Context, Effect, Match, Miss, Pass, register_pass
+from ..causal_mask import make_all_causal
+from ..structure.recover import Tower
+from ..tokens.axes import BATCH, SEQUENCE, Stop, TokenAxes, hint, propagate
+from ..tokens.replay import check, follow_packed_attention
+from ..tokens.segments import caller, caller_types, offsets_node
+from ..tokens.types import (
+    Decline,
+    Types,
+    counts_program,
+    embeddings_fed,
+    find_types,
+    image_counts,
+    largest_tower,
+    layer_flops,
+    no_layers,
+    publish_image,
+    types_facts,
+    types_from,
+    whole,
+)
+from .config import TransPruneConfig
+from .positions import position_tables
+from .replay import prune
+from .scores import ASK_ATTENTION
+
+# The published schedule: behind layers 7, 9 and 12 of 32, as shares of the depth, and what stays.
+HIGH = ((7 / 32, 0.875), (9 / 32, 0.625), (12 / 32, 0.125))
+
+
+@dataclass
+class Found:
+    """What `match` worked out. stages: those inside the model. drops: tokens gone behind each.
+
+    offsets: of a packed program's sequences. counted: where token types come from in the caller's inputs.
+    tables: values that stand for positions, where these are renumbered.
+    """
+
+    tower: Tower
+    types: Types
+    axes: TokenAxes
+    stages: tuple[tuple[int, float], ...]
+    drops: tuple[int, ...]
+    offsets: fx.Node | None = None
+    counted: Any = None
+    tables: frozenset[fx.Node] = frozenset()
+
+
+@register_pass
+class TransPrune(Pass):
+    name, order, config_type = "transprune", 20, TransPruneConfig
+    moves_tokens = True
+    effect = Effect(exact=False, budget=float("inf"))
+
+    def budget(self, context: Context) -> float:
+        return context.config.budget
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+        if context.config.choice is not None and not any(context.config.choice) and not context.config.always:
+            return whole("", "No token may be left out in calls of this kind.")
+        fed = embeddings_fed(program)
+        if fed and not context.structure().layers:
+            return [Match("the graph that puts image features in", fed)]
+        make_all_causal(program)
+        program.clean()
+        tower = largest_tower(context.structure())
+        if tower is None:
+            return no_layers(context.structure())
+        stages, misses = _stages(context.config, tower)
+        if not stages:
+            return misses
+        try:
+            return [*misses, self._match(program, context, tower, stages)]
+        except (Decline, Stop) as reason:
+            return [*misses, Miss(_site(tower, stages), _sentence(reason))]
+
+    def _match(self, program: Program, context: Context, tower: Tower, stages: Any) -> Match:
+        config = context.config
+        packed = program.packing is not None
+        sizes = [hint(s) for s in value(tower.layers[0].input).shape[:2]]
+        types = find_types(program, config, sizes, None if packed else context.inputs)
+        start = tower.layers[stages[0][0]].input
+        if value(start).dim() != 3:
+            raise Decline(
+                f"The hidden state has {value(start).dim()} dimensions, not [batch, tokens, width]."
+            )
+        offsets, counted = None, types
+        if packed:
+            offsets, counted = _packed(program, config, types)
+            follow_packed_attention()
+        axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
+        if packed and any(n in axes and value(n).dim() != 3 for n in program.outputs):
+            raise Decline(
+                "The program is packed and returns keys and values, which cannot be unpacked once pruned."
+            )
+        for layer in tower.layers[stages[0][0] :]:
+            if layer.output not in axes:
+                why = axes.stopped.get(layer.output, "it does not depend on the layers before")
+                raise Decline(f"{layer.fqn} cannot be run on fewer tokens: {why}.")
+            if layer.attention is None:
+                raise Decline(f"{layer.fqn} has no attention that was recovered.")
+        check(program, axes)
+        tables: frozenset[fx.Node] = frozenset()
+        if config.position == "renumbered":
+            tables = position_tables(program, tower.layers[stages[0][0] :], axes)
+        drops = config.choice
+        if drops is None:
+            drops = _drops_now(program, counted, config, stages, context, hint(value(start).shape[1]))
+        if types.kind == "none" or (not any(drops) and not config.always):
+            raise Decline(
+                f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
+                f" every row, of which a multiple of {config.bucket} must go."
+            )
+        _expect(context, tower, stages, drops, hint(value(start).shape[1]))
+        context.notes += [note for after, _ in stages if (note := _past_windows(tower, config.policy, after))]
+        context.notes.append(f"{types.describe()}; tokens left out behind layer " + ", ".join(
+            f"{after}: {drop}" for (after, _), drop in zip(stages, drops)) + ".")  # fmt: skip
+        return Match(_site(tower, stages), Found(tower, types, axes, stages, drops, offsets, counted, tables))
+
+    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+        if isinstance(match.data, dict):
+            program.calls = publish_image(program, match.data)
+            return
+        found: Found = match.data
+        config = context.config
+        counted: Types = found.counted
+        asked = counts_program(caller(program), counted)
+        stages, packed = found.stages, program.packing is not None
+
+        counting = {"bucket": config.bucket, "min_image_tokens": config.min_image_tokens}
+        facts = {
+            **counting,
+            "types": types_facts(counted),
+            "stages": [[*s] for s in stages],
+            "packed": packed,
+        }
+        extra = []
+        if found.types.kind == "extra":
+            extra.append("token_types")
+        if config.policy == "given":
+            if "token_scores" not in given_tokens.given():
+                raise ArgumentError(
+                    "policy",
+                    "given",
+                    "a policy whose scores are at hand",
+                    "Call within thresher.token_types(types, scores).",
+                )
+            extra.append("token_scores")
+        kept, shortened = prune(program, found, config, extra)
+        plan = program.calls or CallPlan()
+        program.calls = CallPlan(
+            {**plan.choices, self.name: Choice(found.drops, asked, Rule("transprune.drops", facts))},
+            [*plan.extra_inputs, *extra],
+            [*plan.extra_outputs, *kept],
+            {**plan.shortened, **{i: Shortened(*s) for i, s in shortened.items()}},
+            behind=[Rule("transprune.behind", {**counting, "keep": keep}) for _, keep in stages]
+            if packed
+            else [],
+        )
+
+
+def _stages(config: TransPruneConfig, tower: Tower) -> tuple[tuple[tuple[int, float], ...], list[Miss]]:
+    depth = len(tower.layers)
+    given = config.stages
+    if not given:
+        found: dict[int, float] = {}
+        for share, keep in HIGH:
+            found[max(1, round(share * depth))] = keep
+        given = tuple(found.items())
+    misses = [
+        Miss(f"behind layer {after}", f"The model has {depth} layers, and a stage must have one behind it.")
+        for after, _ in given
+        if after >= depth
+    ]
+    return tuple(s for s in given if s[0] < depth), misses
+
+
+def _past_windows(tower: Tower, policy: str, after: int) -> str:
+    """What to say where attention that the scoring layer's window would hide is scored all the same; else ""."""
+    if policy not in ASK_ATTENTION:
+        return ""
+    layer = tower.layers[after - 1 if policy == "fastv" else after]
+    if layer.attention is None or layer.attention.window is None:
+        return ""
+    return (
+        f"{layer.fqn} sees a window of {layer.attention.window + 1} tokens, which may not reach the image from behind"
+        " it; its attention is scored as if it saw everything. Compare with policy='ttv' or 'uniform'."
+    )
+
+
+def _site(tower: Tower, stages: Sequence[tuple[int, float]]) -> str:
+    return ", ".join(tower.layers[after - 1].fqn or f"layer {after}" for after, _ in stages)
+
+
+def _sentence(reason: Exception) -> str:
+    text = str(reason)
+    return text if text.endswith(".") else f"The layers cannot be run on fewer tokens: {text}."
+
+
+def drops_for(
+    types: Types,
+    config: TransPruneConfig,
+    stages: Sequence[tuple[int, float]],
+    values: Sequence[Any],
+    inputs: Sequence[Any],
+    packed: bool = False,
+) -> tuple[int, ...]:
+    """How many tokens every row can spare behind each stage; of packed rows, how many all can spare together.
+
+    values: of `counts_program`.
+    """
+    image, pads = image_counts(types, values, inputs)
+    if image is None:
+        return (0,) * len(stages)
+    found: list[int] = []
+    for _, keep in stages:
+        going = [_going(config, keep, count) for count in image]
+        spare = sum(going) if packed else min(go + pad for go, pad in zip(going, pads))
+        found.append(max([spare // config.bucket * config.bucket, *found[-1:]]))
+    return tuple(found)
+
+
+def _going(config: TransPruneConfig, keep: float, images: int) -> int:
+    """How many of a sequence's image tokens go where a share of them is kept."""
+    if images < config.min_image_tokens:
+        return 0
+    return min(images - 1, floor((1 - keep) * images + 1e-6))
+
+
+@rule("transprune.drops")
+def _drops(facts: Any, _: Any, values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
+    """What a call can spare; see `Choice.decide`."""
+    config = TransPruneConfig(bucket=facts["bucket"], min_image_tokens=facts["min_image_tokens"])
+    return drops_for(types_from(facts["types"]), config, facts["stages"], values, inputs, facts["packed"])
+
+
+@rule("transprune.behind")
+def _behind(facts: Any, _: Any, lengths: Sequence[int], images: Sequence[int]) -> list[int]:
+    """What a cut leaves of packed sequences; see `CallPlan.behind`."""
+    config = TransPruneConfig(bucket=facts["bucket"], min_image_tokens=facts["min_image_tokens"])
+    return [n - _going(config, facts["keep"], i) for n, i in zip(lengths, images)]
+
+
+def _packed(program: Program, config: TransPruneConfig, types: Types) -> tuple[fx.Node, Types]:
+    """Offsets of a packed program's sequences, and where types come from in the caller's inputs."""
+    if types.kind != "ids":
+        raise Decline("The program is packed, and image tokens are found in it by image_token_id only.")
+    return offsets_node(program), caller_types(program, config)
+
+
+def _drops_now(
+    program: Program, types: Types, config: TransPruneConfig, stages: Any, context: Context, length: int
+) -> tuple[int, ...]:
+    if context.inputs is None:
+        context.notes.append("without example inputs, half of the tokens are taken for an image's.")
+        return tuple(floor((1 - k) * length / 2) // config.bucket * config.bucket for _, k in stages)
+    asked = counts_program(caller(program), types)
+    values = asked.run(*context.inputs) if asked is not None else []
+    return drops_for(types, config, stages, values, context.inputs, program.packing is not None)
+
+
+def _expect(context: Context, tower: Tower, stages: Any, drops: Sequence[int], length: int) -> None:
+    """Fill in what is predicted; raises Decline where too little would be won."""
+    left = [length] * len(tower.layers)
+    for (after, _), drop in zip(stages, drops):
+        left[after:] = [length - drop] * (len(tower.layers) - after)
+    dense = sum(sum(layer_flops(layer, length)) for layer in tower.layers)
+    pruned = sum(sum(layer_flops(layer, n)) for layer, n in zip(tower.layers, left))
+    context.flops.update(before=dense, after=pruned)
+    saving = 1 - pruned / dense
+    if saving < context.config.min_saving and not context.config.always:
+        raise Decline(
+            f"Only {saving:.1%} of the layers' FLOPs would be saved, and min_saving is {context.config.min_saving:.0%}."
+        )

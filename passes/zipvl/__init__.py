@@ -1,0 +1,5 @@
+"""ZipVL: leave out tokens that nobody attends to."""
+
+from .zipvl import ZipVL
+
+__all__ = ["ZipVL"]

@@ -1,0 +1,221 @@
+"""The driver on tiny models: exact rotations, plain GPTQ as a special case, resuming, mixed widths, bad input."""
+
+import captures
+import pytest
+import torch
+import zoo
+
+import thresher.backend  # noqa: F401 (defines the operators)
+from thresher.errors import ArgumentError, ThresherError
+from thresher.passes.rsq import rewrite as rsq_rewrite
+from thresher.passes.rsq.config import RSQConfig
+from thresher.passes.rsq.plan import make_plan
+from thresher.passes.rsq.quantizer import bits as rsq_bits
+from thresher.passes.rsq.quantizer.driver import Batch, quantise_program
+from thresher.passes.rsq.quantizer.gptq import HessianError
+from thresher.passes.rsq.quantizer.sweep import bind, exactness
+from thresher.passes.structure.recover import recover
+
+ROTATED = ("llama", "llama_reglu", "mistral", "qwen2", "qwen3", "phi3", "arcee", "gpt2", "opt", "gpt_neox")
+UNROTATED = {
+    "gemma2": "norm after the branch",
+    "gemma3": "norm after the branch",
+    "bloom": "norm after the branch or around the embeddings",
+    "mpt": "not recovered whole",
+    "bert": "norm after the branch or around the embeddings",
+    "t5_encoder": "is read by the output",
+}
+PLAIN = dict(rotate=False, rotate_heads=False, rotate_down=False)
+
+
+def rotated(program, config):
+    after = program.copy()
+    structure = recover(after)
+    plan = make_plan(after, structure, config)
+    rsq_rewrite.rotate(after, plan, lazy=True)
+    after.clean()
+    return after, plan
+
+
+def batches(name, rows=12):
+    ids = torch.randint(3, 90, (rows, 12), generator=torch.Generator().manual_seed(0))
+    entry = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return [
+        Batch({k: v[i : i + 3] for k, v in entry.items()}, None, ids[i : i + 3]) for i in range(0, rows, 3)
+    ]
+
+
+def run(name="llama", given=None, folder=None, **options):
+    options = {"bits": 3, **options}
+    return quantise_program(captures.of_zoo(name), given or batches(name), RSQConfig(**options), folder)
+
+
+def same_codes(a, b):
+    assert a.linears.keys() == b.linears.keys()
+    for site, tensors in a.linears.items():
+        for part, tensor in tensors.items():
+            assert torch.equal(tensor, b.linears[site][part]), (site, part)
+
+
+CORE = ("llama", "qwen3", "phi3", "gpt2", "gpt_neox", *UNROTATED)
+
+
+@pytest.mark.parametrize(
+    "name", [*CORE, *(pytest.param(n, marks=pytest.mark.thorough) for n in ROTATED if n not in CORE)]
+)
+def test_rotation_is_exact_in_fp64(name):
+    program = captures.of_zoo(name)
+    inputs = captures.arguments(program, zoo.ZOO[name].build()[1])
+    after, plan = rotated(program, RSQConfig())
+    assert exactness(program, after, inputs) <= 1e-9
+    assert len(plan.streams) == (name in ROTATED)
+    if name in UNROTATED:
+        (reason,) = [m.reason for m in plan.missed if "rotation of the residual stream" in m.site]
+        assert UNROTATED[name] in reason
+    assert plan.quantise, "a model that is not rotated is still quantised"
+
+
+def test_an_inexact_rotation_is_noticed(monkeypatch):
+    from thresher.passes.rsq import plan as rsq_plan
+
+    real = rsq_plan.rotate_reader
+    monkeypatch.setattr(rsq_plan, "rotate_reader", lambda w, r: real(w, r) * (1 + 1e-6))
+    with pytest.raises(ThresherError, match="differs from the original by"):
+        run()
+
+
+def test_odd_widths_fall_back_and_say_so():
+    program = captures.of_zoo("llama")
+    for kind, said in (("orthogonal", "Random orthogonal"), ("block", "Hadamard matrix of order 32")):
+        after, plan = rotated(program, RSQConfig(rotation=kind))
+        assert any(said in note for note in plan.notes)
+        inputs = captures.arguments(program, zoo.ZOO["llama"].build()[1])
+        assert exactness(program, after, inputs) <= 1e-9
+    assert any(
+        "cannot run online" in m.reason for m in rotated(program, RSQConfig(rotation="orthogonal"))[1].missed
+    )
+
+
+def test_a_tied_head_is_untied_with_a_note():
+    program = captures.of_zoo("gpt2")
+    after, plan = rotated(program, RSQConfig())
+    assert any("share transformer.wte.weight" in note and "MB more" in note for note in plan.notes)
+    names = [w.fqn for w in after.weights.values()]
+    assert "transformer.wte.rotated.weight" in names and "lm_head.rotated.weight" in names
+
+
+def test_equal_importance_is_plain_gptq_bit_for_bit():
+    same_codes(run(importance="uniform"), run(r_min=1.0))
+    uniform, first = run(importance="uniform"), run()
+    assert any(not torch.equal(t["codes"], uniform.linears[s]["codes"]) for s, t in first.linears.items())
+
+
+@pytest.mark.parametrize("strategy", ["first", "first_last", "tokenfreq", "actnorm", "actdiff", "tokensim"])
+def test_every_strategy_runs(strategy):
+    found = run(importance=strategy)
+    assert len(found.importance) == 2 and all(len(s) == 144 for s in found.importance.values())
+
+
+def test_interrupted_run_gives_the_same_codes(tmp_path, monkeypatch):
+    from thresher.passes.rsq.quantizer import driver as rsq_driver
+
+    whole, saved, calls = run(), rsq_driver._Run._save, []
+
+    def save_once(self, piece):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(piece.name)
+        saved(self, piece)
+
+    monkeypatch.setattr(rsq_driver._Run, "_save", save_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder=tmp_path)
+    monkeypatch.undo()
+    (kept,) = tmp_path.glob("*.safetensors")
+    before = kept.read_bytes()
+    again = run(folder=tmp_path)
+    same_codes(whole, again)
+    assert kept.read_bytes() == before and not list(tmp_path.glob("*.partial"))
+    assert again.reports.keys() == whole.reports.keys()
+    different = run(folder=tmp_path, bits=4)  # another run's files are not taken for its own
+    assert int(different.linears["model.layers.0.mlp.up_proj"]["bits"]) == 4
+
+
+def test_seeds_differ_and_errors_do_not():
+    a, b = run(seed=0), run(seed=1)
+    assert not torch.equal(
+        a.linears["model.layers.0.mlp.up_proj"]["codes"], b.linears["model.layers.0.mlp.up_proj"]["codes"]
+    )
+    mean = [sum(r.quantized for r in o.reports.values()) / len(o.reports) for o in (a, b)]
+    assert abs(mean[0] - mean[1]) < 0.5 * max(mean)
+
+
+def test_gptq_beats_rounding_on_every_linear():
+    for report in run().reports.values():
+        assert report.quantized < report.nearest
+
+
+def test_pads_do_not_count():
+    ids = batches("llama")[0].inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    other = ids.clone()
+    other[:, 8:] = 5
+    outcomes = [
+        run(given=[Batch({"input_ids": i, "attention_mask": mask}, mask.bool(), i)]) for i in (ids, other)
+    ]
+    same_codes(*outcomes)
+
+
+def test_mixed_widths_keep_the_budget():
+    found = run(average_bits=3.0)
+    sizes = {s.fqn: s.in_features * s.out_features for s in found.plan.quantise}
+    spent = sum(int(found.linears[s]["bits"]) * n for s, n in sizes.items())
+    assert spent <= 3.0 * sum(sizes.values()) and set(found.bits.values()) <= {2, 3, 4, 8}
+    assert all(v > 0 for v in found.sensitivity.values())
+
+
+def test_bits_go_where_they_matter():
+    sizes = dict.fromkeys("abc", 100)
+    assert rsq_bits.allocate({"a": 1.0, "b": 0.1, "c": 0.001}, sizes, 3.0) == {"a": 4, "b": 3, "c": 2}
+    assert rsq_bits.allocate(dict.fromkeys("abc", 1.0), sizes, 2.0) == dict.fromkeys("abc", 2)
+
+
+def test_a_dead_channel_and_one_token_sequences():
+    model, _ = zoo.ZOO["llama"].build()
+    ids = torch.randint(3, 90, (8, 1), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    program = captures.export(model, {k: v[:3].repeat(1, 12) for k, v in given.items()}, dynamic=True)
+    found = quantise_program(program, [Batch(given, None, ids)], RSQConfig(bits=4))
+    assert all(torch.isfinite(torch.tensor(r.quantized)) for r in found.reports.values())
+    dead = {"input_ids": torch.full((3, 12), 7), "attention_mask": torch.ones(3, 12, dtype=torch.long)}
+    run(given=[Batch(dead, None, dead["input_ids"])])  # X^T X of one direction: singular, damped
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ThresherError, match="not a single calibration"):
+        quantise_program(captures.of_zoo("llama"), [], RSQConfig())
+    ids = batches("llama")[0].inputs["input_ids"]
+    nothing = torch.zeros_like(ids, dtype=torch.bool)
+    with pytest.raises(HessianError, match=r"self_attn.q_proj.*No calibration token"):
+        run(
+            given=[Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, nothing, ids)],
+            importance="uniform",
+        )
+    model, inputs = zoo.ZOO["llama"].build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    program = captures.export(model, inputs)
+    with pytest.raises(ThresherError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has 1 NaN"):
+        quantise_program(program, [Batch(inputs)], RSQConfig())
+    with pytest.raises(ArgumentError, match="an input named"):
+        bind(program, {"tokens": ids})
+    plan = rotated(captures.of_zoo("llama"), RSQConfig(group_size=32))[1]
+    assert any("Groups of 32 do not divide its 48 inputs" in m.reason for m in plan.missed)
+
+
+@pytest.mark.parametrize("options", [dict(bits=5), dict(group_size=16), dict(importance="attn"), dict(r_min=0),
+                                     dict(average_bits=9.0), dict(keep="head"), dict(damping=0)])  # fmt: skip
+def test_options_are_checked(options):
+    with pytest.raises(ArgumentError, match="rsq option"):
+        RSQConfig(**options).validate()
