@@ -10,7 +10,8 @@ import torch
 from _harness import Benchmark, interleave
 
 import thresher
-from thresher import bitpack, capture
+from thresher import capture
+from thresher.formats import bitpack
 from thresher.kernels import catalog
 from thresher.program import Program, Weight, fake_like
 

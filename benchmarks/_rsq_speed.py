@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from _harness import Benchmark, alone, arguments, interleave
 
-from thresher import bitpack
+from thresher.formats import bitpack
 
 SIZE = 4096
 

@@ -74,7 +74,7 @@ def cost(b: Benchmark, args) -> None:
 
 def sites(model: CostModel, rows: int, outputs: int, inputs: int):
     """Ways to compute one linear, cold weights as in a model, and the seconds the cost model expects."""
-    from thresher import bitpack
+    from thresher.formats import bitpack
 
     def cycle(make):
         size = sum(t.numel() * t.element_size() for t in make())

@@ -30,7 +30,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import thresher
-from thresher.kernels import catalog, sparse_down, sparse_native
+from thresher.kernels import catalog
+from thresher.kernels.sparse import cpp as sparse_native
+from thresher.kernels.sparse import down as sparse_down
 
 PARTS = ("kernel", "dispatch", "exact", "decode", "detect", "train")
 DENSITIES = (0.05, 0.1, 0.2, 0.3)

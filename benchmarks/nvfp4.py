@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from _harness import Benchmark, Timing, arguments, interleave
 
-from thresher.kernels import nvfp4_format
-from thresher.kernels.nvfp4 import nvfp4_linear
-from thresher.kernels.nvfp4_quantize import NVFP4Weight, quantize
+from thresher.formats import nvfp4 as nvfp4_format
+from thresher.kernels.nvfp4.linear import nvfp4_linear
+from thresher.kernels.nvfp4.quantize import NVFP4Weight, quantize
 
 INT4_GROUP = 32
 ROUNDED = ("exact", "int16", "int8")
@@ -243,7 +243,8 @@ def triton_kernels(bench: Benchmark) -> None:
     sys.path.insert(0, str(SUPPORT))
     import triton_aot as aot
 
-    from thresher.kernels import nvfp4_cuda, nvfp4_triton
+    from thresher.kernels.nvfp4 import cuda as nvfp4_cuda
+    from thresher.kernels.nvfp4 import triton_kernels as nvfp4_triton
 
     types = dict.fromkeys(("codes", "scales", "a"), "*u8") | dict.fromkeys(("x", "bias", "y"), "*bf16")
     types |= {"global_scale": "*fp32", "alpha": "*fp32"}

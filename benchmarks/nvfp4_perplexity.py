@@ -19,7 +19,7 @@ from _harness import Benchmark, arguments
 
 import thresher
 from thresher import models
-from thresher.kernels.nvfp4_quantize import quantize
+from thresher.kernels.nvfp4.quantize import quantize
 
 GROUP = 32
 WINDOW = 256

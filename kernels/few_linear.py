@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from thresher import ops
 
-from . import native, sparse_tune
+from . import native
+from .sparse import tune as sparse_tune
 
 MOST_TOKENS = 2
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

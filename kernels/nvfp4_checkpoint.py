@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from thresher.errors import ArgumentError, ThresherError, unknown_key
+from thresher.formats.nvfp4 import BLOCK, unswizzle
 
-from .nvfp4_format import BLOCK, unswizzle
-from .nvfp4_quantize import NVFP4Weight
+from .nvfp4.quantize import NVFP4Weight
 
 KEYS: dict[str, tuple[str, str, str, str]] = {
     "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),

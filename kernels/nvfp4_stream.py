@@ -21,11 +21,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from thresher.errors import ArgumentError, unknown_key
+from thresher.formats.nvfp4 import BLOCK
 
-from . import nvfp4_cpu
+from .nvfp4 import cpu as nvfp4_cpu
+from .nvfp4.quantize import mode_named, quantize
 from .nvfp4_checkpoint import KEYS, CheckpointError, to_tensors
-from .nvfp4_format import BLOCK
-from .nvfp4_quantize import mode_named, quantize
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SLAB_BYTES = 32 << 20

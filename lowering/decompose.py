@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from thresher.errors import ThresherError
-from thresher.kernels.varlen_attention import varlen_attention_masked
+from thresher.kernels.varlen.attention import varlen_attention_masked
 from thresher.ops import NAMESPACE
 from thresher.program import Program, Weight, fake_like, value
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher import bitpack
+from thresher.formats import bitpack
 from thresher.program import value
 
 from .onnx_weights import Weights, symbolic

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.kernels import nvfp4_format
+from thresher.formats import nvfp4 as nvfp4_format
 from thresher.program import value
 
 from . import plain_ops

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from thresher.hadamard import base_matrix, check_order, sylvester
-from thresher.kernels import nvfp4_format, sparse_down
-from thresher.kernels.nvfp4 import INT_LIMITS
-from thresher.kernels.nvfp4_quantize import MODES
-from thresher.kernels.token_attention import important_attention as important
-from thresher.kernels.varlen_attention import attend
+from thresher.formats import nvfp4 as nvfp4_format
+from thresher.formats.hadamard import base_matrix, check_order, sylvester
+from thresher.kernels.nvfp4.linear import INT_LIMITS
+from thresher.kernels.nvfp4.quantize import MODES
+from thresher.kernels.sparse import down as sparse_down
+from thresher.kernels.tokens.attention import important_attention as important
+from thresher.kernels.varlen.attention import attend
 from thresher.ops import get
 
 

@@ -1,6 +1,6 @@
 """Low-bit linears in the layouts other tools read: GPTQ, and compressed-tensors `pack-quantized`.
 
-Both store the bit stream of `thresher.bitpack`. compressed-tensors packs along the inputs, as we do, and its
+Both store the bit stream of `thresher.formats.bitpack`. compressed-tensors packs along the inputs, as we do, and its
 zero points along the outputs; GPTQ packs inputs into rows, [words(K), N], and its zero points along the
 outputs. GPTQ's first format stores zero points less one; `gptq_v2` stores them as they are.
 """
@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from thresher import bitpack
 from thresher.errors import ArgumentError
+from thresher.formats import bitpack
 
 FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
 _GPTQ_KEYS = ("qweight", "qzeros", "scales", "g_idx", "bias")

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from thresher.errors import ArgumentError
 from thresher.kernels import catalog
-from thresher.kernels.kv_format import Pool, append, dequantize, quantize
+from thresher.kernels.kv.format import Pool, append, dequantize, quantize
 
 catalog.load()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from thresher.compat import has_values
-from thresher.hadamard import decompose
+from thresher.formats.hadamard import decompose
 from thresher.program import Program, value
 from thresher.report import Miss
 

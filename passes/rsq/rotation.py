@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.hadamard import base_matrix, decompose, sylvester
+from thresher.formats.hadamard import base_matrix, decompose, sylvester
 
 KINDS = ("auto", "hadamard", "block", "orthogonal")
 

@@ -19,7 +19,7 @@ class TransPruneConfig(PassConfig):
     """Options of token pruning.
 
     policy: transprune, ttv, iga, fastv, pyramiddrop, uniform, random, or given.
-    mode: "paper" or "official_code", whose arithmetic differs (see kernels/token_transition.py).
+    mode: "paper" or "official_code", whose arithmetic differs (see kernels/tokens/transition.py).
     stages: (after_layer, keep) pairs: layers count from one, keep is the share of the original image tokens.
         Empty: the paper's High schedule, scaled to the model's depth.
     instruction: at most so many tokens behind the image ask for attention.

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import bitpack, ops
+from . import ops
 from .devices import Device, Surface, guessed_cpu
+from .formats import bitpack
 from .report import progress
 
 ROWS = (1, 4, 16, 64, 256, 1024)

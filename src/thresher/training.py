@@ -15,7 +15,7 @@ Stochastic rounding is for gradients only, the Hadamard transform for wgrad only
 one makes forward worse, the other would have to be undone. A few linears stay in high precision.
 
 The emulation says what FP4 does to a loss; it is slower than the products it imitates. Values are rounded
-as `thresher.kernels.nvfp4_quantize.quantize` rounds them, mode "thresher".
+as `thresher.kernels.nvfp4.quantize.quantize` rounds them, mode "thresher".
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from .errors import ArgumentError
-from .kernels import nvfp4_cpu
-from .kernels.nvfp4_format import BLOCK, E2M1_MAX, E4M3_MAX, pad_blocks
-from .kernels.nvfp4_quantize import MODES, random_hadamard
+from .formats.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, pad_blocks
+from .kernels.nvfp4 import cpu as nvfp4_cpu
+from .kernels.nvfp4.quantize import MODES, random_hadamard
 
 HEADS = ("lm_head", "head", "classifier", "score", "output_projection")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import thresher
 from thresher.errors import ArgumentError
-from thresher.kernels.nvfp4_quantize import hadamard16, quantize, random_hadamard
+from thresher.kernels.nvfp4.quantize import hadamard16, quantize, random_hadamard
 from thresher.training import PAPER, NVFP4Linear, TrainingRecipe, fake_quantize, restore, use_recipe
 
 EXACT = TrainingRecipe(forward=False, dgrad=False, wgrad=False)

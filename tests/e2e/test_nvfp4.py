@@ -9,8 +9,8 @@ import zoo
 
 import thresher
 from thresher import models
-from thresher.kernels import nvfp4_cpu
-from thresher.kernels.nvfp4_quantize import quantize
+from thresher.kernels.nvfp4 import cpu as nvfp4_cpu
+from thresher.kernels.nvfp4.quantize import quantize
 
 ANY = {"min_weights": 0, "budget": 4.0}
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from thresher import site_counts
-from thresher.kernels import catalog, sparse_cuda, sparse_down, sparse_mlp
+from thresher.kernels import catalog
+from thresher.kernels.sparse import cuda as sparse_cuda
+from thresher.kernels.sparse import down as sparse_down
+from thresher.kernels.sparse import mlp as sparse_mlp
 
 pytestmark = pytest.mark.gpu
 catalog.load()

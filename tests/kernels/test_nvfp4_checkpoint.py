@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from thresher.errors import ArgumentError
 from thresher.kernels import nvfp4_stream
+from thresher.kernels.nvfp4.quantize import quantize
 from thresher.kernels.nvfp4_checkpoint import (
     KEYS,
     CheckpointError,
@@ -17,7 +18,6 @@ from thresher.kernels.nvfp4_checkpoint import (
     load,
     to_tensors,
 )
-from thresher.kernels.nvfp4_quantize import quantize
 from thresher.kernels.nvfp4_stream import quantize_checkpoint
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.kernels import nvfp4_format as f
+from thresher.formats import nvfp4 as f
 
 TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 

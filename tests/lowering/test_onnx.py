@@ -15,10 +15,11 @@ import zoo
 from rich.console import Console
 
 import thresher
-from thresher import backend, bitpack, ops
+from thresher import backend, ops
 from thresher.call_plan import CallPlan, Choice, refuse_to_keep
 from thresher.errors import ArgumentError, ThresherError
-from thresher.kernels import nvfp4_quantize
+from thresher.formats import bitpack
+from thresher.kernels.nvfp4 import quantize as nvfp4_quantize
 from thresher.lowering import onnx as lowering
 from thresher.lowering import onnx_write
 from thresher.lowering.onnx_stages import Stages

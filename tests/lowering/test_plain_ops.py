@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from thresher import ops
-from thresher.kernels import catalog, nvfp4
+from thresher.kernels import catalog
+from thresher.kernels.nvfp4 import linear as nvfp4
 from thresher.lowering import plain_ops
 
 catalog.load()
@@ -55,6 +56,6 @@ def test_every_e2m1_rounding_is_right():
         [values, middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1), torch.tensor([100.0])]
     )
     x = torch.cat([x, -x])
-    from thresher.kernels.nvfp4_format import decode_e2m1, encode_e2m1
+    from thresher.formats.nvfp4 import decode_e2m1, encode_e2m1
 
     assert torch.equal(plain_ops.round_e2m1(x), decode_e2m1(encode_e2m1(x)))

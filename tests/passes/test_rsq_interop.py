@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from thresher import bitpack
 from thresher.errors import ArgumentError
-from thresher.kernels import wna16
+from thresher.formats import bitpack
+from thresher.kernels.wna16 import linear as wna16
 from thresher.passes import rsq_interop as interop
 
 BITS = (2, 3, 4, 8)

@@ -8,8 +8,10 @@ import captures
 import torch
 import transformers as hf
 
-from thresher import backend, bitpack
-from thresher.kernels import catalog, nvfp4_quantize
+from thresher import backend
+from thresher.formats import bitpack
+from thresher.kernels import catalog
+from thresher.kernels.nvfp4 import quantize as nvfp4_quantize
 from thresher.program import Program, Weight, fake_like, value
 from thresher.recipe import Recipe
 

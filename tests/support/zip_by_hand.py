@@ -8,7 +8,7 @@ import torch
 from tiny_llama import make
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from thresher.kernels.token_attention import important_attention
+from thresher.kernels.tokens.attention import important_attention
 
 RECENT, SPREAD, SINKS, BUCKET = 6, 6, 2, 4
 OPTIONS = dict(recent=RECENT, spread=SPREAD, bucket=BUCKET, sinks=SINKS, min_saving=-9.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from thresher import bitpack
+from thresher.formats import bitpack
 
 from ..config import SCALE_DTYPES, RSQConfig
 from .gptq import Quantized

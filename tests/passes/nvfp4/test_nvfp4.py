@@ -8,7 +8,7 @@ import zoo
 import thresher
 from thresher import backend
 from thresher.errors import ArgumentError
-from thresher.kernels.nvfp4_quantize import quantize
+from thresher.kernels.nvfp4.quantize import quantize
 from thresher.passes.nvfp4.calibration import InputStatistics, dequantized, sensitivity
 from thresher.passes.nvfp4.nvfp4 import NVFP4Config
 from thresher.program import Weight

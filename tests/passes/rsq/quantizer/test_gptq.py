@@ -253,7 +253,7 @@ def test_scales_are_representable_in_the_dtype_they_are_stored_in():
 
 
 def test_nvfp4_encodes_as_the_format_does():
-    from thresher.kernels import nvfp4_format
+    from thresher.formats import nvfp4 as nvfp4_format
 
     grid = NVFP4Grid(tensor_scale=1.0)
     one = type(grid.fit(torch.ones(1, 16)))((torch.ones(1),))

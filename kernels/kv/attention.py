@@ -1,0 +1,120 @@
+"""Attention over a cache whose older part is quantized: `thresher::kv_attention`.
+
+Slots are the pools' slots in the order given (see `kv_format`), then the tail's. Rotated keys carry
+their position themselves, so pools may hold tokens in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from thresher.errors import ArgumentError
+from thresher.ops import Sample, define
+
+from ..varlen.attention import attend, empty_result
+from .format import as_pools, dequantize, quantize
+
+# All arithmetic is fp32 from the same codes; half types round q, the tail and the result only.
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def check(q, pools, k_tail, v_tail, visible):
+    """Raise ArgumentError unless the tensors fit together; returns the pools. Reads metadata only."""
+    batch, heads, queries, dim = q.shape
+    for name, t in (("k_tail", k_tail), ("v_tail", v_tail)):
+        if t.dim() != 4 or t.shape[0] != batch or heads % t.shape[1] or t.dtype != q.dtype:
+            raise ArgumentError(
+                name,
+                f"{t.dtype} {tuple(t.shape)}",
+                f"{q.dtype} [{batch}, kv_heads, tokens, head_dim] with kv_heads a divisor of {heads}",
+                "Pass the tokens not quantized yet.",
+            )
+    if k_tail.shape[:3] != v_tail.shape[:3] or k_tail.shape[3] != dim or k_tail.shape[2] < queries:
+        raise ArgumentError(
+            "k_tail",
+            f"shape {tuple(k_tail.shape)}",
+            f"head_dim {dim} and at least the {queries} tokens that ask, as many as v_tail has",
+            "Append the new tokens to the tail before asking.",
+        )
+    found = as_pools(pools)
+    for pool in found:
+        if pool.k_codes.shape[:2] != k_tail.shape[:2] or pool.k_affine.shape[4] != dim:
+            raise ArgumentError(
+                "pools",
+                f"k_codes {tuple(pool.k_codes.shape)}, {pool.k_affine.shape[4]} channels",
+                f"[{batch}, {k_tail.shape[1]}, slots, ...] with {dim} channels",
+                "Pass pools of the same layer.",
+            )
+    slots = sum(pool.slots for pool in found) + k_tail.shape[2]
+    if visible is not None and (visible.shape != (batch, slots) or visible.dtype != torch.bool):
+        raise ArgumentError(
+            "visible",
+            f"{visible.dtype} {tuple(visible.shape)}",
+            f"bool [{batch}, {slots}]",
+            "Mark each slot.",
+        )
+    return found
+
+
+def sees(queries: int, slots: int, visible: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """bool [B or 1, 1, queries, slots]: which slots each query sees, right-aligned."""
+    last = slots - queries + torch.arange(queries, device=device)
+    mask = (torch.arange(slots, device=device) <= last[:, None])[None, None]
+    return mask if visible is None else mask & visible[:, None, None]
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    make = torch.Generator().manual_seed(0)
+
+    def tokens(batch, heads, n, dim):
+        return torch.randn(batch, n, heads, dim, generator=make).to(device, dtype).transpose(1, 2)
+
+    def one(label, batch, heads, kv_heads, dim, dim_v, queries, sizes, tail, block=32, hidden=False):
+        pools: list[torch.Tensor] = []
+        for slots, bits in sizes:
+            keys, values = (tokens(batch, kv_heads, slots, d) for d in (dim, dim_v))
+            pools.extend(quantize(keys, values, bits, block))
+        visible = None
+        if hidden:
+            slots = sum(n for n, _ in sizes) + tail
+            visible = (torch.rand(batch, slots, generator=make) < 0.7).to(device)
+            visible[-1] = False  # a row that sees nothing
+        rest = (tokens(batch, kv_heads, tail, d) for d in (dim, dim_v))
+        q = tokens(batch, heads, queries, dim)
+        return Sample(label, (q, pools, *rest, visible, dim**-0.5))
+
+    return [
+        one("decode", 1, 8, 2, 64, 64, 1, [(50, 4), (130, 2)], 17),
+        one("second turn", 2, 4, 2, 64, 64, 9, [(40, 4), (33, 2)], 20),
+        one("hidden slots", 2, 4, 4, 64, 64, 3, [(40, 4), (33, 2)], 5, hidden=True),
+        one("no unimportant tokens", 1, 4, 1, 64, 64, 1, [(40, 4), (0, 2)], 3),
+        one("no pools", 1, 4, 2, 64, 64, 4, [], 30),
+        one("odd widths", 1, 2, 1, 20, 12, 2, [(70, 4), (40, 2), (9, 8)], 4, block=7),
+        one("many queries", 1, 4, 2, 64, 64, 70, [(30, 4), (20, 2)], 75, hidden=True),
+        one("long", 1, 4, 2, 64, 64, 1, [(300, 4), (700, 2)], 100, block=128),
+    ]
+
+
+@define(
+    "kv_attention(Tensor q, Tensor[] pools, Tensor k_tail, Tensor v_tail, Tensor? visible, float scale)"
+    " -> Tensor",
+    fake=lambda q, pools, k_tail, v_tail, visible, scale: empty_result(q, v_tail),
+    inputs=_samples,
+    tolerance=TOLERANCE,
+)
+def kv_attention(q, pools, k_tail, v_tail, visible, scale):
+    """Attention of the newest tokens over quantized pools and a full-precision tail.
+
+    q: [B, Hq, m, D], the m newest tokens, whose keys and values stand last in the tail.
+    pools: five tensors for each pool, as `kv_format.Pool` orders them; every slot is in the past.
+    k_tail, v_tail: [B, Hkv, t, D] and [B, Hkv, t, Dv] in q's dtype, t >= m. Query i sees the tail up
+        to its own token (t - m + i): right-aligned, where `is_causal` would align left.
+    visible: bool [B, slots] or None, false for padding. A query that sees nothing gives zeros.
+    Result [B, Hq, m, Dv], stored token-major.
+    """
+    found = check(q, pools, k_tail, v_tail, visible)
+    parts = [dequantize(pool) for pool in found] + [(k_tail.float(), v_tail.float())]
+    k, v = (torch.cat(side, dim=2) for side in zip(*parts, strict=True))
+    mask = sees(q.shape[2], k.shape[2], visible, q.device)
+    out = empty_result(q, v_tail)
+    return out.copy_(attend(q.float(), k, v, scale, mask=mask))

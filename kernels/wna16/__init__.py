@@ -1,0 +1,5 @@
+"""Linears over integer weights of 2 to 8 bits."""
+
+from . import cpu, cuda, linear
+
+__all__ = ["cpu", "cuda", "linear"]

@@ -1,0 +1,114 @@
+"""CPU provider of the low-bit linear: fused for a few rows, dequantise-and-multiply for many."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from .. import native
+from . import linear as defs
+
+_FUSED_ROWS = 16  # beyond it, one dequantisation costs less than decoding again for every eight rows
+_SLAB = 1 << 20  # weights dequantised at a time: 4 MiB, small beside the weight, large enough for a matmul
+_MIN_WORK = 1 << 18  # multiply-adds; below it a second thread costs more than it saves
+_SCALE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PLANES = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+"""Bytes of an activation where the CPU multiplies integers: finer than the type's own rounding."""
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+@functools.cache
+def _linear():
+    function = native.load("wna16").wna16_linear_f32
+    function.argtypes = [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 4
+    function.restype = None
+    return function
+
+
+@functools.cache
+def _dequantize():
+    function = native.load("wna16").wna16_dequantize_f32
+    function.argtypes = [_POINTER] * 4 + [_SIZE] * 6 + [_INT] * 3
+    function.restype = None
+    return function
+
+
+@functools.cache
+def _dense_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the dense multiply: half types only where the CPU multiplies them faster than fp32."""
+    fast = native.cpu_features() & {"amx_bf16", "avx512_bf16"}
+    return dtype if dtype == torch.bfloat16 and fast else torch.float32
+
+
+def _accepts(x, codes, scales, zeros, bias, bits, group_size):
+    if x.dtype == torch.float64 or scales.dtype not in _SCALE_KINDS:
+        return "The C++ kernel computes in fp32 with scales of 16 or 32 bits; fp64 runs the reference."
+    return None
+
+
+def _many_rows(x, codes, scales, zeros, bias, bits):
+    """x [M, K] for large M: a slab of weight rows is dequantised, multiplied, and dropped."""
+    (outputs, words), inputs = codes.shape, x.shape[1]
+    dense = _dense_dtype(x.dtype)
+    x_dense = x.to(dense)
+    out = torch.empty(x.shape[0], outputs, dtype=x.dtype)
+    step = max(1, min(outputs, _SLAB // inputs))
+    slab = torch.empty(step, inputs)
+    for first in range(0, outputs, step):
+        count = min(step, outputs - first)
+        _dequantize()(
+            codes.data_ptr(),
+            scales.data_ptr(),
+            None if zeros is None else zeros.data_ptr(),
+            slab.data_ptr(),
+            first,
+            count,
+            outputs,
+            inputs,
+            words,
+            scales.shape[1],
+            bits,
+            _SCALE_KINDS[scales.dtype],
+            torch.get_num_threads(),
+        )
+        part = None if bias is None else bias[first : first + count].to(dense)
+        out[:, first : first + count] = torch.nn.functional.linear(x_dense, slab[:count].to(dense), part)
+    return out
+
+
+@defs.wna16_linear.provider(
+    "cpu_cpp", device="cpu", supported=lambda: native.load_error("wna16"), supports_args=_accepts
+)
+def _wna16_cpu(x, codes, scales, zeros, bias, bits, group_size):
+    defs.check(x, codes, scales, zeros, bias, bits, group_size)
+    outputs, words = codes.shape
+    inputs = x.shape[-1]
+    rows = x.numel() // inputs
+    codes, scales = codes.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    if rows > _FUSED_ROWS:
+        out = _many_rows(x.reshape(rows, inputs), codes, scales, zeros, bias, bits)
+        return out.reshape(*x.shape[:-1], outputs)
+    wide = x.float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    out = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
+    _linear()(
+        wide.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        outputs,
+        inputs,
+        words,
+        scales.shape[1],
+        bits,
+        _SCALE_KINDS[scales.dtype],
+        _PLANES[x.dtype],
+        torch.get_num_threads() if outputs * inputs >= _MIN_WORK else 1,
+    )
+    return out.to(x.dtype)
