@@ -35,18 +35,18 @@ from _harness import Benchmark, arguments
 import thresher
 from thresher import backend, export, models
 from thresher.errors import ThresherError
-from thresher.lowering import tensorrt
-from thresher.lowering.aoti import AOTInductor
 from thresher.lowering.coverage import coverage
 from thresher.lowering.decompose import own_nodes
-from thresher.lowering.inductor import Inductor
-from thresher.lowering.onnx_check import difference
+from thresher.lowering.inductor.aoti import AOTInductor
+from thresher.lowering.inductor.inductor import Inductor
+from thresher.lowering.onnx.check import difference
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Target
+from thresher.lowering.tensorrt import engine as tensorrt
 from thresher.program import Program, value
 from thresher.recipe import Recipe
 from thresher.report import Report
-from thresher.runtime import artifact
+from thresher.runtime.artifact import file as artifact
 from thresher.runtime.session import Session
 
 PROMPT = "prompt"  # without a mask, so that causality is all there is to attention

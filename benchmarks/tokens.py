@@ -19,8 +19,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import thresher
 from thresher.passes.transprune.scores import POLICIES
-from thresher.runtime.kv_cache import MixedPrecisionCache
-from thresher.runtime.kv_layer import KVPolicy
+from thresher.runtime.kv.cache import MixedPrecisionCache
+from thresher.runtime.kv.layer import KVPolicy
 
 IMAGE = 96
 PARTS: dict[str, Callable[[Benchmark, argparse.Namespace], None]] = {}

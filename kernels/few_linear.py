@@ -4,7 +4,7 @@
 
 A decode step is a row of such products, each as long as its weight takes to come from memory. On a CPU
 PyTorch's take up to twice that; the C++ kernel here does not. Inductor programs are given this operator in
-place of `aten.linear` where it was measured to be faster (`lowering/few_tokens.py`). No pass emits it, so
+place of `aten.linear` where it was measured to be faster (`lowering/inductor/few_tokens.py`). No pass emits it, so
 every pass still sees plain linears.
 """
 

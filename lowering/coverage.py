@@ -17,8 +17,8 @@ from thresher.program import Program, module_fqn, value
 
 from . import plain_ops
 from .decompose import op_name
-from .onnx_attention import UNRUN, by_multi_head, no_packed
-from .onnx_integers import no_nbits
+from .onnx.attention import UNRUN, by_multi_head, no_packed
+from .onnx.integers import no_nbits
 
 TARGETS = ("reference", "inductor", "aoti", "onnx-portable", "onnx-ort", "onnx-ort-cuda", "tensorrt")
 NATIVE, DECOMPOSED, FALLBACK, REFUSED = "native", "decomposed", "fallback", "refused"

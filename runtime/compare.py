@@ -15,7 +15,7 @@ from thresher.lowering.target import Target
 from thresher.program import Program
 from thresher.report import Report
 
-from .kv_session import run_built
+from .call_session import run_built
 
 
 def run_plainly(program: Program, inputs: Sequence[Any], plain: Target) -> list[Any]:

@@ -16,9 +16,9 @@ from thresher.lowering.target import Lowered, Target
 from thresher.program import Program
 from thresher.report import Report
 
-from .boundary import argument, make_plan, per_token, restore
 from .freshness import Freshness
-from .packing import PackPlan, survey
+from .packing.boundary import argument, make_plan, per_token, restore
+from .packing.plan import PackPlan, survey
 
 
 @dataclass

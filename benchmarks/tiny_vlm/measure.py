@@ -20,9 +20,9 @@ import torch
 
 import thresher
 from thresher import tokens
-from thresher.runtime.kv_cache import ATTENTION, MixedPrecisionCache
-from thresher.runtime.kv_layer import KVPolicy
-from thresher.runtime.kv_prefill import prefill
+from thresher.runtime.kv.cache import ATTENTION, MixedPrecisionCache
+from thresher.runtime.kv.layer import KVPolicy
+from thresher.runtime.kv.prefill import prefill
 
 from . import data, train
 from .model import TinyVLM

@@ -40,7 +40,7 @@ def bounds(cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
             "cu_seqlens",
             ends if len(ends) <= 9 else f"{len(ends)} offsets from {ends[0]} to {ends[-1]}",
             f"offsets that never fall, from 0 to the number of tokens ({tokens})",
-            "Take it from thresher.runtime.packing.plan.",
+            "Take it from thresher.runtime.packing.plan.plan.",
         )
     return ends
 
@@ -69,7 +69,7 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: 
             "cu_seqlens",
             f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}",
             "int32 [segments + 1]",
-            "Take it from thresher.runtime.packing.plan.",
+            "Take it from thresher.runtime.packing.plan.plan.",
         )
 
 
@@ -209,7 +209,7 @@ def check_mask(q: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, cols: to
                 name,
                 f"{index.dtype} {tuple(index.shape)}",
                 f"an integer index for each of the {q.shape[2]} tokens",
-                "Take it from thresher.runtime.packing.plan.",
+                "Take it from thresher.runtime.packing.plan.plan.",
             )
 
 

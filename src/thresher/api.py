@@ -12,15 +12,16 @@ from typing import Any, TypeVar
 
 import torch
 
+from thresher.passes.calibrate import Calibration, Statistics
+from thresher.runtime.session import Counters, Session
+
 from . import backend, capture, generation, sessions
 from .certificate import Certificate
 from .compat import isolated, room_for_graphs, uncollected, without_fake_mode
 from .errors import ArgumentError, ThresherError, unknown_key
-from .passes.calibrate import Calibration, Statistics
 from .program import Program
 from .recipe import Recipe
 from .report import Report, progress
-from .runtime.session import Counters, Session
 
 T = TypeVar("T")
 

@@ -23,12 +23,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from thresher.runtime.call_session import CallSession
+
 from . import api, backend, bench
 from .errors import ArgumentError, ThresherError, unknown_key
 from .files import check_writable
 from .recipe import PRESETS, Recipe
 from .report import progress
-from .runtime.kv_session import CallSession
 
 assert backend  # registers the passes
 FORMAT = "thresher-auto-1"

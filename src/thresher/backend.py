@@ -15,29 +15,30 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from thresher.kernels import catalog as operators
+from thresher.lowering.inductor.inductor import Inductor
+from thresher.lowering.providers import provider_notes
+from thresher.lowering.reference import Reference
+from thresher.lowering.target import Target
+from thresher.passes import catalog as passes
+from thresher.passes.calibrate import Calibration, Statistics
+from thresher.passes.cost.model import CostModel
+from thresher.passes.pipeline import Pipeline
+from thresher.runtime.artifact.fakes import materialise
+from thresher.runtime.artifact.loaded import OnFakes
+from thresher.runtime.call_session import CallSession
+from thresher.runtime.compare import relative_difference
+from thresher.runtime.session import Session
+
 from . import capture, devices, memory, sessions, sharded
 from .certificate import certify
 from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
-from .kernels import catalog as operators
-from .lowering.inductor import Inductor
-from .lowering.providers import provider_notes
-from .lowering.reference import Reference
-from .lowering.target import Target
 from .op_checks import watch
-from .passes import catalog as passes
-from .passes.calibrate import Calibration, Statistics
-from .passes.cost.model import CostModel
-from .passes.pipeline import Pipeline
 from .program import Program, module_fqn, value
 from .recipe import Recipe
 from .report import Report
 from .rewrite_cache import Entry, Kept, later_masks
-from .runtime.compare import relative_difference
-from .runtime.fakes import materialise
-from .runtime.kv_session import CallSession
-from .runtime.loaded import OnFakes
-from .runtime.session import Session
 
 operators.load()
 passes.load()

@@ -28,9 +28,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from thresher.passes.calibrate import weights_fingerprint
+
 from . import ops
 from .errors import ArgumentError, ThresherError
-from .passes.calibrate import weights_fingerprint
 from .program import Program
 from .recipe import Recipe
 from .report import PassReport, Report

@@ -40,8 +40,9 @@ def _out(as_json: bool, payload: Any) -> None:
 
 
 def _recipe(name: str, stats: Path | None) -> Any:
+    from thresher.passes.calibrate import Statistics
+
     from . import backend  # registers the passes
-    from .passes.calibrate import Statistics
     from .recipe import Recipe
 
     assert backend
@@ -266,8 +267,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show the certificate in a saved artifact. Exit code 1 when it was measured outside its budget."""
+    from thresher.runtime.artifact.file import read_manifest
+
     from .certificate import Certificate
-    from .runtime.artifact import read_manifest
 
     found = read_manifest(artifact).get("certificate")
     if found is None:

@@ -15,10 +15,12 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from thresher.kernels import catalog, native
+from thresher.lowering.tensorrt import engine as tensorrt
+from thresher.lowering.tensorrt import graph_parts as torch_tensorrt
+
 from . import compat, device_rates, devices, ops
 from .files import cache_dir
-from .kernels import catalog, native
-from .lowering import tensorrt, torch_tensorrt
 
 
 @dataclass(frozen=True)

@@ -13,27 +13,28 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from thresher.lowering.onnx.check import compare
+from thresher.lowering.onnx.export import Exported, require_onnx
+from thresher.lowering.onnx.export import export as onnx_export
+from thresher.lowering.onnx.stages import Stages
+from thresher.lowering.reference import Reference
+from thresher.lowering.target import Lowered
+from thresher.runtime.artifact import file as artifact
+from thresher.runtime.artifact.loaded import Loaded
+from thresher.runtime.call_session import WHOLE, CallSession
+from thresher.runtime.compare import run_with_extras
+from thresher.runtime.packing.plan import plan
+from thresher.runtime.session import Session
+
 from . import backend, capture, sessions
 from .api import _example as example
 from .call_plan import refuse_to_keep
 from .certificate import plain
 from .errors import ArgumentError, CaptureError, ThresherError
 from .files import check_writable
-from .lowering.onnx import Exported, require_onnx
-from .lowering.onnx import export as onnx_export
-from .lowering.onnx_check import compare
-from .lowering.onnx_stages import Stages
-from .lowering.reference import Reference
-from .lowering.target import Lowered
 from .program import Program
 from .recipe import Recipe
 from .report import Report
-from .runtime import artifact
-from .runtime.compare import run_with_extras
-from .runtime.kv_session import WHOLE, CallSession
-from .runtime.loaded import Loaded
-from .runtime.packing import plan
-from .runtime.session import Session
 from .saving import current, names_of
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thresher.runtime.artifact.fakes import materialise
+
 from . import __version__
 from .errors import ArgumentError
 from .html_template import SCRIPT, STYLE
 from .program import Program
 from .report import Report, mean_gain, speed
-from .runtime.fakes import materialise
 
 _LAYER = re.compile(r"^(.*?\.?(?:layers?|h|blocks?|block)\.\d+)(?:\.(.+))?$")
 _CLAIMED = "is already rewritten by"

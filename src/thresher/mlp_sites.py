@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from thresher.passes.deft.sites import site_names, widest
+from thresher.passes.structure.recover import recover
+
 from . import capture
 from .errors import ArgumentError, ThresherError
-from .passes.deft.sites import site_names, widest
-from .passes.structure.recover import recover
 from .program import module_fqn
 
 _PACKED = (torch.uint8, torch.int8, torch.int32)

@@ -20,16 +20,17 @@ from typing import Any
 
 import torch
 
+from thresher.passes.calibrate import Statistics
+from thresher.passes.rsq import rsq
+from thresher.passes.rsq.config import RSQConfig
+from thresher.passes.rsq.quantizer import driver as rsq_driver
+from thresher.passes.rsq.quantizer.driver import Batch, Outcome
+from thresher.passes.rsq.quantizer.importance import shift_sequences
+
 from . import backend, capture
 from .compat import isolated, without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .files import cache_dir
-from .passes.calibrate import Statistics
-from .passes.rsq import rsq
-from .passes.rsq.config import RSQConfig
-from .passes.rsq.quantizer import driver as rsq_driver
-from .passes.rsq.quantizer.driver import Batch, Outcome
-from .passes.rsq.quantizer.importance import shift_sequences
 from .program import Program
 from .quantization_report import QuantizeReport
 from .recipe import Recipe

@@ -21,6 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.runtime.artifact import archive, expressions
+from thresher.runtime.artifact.layout_json import decode_layout, encode_layout
+from thresher.runtime.artifact.program_json import decode, encode
+from thresher.runtime.artifact.tensor_file import Pool, parse
+
 from . import rewrite_key
 from .capture import Places
 from .certificate import Certificate, plain
@@ -31,10 +36,6 @@ from .program import Program
 from .recipe import Recipe
 from .report import Report
 from .rewrite_key import SWITCH, Unnamed
-from .runtime import archive, expressions
-from .runtime.layout_json import decode_layout, encode_layout
-from .runtime.program_json import decode, encode
-from .runtime.tensor_file import Pool, parse
 
 FORMAT = 1
 MOST = 256  # entries; the oldest go first

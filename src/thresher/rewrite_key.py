@@ -21,12 +21,12 @@ from torch import fx
 from torch.fx.node import _get_qualified_name
 
 import thresher
+from thresher.passes.base import PASSES
 
 from . import devices, kernels, lowering, ops, passes, runtime
 from .capture import Places
 from .certificate import machine, versions
 from .compat import has_values
-from .passes.base import PASSES
 from .program import module_fqn, module_types
 from .recipe import Recipe
 

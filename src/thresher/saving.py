@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from thresher.runtime.artifact.fakes import materialise
+from thresher.runtime.freshness import Freshness
+
 from .layout import Counted
 from .program import Program, Weight
 from .rules import Rule
-from .runtime.fakes import materialise
-from .runtime.freshness import Freshness
 
 
 def names_of(result: Any, results: Sequence[Any]) -> list[str]:

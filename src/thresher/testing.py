@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
+from thresher.passes.base import PASSES, Match, Miss, Pass
+from thresher.passes.pipeline import ROLLED_BACK
+
 from . import api, backend
 from .errors import ArgumentError, ThresherError
-from .passes.base import PASSES, Match, Miss, Pass
-from .passes.pipeline import ROLLED_BACK
 from .program import Program, value
 from .recipe import CONFIGS, Recipe
 
@@ -188,8 +189,8 @@ def _rewritten(program: Program, recipe: Recipe) -> Program:
 
 def _purity(rewriter: Pass, recipe: Recipe, program: Program) -> list[str]:
     """`match` may look and must not touch."""
-    from .passes.base import Context
-    from .passes.structure.recover import recover
+    from thresher.passes.base import Context
+    from thresher.passes.structure.recover import recover
 
     copy = program.copy()
     before = copy.text()

@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from thresher.kernels.nvfp4 import cpu as nvfp4_cpu
+from thresher.kernels.nvfp4.quantize import MODES, random_hadamard
+
 from .errors import ArgumentError
 from .formats.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, pad_blocks
-from .kernels.nvfp4 import cpu as nvfp4_cpu
-from .kernels.nvfp4.quantize import MODES, random_hadamard
 
 HEADS = ("lm_head", "head", "classifier", "score", "output_projection")
 

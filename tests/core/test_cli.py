@@ -164,7 +164,7 @@ def test_an_interrupt_has_its_own_code_and_leaves_no_file(tmp_path, monkeypatch,
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("thresher.runtime.archive.write", stopped)
+    monkeypatch.setattr("thresher.runtime.artifact.archive.write", stopped)
     path = tmp_path / "m.thr"
     code, _, _ = main(monkeypatch, capsys, "compile", "minilm", path, "--target", "reference", "--json")
     assert code == 130 and not list(tmp_path.iterdir())

@@ -75,7 +75,7 @@ except Exception as reason:
 """
 # the process is killed in the middle of writing
 KILLED = """
-from thresher.runtime import archive
+from thresher.runtime.artifact import archive
 def torn(file, members, manifest):
     file.write(b"x" * 5000)
     file.flush()

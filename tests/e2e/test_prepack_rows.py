@@ -7,9 +7,9 @@ import torch
 import zoo
 
 import thresher
-from thresher.runtime.binpack import best_capacity, pack_dataset
-from thresher.runtime.boundary import argument, make_plan
-from thresher.runtime.packing import ladder, pack, row_plan, unpack
+from thresher.runtime.packing.binpack import best_capacity, pack_dataset
+from thresher.runtime.packing.boundary import argument, make_plan
+from thresher.runtime.packing.plan import ladder, pack, row_plan, unpack
 
 
 class TestPlan:
@@ -65,7 +65,7 @@ def test_rows_equal_the_padded_model(name):
 def test_the_body_runs_in_onnx_runtime(tmp_path):
     """What a rectangular target takes: packed ids and positions, segments and columns, all [rows, capacity]."""
     ort = pytest.importorskip("onnxruntime", reason="pip install 'thresher[onnx]'")
-    from thresher.lowering.onnx import export
+    from thresher.lowering.onnx.export import export
 
     model, _ = zoo.ZOO["llama"].build()
     mask = masks.mixed((5, 3, 12))

@@ -11,9 +11,9 @@ from thresher.backend import run_pipeline
 from thresher.lowering.reference import Reference
 from thresher.recipe import Recipe
 from thresher.runtime.compare import run_plainly
-from thresher.runtime.kv_cache import MixedPrecisionCache
-from thresher.runtime.kv_layer import KVPolicy
-from thresher.runtime.kv_prefill import generate, prefill
+from thresher.runtime.kv.cache import MixedPrecisionCache
+from thresher.runtime.kv.layer import KVPolicy
+from thresher.runtime.kv.prefill import generate, prefill
 from thresher.sessions import collect
 
 PRUNE = dict(min_image_tokens=2, bucket=1, min_saving=-1.0)

@@ -98,9 +98,9 @@ def body():
 
 def main(capabilities):
     load()
-    from thresher.lowering import torch_tensorrt
     from thresher.lowering.target import fake_inputs
-    from thresher.lowering.tensorrt_build import kernels
+    from thresher.lowering.tensorrt import graph_parts as torch_tensorrt
+    from thresher.lowering.tensorrt.build import kernels
 
     divided, parts, _ = torch_tensorrt.prepare(body())
     inputs = torch_tensorrt._part_inputs(divided, fake_inputs(divided))

@@ -7,9 +7,9 @@ from tiny_llama import IMAGE, make, prompt
 from transformers import DynamicCache
 
 import thresher
-from thresher.runtime.kv_cache import MixedPrecisionCache
-from thresher.runtime.kv_layer import KVPolicy
-from thresher.runtime.kv_prefill import prefill
+from thresher.runtime.kv.cache import MixedPrecisionCache
+from thresher.runtime.kv.layer import KVPolicy
+from thresher.runtime.kv.prefill import prefill
 
 OPTIONS = dict(
     image_token_id=IMAGE,

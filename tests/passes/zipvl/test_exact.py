@@ -9,10 +9,10 @@ from zip_by_hand import OPTIONS
 
 import thresher
 from thresher.errors import ArgumentError, ThresherError
-from thresher.lowering.inductor import Inductor
-from thresher.runtime.kv_cache import MixedPrecisionCache
-from thresher.runtime.kv_layer import KVPolicy
-from thresher.runtime.kv_prefill import generate
+from thresher.lowering.inductor.inductor import Inductor
+from thresher.runtime.kv.cache import MixedPrecisionCache
+from thresher.runtime.kv.layer import KVPolicy
+from thresher.runtime.kv.prefill import generate
 
 EXACT = dict(OPTIONS, counts="exact", tau=0.8)
 

@@ -1,0 +1,1 @@
+"""Through Inductor: Triton on GPUs, C++ on CPUs; in this process, or ahead of time."""

@@ -1,0 +1,1 @@
+"""Into an ONNX file that ONNX Runtime runs without Thresher."""

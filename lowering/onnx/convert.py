@@ -1,0 +1,99 @@
+"""One program as an ONNX model: its own operators replaced, the rest through torch's exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.errors import ThresherError
+from thresher.program import Program, value
+
+from ..decompose import add_masks, decompose, op_name, own_nodes, windowed
+from . import integers as onnx_integers
+from . import nvfp4 as onnx_nvfp4
+from . import tables as onnx_tables
+from .attention import group_query, packed
+from .translate import translate
+from .weights import Weights
+
+_FORMS = {"wna16_linear": onnx_integers.replace, "nvfp4_linear": onnx_nvfp4.replace}
+
+
+class Parts:
+    """Converts the parts of one export; collects what they say.
+
+    stage: called with the name of what is being done, for whoever waits.
+    """
+
+    def __init__(
+        self,
+        runtime: str,
+        accuracy_level: int,
+        opset: int,
+        table_bits: int,
+        stage: Callable[[str], None] = lambda _: None,
+    ):
+        self.runtime, self.accuracy_level = runtime, accuracy_level
+        self.opset, self.table_bits, self.stage = opset, table_bits, stage
+        self.notes: list[str] = []
+        self.functions: set[str] = set()
+        self.fields: list[str] = []
+
+    def convert(self, program: Program, name: str) -> Any:
+        """One program as an untidied ONNX model; weights are called by their FQN."""
+        from .graph import rename_initializers, restore_types
+
+        self.stage(f"translating the {name}")
+        copy = program.copy()
+        _say_dense(copy, self.notes)
+        weights = Weights(copy, self.runtime, self.accuracy_level, notes=self.notes, functions=self.functions)
+        for node in own_nodes(copy):
+            if op_name(node) in _FORMS:
+                try:
+                    _FORMS[op_name(node)](node, weights)
+                except ValueError as reason:
+                    raise ThresherError(
+                        f"{node.name} cannot be exported for {self.runtime}: {reason}."
+                    ) from None
+        if self.table_bits:
+            onnx_tables.shrink(weights)
+        if self.runtime == "tensorrt":
+            add_masks(copy)
+        elif self.runtime != "portable":
+            group_query(weights)
+            packed(weights)
+        columns = _columns(copy) if windowed(copy) else None
+        decompose(copy, additive=self.runtime == "tensorrt", columns=columns)
+        self.fields = list(copy.input_names)
+        model = translate(copy, self.opset)
+        prefix = "module."
+        restore_types(model, {prefix + n: k for n, k in weights.stored.items()})
+        rename_initializers(model, {prefix + n: w.fqn for n, w in copy.weights.items()})
+        return model
+
+
+def _columns(program: Program) -> fx.Node:
+    """The tokens' columns as an input of a packed body, added when it has none."""
+    for place, name in zip(program.placeholders, program.input_names, strict=True):
+        if name == "columns":
+            return place
+    node = next(n for n in program.nodes() if op_name(n) == "varlen_attention" and n in own_nodes(program))
+    q, last = node.args[0], program.placeholders[-1]
+    with program.graph.inserting_after(last):
+        place = program.graph.placeholder("columns")
+    mode = program.fake_mode()
+    with mode:
+        place.meta["val"] = torch.empty(value(q).shape[2], dtype=torch.int64)
+    program.input_names.append("columns")
+    return place
+
+
+def _say_dense(program: Program, notes: list[str]) -> None:
+    for name in ("sparse_down", "sparse_mlp"):
+        found = [n for n in own_nodes(program) if op_name(n) == name]
+        if found:
+            notes.append(f"{len(found)} {name} nodes compute densely: ONNX has no operator that skips neurons. "
+                         "The result is the same, the saving is not there.")  # fmt: skip

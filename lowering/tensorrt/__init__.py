@@ -1,0 +1,1 @@
+"""Into TensorRT engines."""

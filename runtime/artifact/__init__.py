@@ -1,0 +1,1 @@
+"""A compiled model in one file: written, read, checked."""

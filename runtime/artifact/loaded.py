@@ -1,0 +1,126 @@
+"""A loaded artifact: called like the model, with results by name."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from thresher.lowering.inductor import aoti
+from thresher.lowering.inductor.inductor import Inductor
+from thresher.lowering.reference import Reference
+from thresher.lowering.target import Lowered, Target
+from thresher.program import Program
+from thresher.report import Report
+
+from ..call_session import CallSession, Key
+from ..session import Counters, Session
+from .fakes import materialise_for_compiler
+from .signature import bind
+
+
+class Result(dict[str, Any]):
+    """A call's results by name; a name that is an identifier is an attribute too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"There is no result {name!r}; there are {', '.join(self)}.")
+
+
+class Loaded:
+    """Runs a saved program. The first call lowers it.
+
+    program: the graph and its weights. manifest: what the file says about itself. others, whole: see
+        `runtime.artifact.write`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        manifest: Mapping[str, Any],
+        target: str,
+        machine_code: bytes | None = None,
+        others: Mapping[Key, Program] | None = None,
+        whole: Program | None = None,
+    ):
+        self._others, self._whole = others, whole
+        self.program, self.manifest, self.target = program, manifest, target
+        self.report = (
+            Report.from_dict(manifest["report"]) if manifest["report"] is not None else Report("none")
+        )
+        self._code = machine_code
+        self._session: Session | None = None
+        self._lock = threading.Lock()
+        outside = program.packing.padded if program.packing is not None else program
+        self._symbols = outside.graph_module.meta["symbols"]
+
+    @property
+    def input_names(self) -> list[str]:
+        return [e["name"] for e in self.manifest["inputs"] if e["kind"] == "tensor"]
+
+    @property
+    def output_names(self) -> list[str]:
+        return list(self.manifest["outputs"])
+
+    @property
+    def counters(self) -> Counters:
+        return self.session.counters
+
+    @property
+    def session(self) -> Session:
+        """What runs the program; made when first asked for."""
+        with self._lock:
+            if self._session is None:
+                given = (self.program, self._lowering(), Reference(), self.report, "trust")
+                if self._whole is None:
+                    self._session = Session(*given)
+                else:
+                    self._session = CallSession(*given, kept=self._others, whole=self._whole)
+            return self._session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        """Run on the model's inputs, by name or in order."""
+        inputs = bind(self.manifest["inputs"], self.manifest["relations"], self._symbols, args, kwargs)
+        with torch.no_grad():
+            results = self.session(inputs, {})
+        return Result(zip(self.output_names, results, strict=True))
+
+    def _lowering(self) -> Target:
+        if self.target == "reference":
+            return Reference()
+        if self._code is not None:
+            return _Compiled(self.program, self._code)
+        return OnFakes(Inductor())
+
+
+class OnFakes(Target):
+    """Another target, for programs whose fake tensors were left out of a file."""
+
+    def __init__(self, target: Target):
+        self._target, self.name = target, target.name  # type: ignore[misc]
+
+    def supports(self, program: Program) -> str | None:
+        return self._target.supports(program)
+
+    def lower(self, program: Program) -> Lowered:
+        return self._target.lower(materialise_for_compiler(program))
+
+
+class _Compiled(Target):
+    """The machine code of the body; the parts around it, for which there is none, run plainly."""
+
+    name = "compiled"
+
+    def __init__(self, body: Program, code: bytes):
+        self._body, self._code = body, code
+
+    def supports(self, program: Program) -> str | None:
+        return None
+
+    def lower(self, program: Program) -> Lowered:
+        if program is self._body:
+            return aoti.load(self._code, program)
+        return Reference().lower(program)

@@ -1,0 +1,1 @@
+"""Weight files of other tools: read, written, streamed."""

@@ -1,0 +1,1 @@
+"""Caches of keys and values in mixed precision, and the prefill that fills them."""
