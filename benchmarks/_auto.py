@@ -10,8 +10,8 @@ import torch
 from _harness import Benchmark, alone, interleave
 
 import thresher
-from thresher import models
-from thresher.auto import candidates
+from thresher.tools import models
+from thresher.tools.auto import candidates
 
 BUDGET = 0.01
 
@@ -62,7 +62,7 @@ def search(b: Benchmark, args: Any) -> None:
 
 def _stop_after(count: int, model: Any, batch: Any, options: dict[str, Any]) -> None:
     """A search that is stopped, as by Ctrl-C, when so many candidates were measured."""
-    from thresher import auto
+    from thresher.tools import auto
 
     judge, seen = auto._judge, []
 

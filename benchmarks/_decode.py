@@ -10,10 +10,10 @@ import torch
 from _harness import Benchmark, interleave
 
 import thresher
-from thresher import capture
 from thresher.formats import bitpack
+from thresher.graph import capture
+from thresher.graph.program import Program, Weight, fake_like
 from thresher.kernels import catalog
-from thresher.program import Program, Weight, fake_like
 
 catalog.load()
 

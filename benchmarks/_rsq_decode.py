@@ -9,8 +9,8 @@ import torch
 from _harness import Benchmark, interleave
 
 import thresher
-from thresher import models
 from thresher.files import cache_dir
+from thresher.tools import models
 
 PAST = 128
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from _harness import Benchmark, arguments
 
-from thresher import RSQ, models, quantize
+from thresher import RSQ, quantize
 from thresher.passes.rsq.quantizer import driver as rsq_driver
+from thresher.tools import models
 
 LENGTH = 512
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from thresher import models
+from thresher.tools import models
 
 PYTHON = "THRESHER_LLMCOMPRESSOR"
 NAME, BITS = "llm-compressor3", 3

@@ -12,8 +12,10 @@ from rich.console import Console
 from transformers import DynamicCache, StaticCache
 
 import thresher
-from thresher import auto, backend, memory, models, sessions
+from thresher import backend, sessions
+from thresher.machine import memory
 from thresher.recipe import Recipe
+from thresher.tools import auto, models
 
 BUDGET = 0.01
 PADDED, EAGER = "Inductor, padded", "eager, padded"

@@ -24,10 +24,12 @@ from _harness import Benchmark, alone, arguments, interleave
 from _serve import BUDGET, serve
 
 import thresher
-from thresher import auto, backend, bench, device_rates, devices, models
+from thresher import backend
 from thresher.files import cache_dir
+from thresher.machine import device_rates, devices
 from thresher.passes.cost.model import CostModel
 from thresher.recipe import PRESETS, Recipe
+from thresher.tools import auto, bench, models
 
 assert backend
 SHAPES = {  # out, in

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import thresher
-from thresher.mlp_sites import mlps
+from thresher.training.mlp_sites import mlps
 
 WIDTH, NEURONS, LAYERS = 64, 256, 3
 WEIGHTS = (0.3, 0.5, 1.0)

@@ -33,8 +33,9 @@ import torch
 from _harness import Benchmark, arguments
 
 import thresher
-from thresher import backend, export, models
+from thresher import backend, export
 from thresher.errors import ThresherError
+from thresher.graph.program import Program, value
 from thresher.lowering.coverage import coverage
 from thresher.lowering.decompose import own_nodes
 from thresher.lowering.inductor.aoti import AOTInductor
@@ -43,11 +44,11 @@ from thresher.lowering.onnx.check import difference
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Target
 from thresher.lowering.tensorrt import engine as tensorrt
-from thresher.program import Program, value
 from thresher.recipe import Recipe
 from thresher.report import Report
 from thresher.runtime.artifact import file as artifact
 from thresher.runtime.session import Session
+from thresher.tools import models
 
 PROMPT = "prompt"  # without a mask, so that causality is all there is to attention
 METHODS: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M with its linears, the head excepted, rounded to 4.5 bits in several ways.
 
-The text is the last part of Python's language reference (`thresher.models.texts`), in windows of 256 tokens
+The text is the last part of Python's language reference (`thresher.tools.models.texts`), in windows of 256 tokens
 that start with the tokenizer's first token. "nvfp4, compiled" runs the rewritten model; the others round
 the weights in place, which is the same to fp32 rounding (tests/e2e/test_nvfp4.py).
 
@@ -18,8 +18,8 @@ import torch
 from _harness import Benchmark, arguments
 
 import thresher
-from thresher import models
 from thresher.kernels.nvfp4.quantize import quantize
+from thresher.tools import models
 
 GROUP = 32
 WINDOW = 256

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import thresher
-from thresher import models
-from thresher.training import PAPER, TrainingRecipe, use_recipe
+from thresher.tools import models
+from thresher.training.nvfp4 import PAPER, TrainingRecipe, use_recipe
 
 WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 96, 4, 4, 64, 8
 RATE, WARM_UP = 2e-3, 50

@@ -20,8 +20,8 @@ import transformers as hf
 from _harness import Benchmark, arguments, interleave
 
 import thresher
-from thresher import lengths as length_sets
 from thresher.runtime.packing.binpack import pack_dataset
+from thresher.tools import lengths as length_sets
 
 SETS = ("long-tail", "one-long", "uniform", "mmlu-like", "alpaca-like", "samsum-like")
 ROWS, LONGEST, VOCABULARY, HIDDEN = 16, 512, 2048, 384

@@ -31,13 +31,13 @@ import _rsq_other
 import torch
 from _harness import Benchmark, arguments
 
-from thresher import models
 from thresher.files import cache_dir
+from thresher.graph.program import Program
 from thresher.passes.rsq.config import RSQConfig
 from thresher.passes.rsq.quantizer.driver import Batch, Outcome, quantise_program
 from thresher.passes.rsq.quantizer.sweep import Sweep, bind
-from thresher.program import Program
 from thresher.quantization import _capture, cut_text
+from thresher.tools import models
 
 PLAIN = dict(rotate=False, rotate_heads=False, rotate_down=False, importance="uniform")
 ROWS: dict[str, dict[str, Any]] = {

@@ -234,7 +234,7 @@ def agreement(bench: Benchmark, args: argparse.Namespace) -> None:
     """100 greedy tokens of SmolLM2 with the mixed-precision cache against its own dense ones."""
     from pydoc_data.topics import topics
 
-    from thresher import models
+    from thresher.tools import models
 
     model, tokenizer = models.smollm2()
     text = topics["lambda"] + topics["class"]

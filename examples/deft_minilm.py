@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import thresher
-from thresher import mlp_sites, models
 from thresher.report import progress
+from thresher.tools import models
+from thresher.training import mlp_sites
 
 HELD_OUT = 128
 BATCH, LENGTH = 16, 48

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from thresher import models
 from thresher.report import progress
+from thresher.tools import models
 
 
 def embed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

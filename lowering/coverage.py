@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.dialect import _SIZE_FUNCTIONS as SIZES
 from thresher.errors import unknown_key
-from thresher.layout import PackedLayout
+from thresher.graph.dialect import _SIZE_FUNCTIONS as SIZES
+from thresher.graph.packed_layout import PackedLayout
+from thresher.graph.program import Program, module_fqn, value
 from thresher.ops import get
-from thresher.program import Program, module_fqn, value
 
 from . import plain_ops
 from .decompose import op_name

@@ -11,9 +11,9 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from thresher.errors import ThresherError
+from thresher.graph.program import Program, Weight, fake_like, value
 from thresher.kernels.varlen.attention import varlen_attention_masked
 from thresher.ops import NAMESPACE
-from thresher.program import Program, Weight, fake_like, value
 
 from . import plain_ops
 

@@ -13,8 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from thresher import ops
-from thresher.program import Program, value
-from thresher.sizes import example_of
+from thresher.graph.program import Program, value
+from thresher.graph.sizes import example_of
 
 
 def provider_notes(program: Program) -> list[str]:

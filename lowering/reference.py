@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from thresher.program import Program
+from thresher.graph.program import Program
 
 from .target import Lowered, Target, lift_weights
 

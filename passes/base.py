@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.program import Program
+from thresher.graph.program import Program
 from thresher.recipe import PassConfig, Recipe, register
 from thresher.report import Miss
 

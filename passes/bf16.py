@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from thresher.program import Program, Weight, value
+from thresher.graph.program import Program, Weight, value
 from thresher.recipe import PassConfig
 
 from .base import Context, Effect, Match, Miss, Pass, register_pass

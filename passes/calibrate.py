@@ -26,7 +26,7 @@ from torch import fx
 
 from thresher.compat import has_values
 from thresher.errors import ArgumentError, ThresherError
-from thresher.program import Program
+from thresher.graph.program import Program
 from thresher.recipe import Recipe
 
 from .base import PASSES, Context

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thresher.program import Program
+from thresher.graph.program import Program
 from thresher.report import Miss
 
 from .base import Context, Match, Pass

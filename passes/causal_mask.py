@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from thresher.compat import without_fake_mode
-from thresher.program import Program, module_fqn, value
+from thresher.graph.program import Program, module_fqn, value
 from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass

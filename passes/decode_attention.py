@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from thresher.dialect import unrepeated
-from thresher.program import Program, module_fqn, value
+from thresher.graph.dialect import unrepeated
+from thresher.graph.program import Program, module_fqn, value
 from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass

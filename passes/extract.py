@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from thresher.compat import lazy_module
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 
 def extract(program: Program, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Program:

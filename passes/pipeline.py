@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from thresher.dialect import verify
 from thresher.errors import ArgumentError, CoverageError
-from thresher.program import Program
+from thresher.graph.dialect import verify
+from thresher.graph.program import Program
 from thresher.recipe import PassConfig, Recipe
 from thresher.report import Miss, PassReport, Report
 

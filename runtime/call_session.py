@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from thresher import tokens
-from thresher.call_plan import CallPlan
-from thresher.program import Program
+from thresher import token_types as tokens
+from thresher.graph.call_plan import CallPlan
+from thresher.graph.program import Program
 
 from .session import Session
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from thresher import site_counts
-from thresher.call_plan import Shortened
-from thresher.layout import PackedLayout, Scatter
+from thresher.graph.call_plan import Shortened
+from thresher.graph.packed_layout import PackedLayout, Scatter
+from thresher.graph.program import Program
 from thresher.lowering.target import Target
-from thresher.program import Program
 from thresher.report import Report
 
 from .call_session import run_built

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from thresher.errors import StaleWeightsError
-from thresher.program import Program, Weight
+from thresher.graph.program import Program, Weight
 
 
 def _stamp(tensor: torch.Tensor) -> tuple[int, int]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.layout import PackedLayout, Passed, Scatter
+from thresher.graph.packed_layout import PackedLayout, Passed, Scatter
+from thresher.graph.program import Program
 from thresher.lowering.target import Lowered, Target
-from thresher.program import Program
 from thresher.report import Report
 
 from .freshness import Freshness

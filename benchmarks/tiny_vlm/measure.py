@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import thresher
-from thresher import tokens
+from thresher import token_types as tokens
 from thresher.runtime.kv.cache import ATTENTION, MixedPrecisionCache
 from thresher.runtime.kv.layer import KVPolicy
 from thresher.runtime.kv.prefill import prefill

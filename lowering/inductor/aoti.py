@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from thresher.errors import ThresherError
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 from ..target import Lowered, Target, lift_weights
 

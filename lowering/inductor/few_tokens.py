@@ -15,8 +15,8 @@ import math
 import torch
 from torch import fx
 
+from thresher.graph.program import value
 from thresher.kernels import few_linear
-from thresher.program import value
 
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 
 from thresher.errors import ThresherError
-from thresher.program import Program
-from thresher.sizes import decided_by_data
+from thresher.graph.program import Program
+from thresher.graph.sizes import decided_by_data
 
 from ..target import Lowered, Target, fake_inputs, lift_weights
 from . import direct_calls, few_tokens, isa_probe

@@ -21,8 +21,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from thresher.dialect import unrepeated
-from thresher.program import value
+from thresher.graph.dialect import unrepeated
+from thresher.graph.program import value
 
 from ..decompose import op_name, own_nodes
 from .weights import Weights, symbolic

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from thresher.errors import ArgumentError, MissingDependencyError, unknown_key
-from thresher.layout import PackedLayout
-from thresher.program import Program
+from thresher.graph.packed_layout import PackedLayout
+from thresher.graph.program import Program
 
 from .convert import Parts
 from .write import Exported, write

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from thresher.layout import Counted, Gather, PackedLayout, Passed, PlanField, Scatter
-from thresher.program import Program, value
+from thresher.graph.packed_layout import Counted, Gather, PackedLayout, Passed, PlanField, Scatter
+from thresher.graph.program import Program, value
 
 from .convert import Parts
 

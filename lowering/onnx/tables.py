@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 from .integers import nbits
 from .weights import Weights

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from thresher.errors import ThresherError
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 
 class _Call(torch.nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import Program, Weight, fake_like
+from thresher.graph.program import Program, Weight, fake_like
 
 from ..decompose import trace_before
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from thresher.errors import ArgumentError, ThresherError
-from thresher.program import Program
+from thresher.graph.program import Program
 
 from ..onnx.export import export
 from . import build as tensorrt_build

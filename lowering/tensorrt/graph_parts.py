@@ -18,9 +18,9 @@ from torch import fx
 from torch.fx.passes.split_module import split_module
 
 from thresher.errors import MissingDependencyError
+from thresher.graph.program import Program, value
+from thresher.graph.sizes import example_of
 from thresher.ops import NAMESPACE
-from thresher.program import Program, value
-from thresher.sizes import example_of
 
 from ..target import Lowered, Target, fake_inputs, lift_weights
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from thresher.devices import Device
-from thresher.program import Program
+from thresher.graph.program import Program
+from thresher.machine.devices import Device
 
 from .model import CostModel
 

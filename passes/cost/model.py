@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.devices import Device
-from thresher.program import Program, value
-from thresher.sizes import example_of
+from thresher.graph.program import Program, value
+from thresher.graph.sizes import example_of
+from thresher.machine.devices import Device
 
 from .prices import CHEAP_SHARE, PRICES, WIDTH, dtype_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from thresher import site_counts
-from thresher.program import value
+from thresher.graph.program import value
 
 if TYPE_CHECKING:
     from .model import CostModel

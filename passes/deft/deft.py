@@ -23,7 +23,7 @@ from torch import fx
 
 from thresher.compat import has_values
 from thresher.errors import ArgumentError
-from thresher.program import Program, Weight, value
+from thresher.graph.program import Program, Weight, value
 from thresher.recipe import PassConfig
 
 from ..base import EXACT, Context, Match, Miss, Pass, register_pass

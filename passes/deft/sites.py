@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import fx
 
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 from thresher.report import Miss
 
 from ..structure.sites import MlpSite, Projection

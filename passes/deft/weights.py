@@ -14,7 +14,7 @@ from torch import fx
 
 from thresher.compat import has_values
 from thresher.errors import ThresherError
-from thresher.program import Program, Weight
+from thresher.graph.program import Program, Weight
 
 from . import quant as deft_quant
 

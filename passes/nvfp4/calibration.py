@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from thresher.program import Program
+from thresher.graph.program import Program
 from thresher.report import Miss
 
 from ..structure.recover import LinearSite

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 from ..structure.attention import Core, cores
 from .visibility import Attention, attention

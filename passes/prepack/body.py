@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from thresher.capture import assemble
-from thresher.dialect import unrepeated
-from thresher.program import Program, value
+from thresher.graph.capture import assemble
+from thresher.graph.dialect import unrepeated
+from thresher.graph.program import Program, value
 
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, hint
 from .frontier import Frontier, plan_fields

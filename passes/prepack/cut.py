@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from thresher.layout import PackedLayout, Packing, Passed, Scatter, Visibility
-from thresher.program import Program, module_fqn
+from thresher.graph.packed_layout import PackedLayout, Packing, Passed, Scatter, Visibility
+from thresher.graph.program import Program, module_fqn
 
 from ..extract import extract
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Stop, TokenAxes

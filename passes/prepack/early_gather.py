@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 aten = torch.ops.aten
 _SELECTS = (aten.select.int, aten.slice.Tensor, aten.index.Tensor)

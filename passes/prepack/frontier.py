@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from thresher.layout import Counted, Gather, Passed, PlanField, Visibility
-from thresher.program import Program, value
+from thresher.graph.packed_layout import Counted, Gather, Passed, PlanField, Visibility
+from thresher.graph.program import Program, value
 
 from ..extract import is_computed
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes

@@ -23,8 +23,8 @@ import torch
 from torch import fx
 
 from thresher.errors import ArgumentError, unknown_key
-from thresher.layout import Packing, Visibility
-from thresher.program import Program, module_fqn, value
+from thresher.graph.packed_layout import Packing, Visibility
+from thresher.graph.program import Program, module_fqn, value
 from thresher.recipe import PassConfig
 
 from ..base import EXACT, Context, Match, Miss, Pass, register_pass

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from thresher.compat import is_fake, without_fake_mode
-from thresher.layout import Visibility
-from thresher.program import Program, value
+from thresher.graph.packed_layout import Visibility
+from thresher.graph.program import Program, value
 
 from ..extract import extract
 from ..tokens.axes import hint

@@ -13,7 +13,7 @@ import torch
 
 from thresher.compat import has_values
 from thresher.formats.hadamard import decompose
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 from thresher.report import Miss
 
 from ..keep import kept_layers

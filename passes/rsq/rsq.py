@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.program import Program, Weight, value
+from thresher.graph.program import Program, Weight, value
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..structure.linears import find_linears

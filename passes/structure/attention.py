@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.dialect import unrepeated
-from thresher.program import Program, value
+from thresher.graph.dialect import unrepeated
+from thresher.graph.program import Program, value
 
 from .masks import read_masks
 from .pattern import Anything, Number, Var, call, described, either, is_cast, match, uncast

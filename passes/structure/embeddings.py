@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from thresher.compat import has_values
-from thresher.program import Program, module_fqn, sequence_of, value
+from thresher.graph.program import Program, module_fqn, sequence_of, value
 
 from .pattern import uncast
 from .sites import LinearSite, NormSite

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 from .pattern import uncast
 from .sites import common_prefix

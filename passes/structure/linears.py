@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.dialect import same_size
-from thresher.program import Program, module_fqn, value
+from thresher.graph.dialect import same_size
+from thresher.graph.program import Program, module_fqn, value
 from thresher.report import Miss
 
 from .pattern import CASTS

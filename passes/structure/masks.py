@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.dialect import same_size
-from thresher.layout import Visibility
-from thresher.program import value
+from thresher.graph.dialect import same_size
+from thresher.graph.packed_layout import Visibility
+from thresher.graph.program import value
 
 from .pattern import CASTS, Number, Var, call, either, match
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.layout import Visibility
+from thresher.graph.packed_layout import Visibility
 
 
 class Unknown(Exception):

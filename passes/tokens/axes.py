@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import fx
 
-from thresher.program import Program
+from thresher.graph.program import Program
 
 from .labels import (
     BATCH,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import value
-from thresher.sizes import example_of
+from thresher.graph.program import value
+from thresher.graph.sizes import example_of
 
 aten = torch.ops.aten
 

@@ -17,8 +17,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from thresher.capture import assemble
-from thresher.program import Program, module_fqn, value
+from thresher.graph.capture import assemble
+from thresher.graph.program import Program, module_fqn, value
 
 from ..extract import is_computed
 from ..prepack.visibility import attention

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.layout import PackedLayout
-from thresher.program import Program, value
+from thresher.graph.packed_layout import PackedLayout
+from thresher.graph.program import Program, value
 
 from .axes import hint
 from .replay import packed_attention

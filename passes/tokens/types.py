@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher import tokens as given_tokens
-from thresher.call_plan import CallPlan
-from thresher.program import Program, value
+from thresher import token_types as given_tokens
+from thresher.graph.call_plan import CallPlan
+from thresher.graph.program import Program, value
 from thresher.report import Miss
 
 from ..extract import extract
@@ -139,7 +139,7 @@ def embeddings_fed(program: Program) -> dict[int, fx.Node]:
 
 
 def publish_image(program: Program, fed: Mapping[int, fx.Node]) -> CallPlan:
-    """Return those masks too, for the graph that gets the embeddings; see `thresher.tokens`."""
+    """Return those masks too, for the graph that gets the embeddings; see `thresher.token_types`."""
     plan = program.calls or CallPlan()
     for index, mask in fed.items():
         with program.graph.inserting_before(program.output_node):

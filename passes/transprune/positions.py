@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 from ..structure.recover import LayerSite
 from ..tokens.axes import TokenAxes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 from ..tokens.axes import SEQUENCE
 from ..tokens.replay import Frame, Replay, put, retrace

@@ -19,11 +19,11 @@ from typing import Any
 
 from torch import fx
 
-from thresher import tokens as given_tokens
-from thresher.call_plan import CallPlan, Choice, Shortened
+from thresher import token_types as given_tokens
 from thresher.errors import ArgumentError
-from thresher.program import Program, value
-from thresher.rules import Rule, rule
+from thresher.graph.call_plan import CallPlan, Choice, Shortened
+from thresher.graph.call_rules import Rule, rule
+from thresher.graph.program import Program, value
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..causal_mask import make_all_causal

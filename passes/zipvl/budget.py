@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from thresher.program import Program
-from thresher.rules import Rule, rule
+from thresher.graph.call_rules import Rule, rule
+from thresher.graph.program import Program
 
 from ..structure.recover import LayerSite
 from ..tokens.types import Types, image_counts, layer_flops, types_from

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.layout import Counted, PackedLayout, Passed, Scatter
-from thresher.program import Program, value
-from thresher.sizes import expect
+from thresher.graph.packed_layout import Counted, PackedLayout, Passed, Scatter
+from thresher.graph.program import Program, value
+from thresher.graph.sizes import expect
 
 from ..prepack.body import _free_number, _symbol
 from ..structure.recover import AttentionSite

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import fx
 
-from thresher.layout import Visibility
-from thresher.program import Program, value
+from thresher.graph.packed_layout import Visibility
+from thresher.graph.program import Program, value
 
 from ..structure.masks import read_masks
 from ..structure.recover import AttentionSite, LayerSite, Structure, Tower

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.call_plan import CallPlan, Choice, Shortened
-from thresher.layout import Counted
-from thresher.program import Program, value
-from thresher.rules import Rule
-from thresher.sizes import allow_decided_by_data
+from thresher.graph.call_plan import CallPlan, Choice, Shortened
+from thresher.graph.call_rules import Rule
+from thresher.graph.packed_layout import Counted
+from thresher.graph.program import Program, value
+from thresher.graph.sizes import allow_decided_by_data
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..calibrate import Tap

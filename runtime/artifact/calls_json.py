@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from thresher.call_plan import CallPlan, Choice, Shortened
-from thresher.program import Program
+from thresher.graph.call_plan import CallPlan, Choice, Shortened
+from thresher.graph.program import Program
 
 from .layout_json import decode_layout, decode_rule, encode_layout, encode_rule
 from .program_json import decode, encode

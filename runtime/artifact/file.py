@@ -28,12 +28,12 @@ import torch
 
 import thresher
 from thresher import compat
-from thresher.call_plan import refuse_data_decided, refuse_to_keep
 from thresher.errors import ArgumentError
+from thresher.graph.call_plan import refuse_data_decided, refuse_to_keep
+from thresher.graph.packed_layout import PackedLayout
+from thresher.graph.program import Program
 from thresher.kernels import catalog
-from thresher.layout import PackedLayout
 from thresher.lowering.inductor import aoti
-from thresher.program import Program
 from thresher.report import Report
 
 from ..call_session import Key

@@ -8,8 +8,17 @@ from typing import Any
 
 import torch
 
-from thresher.layout import Counted, Gather, PackedLayout, Packing, Passed, PlanField, Scatter, Visibility
-from thresher.rules import Rule
+from thresher.graph.call_rules import Rule
+from thresher.graph.packed_layout import (
+    Counted,
+    Gather,
+    PackedLayout,
+    Packing,
+    Passed,
+    PlanField,
+    Scatter,
+    Visibility,
+)
 
 from .program_json import ArtifactError, decode, encode
 
@@ -87,7 +96,9 @@ def decode_layout(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Packe
 def encode_rule(rule: Any, hold: Callable[[torch.Tensor], int]) -> dict[str, Any]:
     """A rule as a JSON value. Raises ArtifactError for other code: a file can name functions and not hold them."""
     if not isinstance(rule, Rule):
-        raise ArtifactError(f"A pass decides at each call by {rule}, which is no `thresher.rules.Rule`.")
+        raise ArtifactError(
+            f"A pass decides at each call by {rule}, which is no `thresher.graph.call_rules.Rule`."
+        )
     part = encode(rule.program, hold) if rule.program is not None else None
     return {"name": rule.name, "facts": dict(rule.facts), "program": part}
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from thresher.graph.program import Program
 from thresher.lowering.inductor import aoti
 from thresher.lowering.inductor.inductor import Inductor
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Lowered, Target
-from thresher.program import Program
 from thresher.report import Report
 
 from ..call_session import CallSession, Key

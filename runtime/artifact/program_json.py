@@ -15,7 +15,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 
 from thresher.errors import ThresherError
-from thresher.program import Program, Weight, module_fqn, value
+from thresher.graph.program import Program, Weight, module_fqn, value
 
 from . import expressions
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.program import Program, value
+from thresher.graph.program import Program, value
 
 from . import expressions
 

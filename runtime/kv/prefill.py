@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from thresher import tokens
+from thresher import token_types as tokens
 from thresher.errors import ArgumentError
 
 from .cache import ATTENTION, MixedPrecisionCache

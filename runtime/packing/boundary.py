@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from thresher.layout import Counted, Gather, Packing, Passed, PlanField, Scatter
+from thresher.graph.packed_layout import Counted, Gather, Packing, Passed, PlanField, Scatter
 
 from .binpack import best_capacity, pack_dataset
 from .plan import PackPlan, ladder, pack, plan, row_plan, unpack

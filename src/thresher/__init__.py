@@ -16,27 +16,27 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Certificate": "certificate",
+    "Certificate": "records.certificate",
     "RSQ": "quantization",
     "Recipe": "recipe",
     "Report": "report",
     "ThresherError": "errors",
     "ThresherWarning": "backend",
-    "activation_density": "density_metrics",
+    "activation_density": "training.density_metrics",
     "calibrate": "api",
     "compile": "api",
-    "density_loss": "density",
+    "density_loss": "training.density",
     "explain": "api",
-    "find_recipe": "auto",
+    "find_recipe": "tools.auto",
     "export_onnx": "export",
     "load": "export",
-    "nvfp4_training": "training",
+    "nvfp4_training": "training.nvfp4",
     "optimize": "api",
-    "pack_dataset": "runtime.binpack",
+    "pack_dataset": "runtime.packing.binpack",
     "quantize": "quantization",
-    "relufy": "relu_swap",
+    "relufy": "training.relu_swap",
     "save": "export",
-    "token_types": "tokens",
+    "token_types": "token_types",
 }
 __all__ = ["__version__", "reports", *_PUBLIC]
 
@@ -44,6 +44,8 @@ __all__ = ["__version__", "reports", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"thresher.{_PUBLIC[name]}"), name)
+    if name == "models":  # small real models and texts, for examples
+        return importlib.import_module("thresher.tools.models")
     raise AttributeError(f"module 'thresher' has no attribute {name!r}")
 
 

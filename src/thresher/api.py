@@ -15,12 +15,13 @@ import torch
 from thresher.passes.calibrate import Calibration, Statistics
 from thresher.runtime.session import Counters, Session
 
-from . import backend, capture, generation, sessions
-from .certificate import Certificate
+from . import backend, generation, sessions
 from .compat import isolated, room_for_graphs, uncollected, without_fake_mode
 from .errors import ArgumentError, ThresherError, unknown_key
-from .program import Program
+from .graph import capture
+from .graph.program import Program
 from .recipe import Recipe
+from .records.certificate import Certificate
 from .report import Report, progress
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ def compile(
                 "'auto' alone, with example_inputs as a dict",
                 "Pass the search's arguments in search={...}.",
             )
-        from . import auto
+        from .tools import auto
 
         known = set(inspect.signature(auto.find_recipe).parameters) - {"model", "example_inputs", "target"}
         for key in search or {}:

@@ -30,15 +30,17 @@ from thresher.runtime.call_session import CallSession
 from thresher.runtime.compare import relative_difference
 from thresher.runtime.session import Session
 
-from . import capture, devices, memory, sessions, sharded
-from .certificate import certify
+from . import sessions
+from .cache.rewrite_cache import Entry, Kept, later_masks
 from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
+from .graph import capture, sharded
+from .graph.program import Program, module_fqn, value
+from .machine import devices, memory
 from .op_checks import watch
-from .program import Program, module_fqn, value
 from .recipe import Recipe
+from .records.certificate import certify
 from .report import Report
-from .rewrite_cache import Entry, Kept, later_masks
 
 operators.load()
 passes.load()

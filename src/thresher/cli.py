@@ -34,7 +34,7 @@ Html = Annotated[Path | None, typer.Option(help="Also write the report as one HT
 
 def _out(as_json: bool, payload: Any) -> None:
     if as_json:
-        from .certificate import plain
+        from .records.certificate import plain
 
         print(json.dumps(plain(payload), indent=2, allow_nan=False))
 
@@ -52,7 +52,7 @@ def _recipe(name: str, stats: Path | None) -> Any:
 
 
 def _load(model: str, rows: int, longest: int, seed: int = 0) -> tuple[Any, dict[str, Any]]:
-    from . import models
+    from .tools import models
 
     loaded, tokenizer = models.load(model)
     return loaded, models.mixed_length_batch(tokenizer, rows, seed, max_len=longest)
@@ -82,7 +82,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Compile a real encoder on a real mixed-length batch and show what was done and gained."""
-    from . import demo as module
+    from .tools import demo as module
 
     result = module.run(rows, rounds, Console(stderr=as_json))
     _out(as_json, module.to_dict(result))
@@ -98,7 +98,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Print versions, what is usable on this machine, and how to get what is missing."""
-    from . import doctor as module
+    from .tools import doctor as module
 
     measured = module.calibrate() if calibrate else None
     if as_json:
@@ -121,7 +121,8 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do to a model, without building anything. Exit code 1 when that is nothing."""
-    from . import api, html_report
+    from . import api
+    from .records import html_report
 
     check_writable("--html", html)
     chosen = _recipe(recipe, stats)
@@ -155,7 +156,8 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Run a model over batches of text and keep what the recipe's passes need to know."""
-    from . import api, models
+    from . import api
+    from .tools import models
 
     check_writable("output", output)
     chosen = _recipe(recipe, None)
@@ -183,7 +185,8 @@ def compile_model(
     as_json: Json = False,
 ) -> None:
     """Compile a model, verify it on a batch of text, and save it. Exit code 1 when it is outside its budget."""
-    from . import api, export, html_report
+    from . import api, export
+    from .records import html_report
 
     check_writable("output", output)
     check_writable("--html", html)
@@ -243,7 +246,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time recipes against eager and plain Inductor on one batch of real text, in turns."""
-    from . import bench as module
+    from .tools import bench as module
 
     chosen = {name: _recipe(name, stats) for name in recipe or ["exact"]}
     loaded, batch = _load(model, rows, longest)
@@ -269,7 +272,7 @@ def report(
     """Show the certificate in a saved artifact. Exit code 1 when it was measured outside its budget."""
     from thresher.runtime.artifact.file import read_manifest
 
-    from .certificate import Certificate
+    from .records.certificate import Certificate
 
     found = read_manifest(artifact).get("certificate")
     if found is None:

@@ -26,14 +26,15 @@ from thresher.runtime.compare import run_with_extras
 from thresher.runtime.packing.plan import plan
 from thresher.runtime.session import Session
 
-from . import backend, capture, sessions
+from . import backend, sessions
 from .api import _example as example
-from .call_plan import refuse_to_keep
-from .certificate import plain
 from .errors import ArgumentError, CaptureError, ThresherError
 from .files import check_writable
-from .program import Program
+from .graph import capture
+from .graph.call_plan import refuse_to_keep
+from .graph.program import Program
 from .recipe import Recipe
+from .records.certificate import plain
 from .report import Report
 from .saving import current, names_of
 

@@ -27,13 +27,14 @@ from thresher.passes.rsq.quantizer import driver as rsq_driver
 from thresher.passes.rsq.quantizer.driver import Batch, Outcome
 from thresher.passes.rsq.quantizer.importance import shift_sequences
 
-from . import backend, capture
+from . import backend
 from .compat import isolated, without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .files import cache_dir
-from .program import Program
-from .quantization_report import QuantizeReport
+from .graph import capture
+from .graph.program import Program
 from .recipe import Recipe
+from .records.quantization_report import QuantizeReport
 
 RSQ = RSQConfig
 
@@ -124,7 +125,7 @@ def _batches(
 ) -> Iterator[Batch]:
     if data is None or (isinstance(data, (list, tuple)) and data and all(isinstance(t, str) for t in data)):
         if data is None:
-            from .models import texts
+            from .tools.models import texts
 
             data = texts()
         if tokenizer is None:

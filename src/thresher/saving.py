@@ -11,9 +11,9 @@ import torch
 from thresher.runtime.artifact.fakes import materialise
 from thresher.runtime.freshness import Freshness
 
-from .layout import Counted
-from .program import Program, Weight
-from .rules import Rule
+from .graph.call_rules import Rule
+from .graph.packed_layout import Counted
+from .graph.program import Program, Weight
 
 
 def names_of(result: Any, results: Sequence[Any]) -> list[str]:

@@ -29,7 +29,7 @@ from thresher.passes.pipeline import ROLLED_BACK
 
 from . import api, backend
 from .errors import ArgumentError, ThresherError
-from .program import Program, value
+from .graph.program import Program, value
 from .recipe import CONFIGS, Recipe
 
 FORBIDDEN = ("thresher.kernels", "thresher.lowering", "thresher.runtime")

@@ -9,9 +9,11 @@ import zoo
 from typer.testing import CliRunner
 
 import thresher
-from thresher import bench, cli, device_rates, devices, models
+from thresher import cli
 from thresher.errors import ArgumentError, MissingDependencyError, ThresherError
 from thresher.files import cache_dir
+from thresher.machine import device_rates, devices
+from thresher.tools import bench, models
 
 runner = CliRunner()
 

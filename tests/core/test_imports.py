@@ -15,9 +15,8 @@ ROOMS = {
 }
 # The face joins the rooms; the rest of src/thresher is the core that every room may use.
 FACE = {
-    "__init__", "__main__", "api", "auto", "backend", "bench", "certificate", "cli", "demo", "doctor", "export",
-    "html_report", "models", "density", "density_metrics", "mlp_sites", "relu_swap", "quantization", "rewrite_cache",
-    "rewrite_key", "saving", "testing", "training", "generation",
+    "__init__", "__main__", "api", "compiled", "backend", "cli", "export", "saving", "quantization", "generation", "testing",
+    "records", "cache", "training", "tools",
 }  # fmt: skip
 ALLOWED = {
     "core": {"core"},

@@ -39,7 +39,7 @@ def run(code: str, code_wanted: int = 0, **environment: str) -> str:
 def test_a_compiler_that_fails_leaves_the_references_and_says_so(tmp_path):
     run(
         """
-        from thresher import doctor
+        from thresher.tools import doctor
         check(compiled(prepack=True))
         found = {c.name: c for c in doctor.checks()}
         line = next(c for n, c in found.items() if n.startswith("varlen_attention:") and c.found == "cpu")
@@ -55,7 +55,7 @@ def test_a_cache_directory_that_cannot_be_written(tmp_path):
     blocked.write_text("a file, where a directory is wanted")
     run("check(compiled(prepack=True))", THRESHER_CACHE_DIR=str(blocked))
     done = subprocess.run(
-        [sys.executable, "-c", "from thresher import cli, device_rates, devices\n"
+        [sys.executable, "-c", "from thresher import cli; from thresher.machine import device_rates, devices\n"
          "device_rates.measure_cpu = lambda: devices.guessed_cpu()\n"
          "import sys; sys.argv = ['thresher', 'doctor', '--calibrate']; cli.main()"],
         capture_output=True, text=True, timeout=300, env={**os.environ, "THRESHER_CACHE_DIR": str(blocked)},

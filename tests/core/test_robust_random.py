@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from thresher import backend, bench
+from thresher import backend
 from thresher.errors import ThresherError
 from thresher.lowering.reference import Reference
 from thresher.passes.prepack import prepack
 from thresher.recipe import Recipe
 from thresher.runtime.compare import run_plainly
+from thresher.tools import bench
 
 EXAMPLES = int(os.environ.get("THRESHER_EXAMPLES", "500"))
 ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}

@@ -175,7 +175,7 @@ class TestRefusals:
                 fast(**{**inputs, "attention_mask": torch.ones(shape, dtype=torch.int64)})
 
     def test_a_missing_package_names_its_extra(self, monkeypatch):
-        from thresher import models
+        from thresher.tools import models
 
         monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ImportError, match=r"thresher\[demo\]"):

@@ -8,9 +8,9 @@ import torch
 import zoo
 
 import thresher
-from thresher import models
 from thresher.kernels.nvfp4 import cpu as nvfp4_cpu
 from thresher.kernels.nvfp4.quantize import quantize
+from thresher.tools import models
 
 ANY = {"min_weights": 0, "budget": 4.0}
 

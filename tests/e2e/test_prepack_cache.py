@@ -8,7 +8,7 @@ import torch
 import zoo
 
 import thresher
-from thresher import models
+from thresher.tools import models
 
 
 def greedy(model, prefill, inputs, steps):

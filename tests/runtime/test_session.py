@@ -9,9 +9,9 @@ import zoo
 
 import thresher
 from thresher.errors import ArgumentError
-from thresher.layout import Packing
+from thresher.graph.packed_layout import Packing
+from thresher.graph.program import value
 from thresher.passes.tokens.axes import hint
-from thresher.program import value
 
 
 @pytest.fixture(scope="module")

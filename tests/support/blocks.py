@@ -10,9 +10,9 @@ import transformers as hf
 
 from thresher import backend
 from thresher.formats import bitpack
+from thresher.graph.program import Program, Weight, fake_like, value
 from thresher.kernels import catalog
 from thresher.kernels.nvfp4 import quantize as nvfp4_quantize
-from thresher.program import Program, Weight, fake_like, value
 from thresher.recipe import Recipe
 
 catalog.load()

@@ -7,8 +7,8 @@ import functools
 import torch
 import zoo
 
-from thresher import capture
-from thresher.program import Program
+from thresher.graph import capture
+from thresher.graph.program import Program
 
 WAYS = ("dynamo", "export", "dynamo-dynamic", "export-dynamic")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from thresher import capture
+from thresher.graph import capture
+from thresher.graph.program import Program
 from thresher.kernels import catalog
-from thresher.program import Program
 
 catalog.load()
 

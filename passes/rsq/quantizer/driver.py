@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from thresher.errors import ThresherError
-from thresher.program import Program
+from thresher.graph.program import Program
 from thresher.report import progress
 
 from ...calibrate import weights_fingerprint

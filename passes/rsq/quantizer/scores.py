@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.program import Program
+from thresher.graph.program import Program
 
 from ...structure.recover import AttentionSite, LayerSite
 from ..config import RSQConfig

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from thresher.errors import ArgumentError
-from thresher.program import Program
+from thresher.graph.program import Program
 
 from ..rewrite import materialise
 

@@ -16,9 +16,9 @@ from rich.console import Console
 
 import thresher
 from thresher import backend, ops
-from thresher.call_plan import CallPlan, Choice, refuse_to_keep
 from thresher.errors import ArgumentError, ThresherError
 from thresher.formats import bitpack
+from thresher.graph.call_plan import CallPlan, Choice, refuse_to_keep
 from thresher.kernels.nvfp4 import quantize as nvfp4_quantize
 from thresher.lowering.onnx import export as lowering
 from thresher.lowering.onnx import write as onnx_write

@@ -10,9 +10,11 @@ import torch
 import zoo
 
 import thresher
-from thresher import backend, capture, device_rates, devices
-from thresher.devices import DEVICES, Device, Surface
+from thresher import backend
 from thresher.errors import ArgumentError
+from thresher.graph import capture
+from thresher.machine import device_rates, devices
+from thresher.machine.devices import DEVICES, Device, Surface
 from thresher.passes.cost.model import CostModel, Work
 from thresher.recipe import Recipe
 

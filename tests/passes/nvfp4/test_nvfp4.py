@@ -8,10 +8,10 @@ import zoo
 import thresher
 from thresher import backend
 from thresher.errors import ArgumentError
+from thresher.graph.program import Weight
 from thresher.kernels.nvfp4.quantize import quantize
 from thresher.passes.nvfp4.calibration import InputStatistics, dequantized, sensitivity
 from thresher.passes.nvfp4.nvfp4 import NVFP4Config
-from thresher.program import Weight
 from thresher.recipe import Recipe
 
 NVFP4_LINEAR = torch.ops.thresher.nvfp4_linear.default

@@ -6,8 +6,8 @@ import torch
 import zoo
 from captures import dynamo, of_zoo
 
+from thresher.graph.packed_layout import Gather, Packing, PlanField, Scatter
 from thresher.kernels import catalog
-from thresher.layout import Gather, Packing, PlanField, Scatter
 from thresher.passes.base import Context, Miss
 from thresher.passes.prepack.early_gather import gather_early
 from thresher.passes.prepack.prepack import Prepack, PrepackConfig

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from thresher import capture
-from thresher.layout import Visibility
+from thresher.graph import capture
+from thresher.graph.packed_layout import Visibility
 from thresher.passes.structure.masks import read_masks
 
 LENGTH = 6

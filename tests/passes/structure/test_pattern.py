@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from thresher import capture
+from thresher.graph import capture
 from thresher.passes.structure.pattern import Anything, Number, Var, call, described, either, match, uncast
 
 aten = torch.ops.aten

@@ -10,9 +10,9 @@ import torch
 import zoo
 from torch import fx
 
+from thresher.graph.program import value
 from thresher.passes.extract import extract
 from thresher.passes.structure.recover import recover
-from thresher.program import value
 
 aten = torch.ops.aten
 

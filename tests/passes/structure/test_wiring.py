@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from thresher import capture
+from thresher.graph import capture
 from thresher.passes.structure.recover import recover
 
 BATCH, TOKENS, WIDTH, HEADS, DIM, HIDDEN = 3, 6, 32, 4, 8, 48

@@ -11,7 +11,7 @@ from tiny_llama import IMAGE
 from zip_by_hand import OPTIONS
 
 import thresher
-from thresher import tokens
+from thresher import token_types as tokens
 from thresher.backend import run_pipeline
 from thresher.errors import ArgumentError
 from thresher.lowering.reference import Reference

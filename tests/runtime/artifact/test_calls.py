@@ -10,7 +10,7 @@ import torch
 from tiny_llama import IMAGE, SPAN, make, prompt
 
 import thresher
-from thresher.rules import Rule
+from thresher.graph.call_rules import Rule
 from thresher.runtime.artifact.program_json import ArtifactError
 
 PRUNE = dict(image_token_id=IMAGE, min_image_tokens=2, bucket=1, min_saving=-1.0, stages=((1, 0.5),))

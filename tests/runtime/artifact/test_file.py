@@ -20,7 +20,7 @@ import zoo
 
 import thresher
 from thresher.errors import ArgumentError, ThresherError
-from thresher.program import Program, Weight
+from thresher.graph.program import Program, Weight
 from thresher.runtime.artifact import file as artifact
 from thresher.runtime.artifact import tensor_file
 from thresher.runtime.artifact.program_json import ArtifactError
@@ -203,7 +203,7 @@ def test_an_interrupted_save_leaves_the_old_file(saved):
     before = path.read_bytes()
     script = (
         "import sys, time, torch\n"
-        "from thresher.runtime import artifact\n"
+        "from thresher.runtime.artifact import file as artifact\n"
         "def chunks():\n"
         "    yield memoryview(b'x' * 1000)\n"
         "    print('writing', flush=True)\n"

@@ -1,0 +1,1 @@
+"""Rewritten programs kept between processes, and the key under which one is found again."""

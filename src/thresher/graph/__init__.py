@@ -1,0 +1,1 @@
+"""The Program: nodes, dialect, sizes, and how two captures become one."""

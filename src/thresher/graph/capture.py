@@ -1,0 +1,241 @@
+"""Capture: from what torch hands us to a Program.
+
+Dynamo's graph and an ExportedProgram are both run once more under `make_fx(pre_dispatch=True)` with
+the fake tensors they already carry, so that both ways give the same nodes; then canonicalised. The
+given graph is never edited: Dynamo refuses graphs with attributes it did not put there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..compat import source_name
+from ..errors import CaptureError
+from . import sharded
+from .dialect import canonicalise, verify
+from .program import Program, Weight
+
+_WRITES = "The model writes to {!r} in its forward; export it without that state."
+_GRAD_WRAPPERS = ("wrap_with_set_grad_enabled",)
+
+
+class _Inliner(fx.Interpreter):
+    """Runs a captured graph; sees through grad-mode wrappers and fixes wrapped Python floats.
+
+    With `dynamic=True` Dynamo passes floats such as a norm's epsilon as 0-d tensors and reads them
+    with `.item()`. Turning the symbolic float into a number adds Dynamo's own guard on its value.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        return float(result) if isinstance(result, torch.SymFloat) else result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        name = getattr(target, "__name__", "")
+        if name in _GRAD_WRAPPERS:
+            _, body, *rest = args
+            return _Inliner(body).run(*rest)
+        if name == "wrap_with_autocast":
+            _, _, enabled, _, body, *rest = args
+            if enabled:
+                raise CaptureError(
+                    "The model enables autocast inside its forward. Convert the model with .to(dtype) instead, "
+                    "so that the dtypes stand in the graph."
+                )
+            return _Inliner(body).run(*rest)
+        if sharded.takes(args, kwargs):
+            return sharded.call(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if sharded.takes(args, kwargs) and target not in sharded.METHODS:
+            return sharded.call(target, args, kwargs)
+        return super().call_method(target, args, kwargs)
+
+
+def _trace(
+    source: fx.GraphModule, fakes: Sequence[Any], whole: Callable[[Sequence[Any]], Sequence[Any]] = tuple
+) -> fx.GraphModule:
+    """Run a graph once more on fakes. whole: the graph's own arguments, from those that are traced."""
+    mode = next((f.fake_mode for f in fakes if isinstance(f, torch._subclasses.fake_tensor.FakeTensor)), None)
+    if mode is None:
+        raise CaptureError("The graph has no tensor inputs, so there is nothing to rewrite.")
+
+    def run(*args: Any) -> Any:
+        with fx.traceback.preserve_node_meta():
+            flat, _ = torch.utils._pytree.tree_flatten(_Inliner(source).run(*whole(args)))
+            if any(map(sharded.is_sharded, flat)):
+                raise CaptureError(
+                    "A result is a DTensor. Let the last parallel layer return a plain tensor."
+                )
+            return tuple(flat)
+
+    with mode, torch.no_grad():  # factories inside must give fakes of the same mode
+        return make_fx(run, pre_dispatch=True)(*fakes)
+
+
+def assemble(
+    traced: fx.GraphModule,
+    names: Sequence[str],
+    weights: dict[int, tuple[str, torch.Tensor]],
+    notes: list[str],
+) -> Program:
+    """Turn the placeholders numbered in `weights` into get_attr nodes, and tidy."""
+    module = fx.GraphModule(traced, traced.graph)
+    program = Program(module, {}, [], notes=notes)
+    attributes: dict[int, str] = {}
+    for index, node in enumerate([n for n in module.graph.nodes if n.op == "placeholder"]):
+        if index not in weights:
+            program.input_names.append(names[index])
+            node._rename("in_self" if names[index] == "self" else re.sub(r"\W", "_", names[index]))
+            node.target = node.name
+            continue
+        fqn, tensor = weights[index]
+        if id(tensor) not in attributes:  # tied weights stay one
+            attributes[id(tensor)] = program.add_weight(Weight(fqn, tensor))
+        with module.graph.inserting_before(node):
+            read = module.graph.create_node("get_attr", attributes[id(tensor)])
+        read.meta = dict(node.meta)
+        node.replace_all_uses_with(read)
+        module.graph.erase_node(node)
+    _name_constants(traced, program)
+    _place_reads_first(module.graph)
+    canonicalise(program)
+    verify(program)
+    return program
+
+
+def _name_constants(traced: fx.GraphModule, program: Program) -> None:
+    """Tensors created while tracing (torch.tensor([...]) in a forward) become weights too."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in program.weights:
+            tensor = getattr(traced, str(node.target))
+            node.target = program.add_weight(Weight(f"constant.{node.target}", tensor))
+
+
+def _place_reads_first(graph: fx.Graph) -> None:
+    """Weights are read right after the placeholders, so that a rewrite never reads one too late."""
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    anchor = places[-1] if places else None
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        if anchor is not None:
+            anchor.append(node)
+            anchor = node
+
+
+_PART = re.compile(r"(_parameters|_buffers|_modules)\[['\"]([^'\"]+)['\"]\]")
+
+
+def _input_name(expression: str, fallback: str) -> str:
+    """`input_ids` from `L['kwargs']['input_ids']`, `eps` from `L['self']._modules['norm'].eps`."""
+    last = re.search(r"(?:\[['\"]([^'\"]+)['\"]\]|\.([A-Za-z_]\w*))$", expression)
+    return (last[1] or last[2]) if last else fallback
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a Dynamo graph's arguments are: a name and a fake value for each, the weights among them by their
+    index, and for each `input:NAME`, `weight:FQN`, or `object:NAME` for a device mesh."""
+
+    names: list[str]
+    fakes: list[Any]
+    weights: dict[int, tuple[str, torch.Tensor]]
+    roles: list[str]
+
+
+def places_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Places:
+    """Tell the weights from the inputs, by where Dynamo found them."""
+    found = Places([], [], {}, [])
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for index, (node, example) in enumerate(zip(nodes, example_inputs, strict=True)):
+        known = node.meta.get("example_value", example)
+        found.fakes.append(known)
+        argument = node.meta.get("grapharg")
+        expression = source_name(argument.source) if argument is not None else node.name
+        parts = _PART.findall(expression)
+        name = _input_name(expression, node.name) if "size()" not in expression else node.name
+        found.names.append(name)
+        kind = parts[-1][0] if parts else ""
+        if isinstance(known, torch.Tensor) and kind in ("_parameters", "_buffers"):
+            fqn = ".".join(part for _, part in parts)
+            real = sharded.local(argument.example if argument is not None else example)
+            found.weights[index] = (fqn, real if isinstance(real, torch.Tensor) else sharded.local(known))
+            found.roles.append(f"weight:{fqn}")
+        elif sharded.is_object(known):
+            found.roles.append(f"object:{name}")
+        else:
+            found.roles.append(f"input:{name}")
+    return found
+
+
+def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Program, list[str]]:
+    """Capture the graph Dynamo gave to a backend.
+
+    Returns the Program and, for each of the compiled function's arguments in order, either
+    `input:NAME` or `weight:FQN`, which tells what the caller passes there at run time.
+    """
+    places = places_of(gm, example_inputs)
+    return from_places(gm, places), places.roles
+
+
+def from_places(gm: fx.GraphModule, places: Places) -> Program:
+    """Capture a Dynamo graph whose arguments were told apart."""
+    split = sharded.Local(places.fakes, list(places.weights))
+    weights = {new: places.weights[old] for new, old in enumerate(split.kept) if old in places.weights}
+    traced = _trace(gm, split.parts, split.whole)
+    return assemble(traced, [places.names[i] for i in split.kept], weights, [])
+
+
+def refuse_shared_writes(program: Program, inputs: Sequence[Any]) -> None:
+    """Raise CaptureError where a tensor that the model writes to lies in the memory of another input: the other one would
+    have to change with it, and the program takes inputs to be apart."""
+    spans = {i: _span(x) for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.numel()}
+    for number in program.updates.values():
+        low, high = spans.get(number, (0, 0))
+        for other, (start, end) in spans.items():
+            if other != number and low < end and start < high:
+                raise CaptureError(
+                    f"The model writes to {program.input_names[number]}, which lies in the same memory as "
+                    f"{program.input_names[other]}. Give each a tensor of its own."
+                )
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last address of a tensor's elements."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def from_export(exported: torch.export.ExportedProgram) -> Program:
+    """Capture an ExportedProgram. Its user inputs become the placeholders, in order.
+
+    Raises CaptureError when the program writes to its inputs or buffers: the dialect is functional.
+    """
+    signature = exported.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        raise CaptureError(_WRITES.format(written[0]))
+    owners = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    state = {**exported.state_dict, **exported.constants}
+    names, weights, fakes = [], {}, []
+    places = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    for index, node in enumerate(places):
+        names.append(node.name)
+        fakes.append(node.meta["val"])
+        if node.name in owners:
+            weights[index] = (owners[node.name], state[owners[node.name]])
+    program = assemble(_trace(exported.graph_module, fakes), names, weights, [])
+    for number in program.updates.values():
+        raise CaptureError(_WRITES.format(program.input_names[number]))
+    return program

@@ -1,0 +1,1 @@
+"""What the command line and the search use: models, lengths, benchmarks, the doctor, the demo."""

@@ -1,0 +1,127 @@
+"""Writes to a tensor the graph made itself, or to a whole input, become ordinary results; other writes are refused."""
+
+import pytest
+import torch
+import zoo
+
+from thresher.errors import DialectError
+from thresher.graph import capture
+
+
+def exported(function, *inputs):
+    class Module(torch.nn.Module):
+        def forward(self, *args):
+            return function(*args)
+
+    return torch.export.export(Module(), inputs, strict=False)
+
+
+def test_a_write_to_a_fresh_tensor():
+    def function(x):
+        y = x * 2
+        before = y + 1
+        y += x
+        y.mul_(3)
+        return y, before
+
+    x = torch.randn(4, 5)
+    program = capture.from_export(exported(function, x))
+    for got, expected in zip(program.run(x), function(x), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_copy_made_before_a_write_keeps_what_it_holds():
+    def function(x, table):
+        y = x * 2
+        kept, counted = y.clone(), table.clone()
+        y.add_(1)
+        table.mul_(3)
+        return y, kept * 1, counted + 1, table * 1
+
+    inputs = torch.randn(4, 5), torch.randn(3)
+    program, results = captured(function, *inputs)
+    for got, expected in zip(results, function(*(x.clone() for x in inputs)), strict=False):
+        torch.testing.assert_close(got, expected)
+    assert list(program.updates.values()) == [1]
+
+
+def test_a_write_through_another_name_may_be_read_where_it_was_made():
+    def function(table, x):
+        named = table.to("cpu")
+        before = named + x
+        made = named.add_(1)
+        return before, made.clone() * 2
+
+    inputs = torch.randn(3), torch.randn(3)
+    program, results = captured(function, *inputs)
+    for got, expected in zip(results, function(inputs[0].clone(), inputs[1]), strict=False):
+        torch.testing.assert_close(got, expected)
+    assert list(program.updates.values()) == [0]
+
+
+def test_a_write_to_a_slice_of_all_is_one_to_the_whole():
+    def function(x):
+        y = x.roll(-1, 1)
+        y[:, :, torch.tensor([-1])] = 5.0
+        return y
+
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(captured(function, x)[1][0], function(x))
+
+
+def test_a_write_that_another_value_sees_is_refused():
+    def function(x):
+        y = x * 2
+        row = y[0]
+        y.add_(1)
+        return y, row
+
+    with pytest.raises(DialectError, match="none may write to its arguments"):
+        capture.from_export(exported(function, torch.randn(4, 5)))
+
+
+def test_t5_adds_its_position_bias_in_place():
+    model, inputs = zoo.ZOO["t5_encoder"].build()
+    program = capture.from_export(torch.export.export(model, (), inputs, strict=False))
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        result = program.run(*(inputs[name] for name in program.input_names))[0]
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def captured(function, *inputs):
+    """As torch.compile hands a graph over; its program, and what that gives for the inputs, which stay as they are."""
+    found = []
+
+    def backend(gm, example_inputs):
+        found.append(capture.from_dynamo(gm, example_inputs)[0])
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend)(*(x.clone() for x in inputs))
+    return found[0], found[0].run(*inputs)
+
+
+def test_a_write_to_an_input_becomes_its_new_value():
+    def function(table, x):
+        before = table.sum()
+        table.add_(1)
+        table.index_copy_(0, torch.tensor([1]), x)
+        return before + table[0].sum()
+
+    table, x = torch.randn(3, 4), torch.randn(1, 4)
+    program, (result, new) = captured(function, table, x)
+    assert program.updates == {1: 0} and program.input_names[0] == "table"
+    written = table.clone()
+    torch.testing.assert_close(result, function(written, x))
+    torch.testing.assert_close(new, written)
+
+
+@pytest.mark.parametrize("refused", [
+    lambda table: (table.add_(1), table.view(-1))[1],  # the caller would hold a copy, not its tensor
+    lambda table: (row := table[0], table.add_(1), row * 1)[2],  # a view made before shows the write
+    lambda table: (table[0].add_(1), table * 1)[1],  # a part of it
+])  # fmt: skip
+def test_writes_to_inputs_that_something_else_sees_are_refused(refused):
+    with pytest.raises(Exception, match="none may write to its arguments"):
+        captured(refused, torch.randn(3, 4))
