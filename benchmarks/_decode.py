@@ -12,7 +12,8 @@ from _harness import Benchmark, interleave
 import thresher
 from thresher.formats import bitpack
 from thresher.graph import capture
-from thresher.graph.program import Program, Weight, fake_like
+from thresher.graph.nodes import fake_like
+from thresher.graph.program import Program, Weight
 from thresher.kernels import catalog
 
 catalog.load()

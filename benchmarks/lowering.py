@@ -35,7 +35,8 @@ from _harness import Benchmark, arguments
 import thresher
 from thresher import backend, export
 from thresher.errors import ThresherError
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 from thresher.lowering.coverage import coverage
 from thresher.lowering.decompose import own_nodes
 from thresher.lowering.inductor.aoti import AOTInductor

@@ -179,7 +179,7 @@ def boundary(bench: Benchmark, quick: bool, rounds: int) -> None:
         bench.claim(f"around the body, of the body's time: {name}", share, "<= 0.02")
 
 
-def _body_alone(ours: thresher.api.Compiled, inputs: dict[str, Any]) -> Callable[[], Any]:
+def _body_alone(ours: thresher.compiled.Compiled, inputs: dict[str, Any]) -> Callable[[], Any]:
     """The compiled body on the arguments of one call."""
     body, given = ours.sessions[0]._lowered_body(), []
     run = body.run

@@ -11,8 +11,9 @@ from torch import fx
 
 from thresher.errors import unknown_key
 from thresher.graph.dialect import _SIZE_FUNCTIONS as SIZES
+from thresher.graph.nodes import module_fqn, value
 from thresher.graph.packed_layout import PackedLayout
-from thresher.graph.program import Program, module_fqn, value
+from thresher.graph.program import Program
 from thresher.ops import get
 
 from . import plain_ops

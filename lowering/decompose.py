@@ -11,7 +11,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from thresher.errors import ThresherError
-from thresher.graph.program import Program, Weight, fake_like, value
+from thresher.graph.nodes import fake_like, value
+from thresher.graph.program import Program, Weight
 from thresher.kernels.varlen.attention import varlen_attention_masked
 from thresher.ops import NAMESPACE
 

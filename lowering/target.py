@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 
 @dataclass

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from thresher.graph.program import Program, Weight, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program, Weight
 from thresher.recipe import PassConfig
 
 from .base import Context, Effect, Match, Miss, Pass, register_pass

@@ -12,7 +12,6 @@ file of statistics gives the same program.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import fx
 
-from thresher.compat import has_values
 from thresher.errors import ArgumentError, ThresherError
-from thresher.graph.program import Program
+from thresher.graph.program import Program, weights_fingerprint
 from thresher.recipe import Recipe
 
 from .base import PASSES, Context
@@ -116,22 +114,6 @@ class Statistics(Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]]):
                 "a file written by thresher.calibrate(...).save(path)",
                 "Calibrate the model and save its statistics first.",
             ) from None
-
-
-def weights_fingerprint(program: Program) -> str:
-    """Hash of the names, shapes and a sample of the values of the model's own weights."""
-    digest = hashlib.sha256()
-    for weight in sorted(program.weights.values(), key=lambda w: w.fqn):
-        if weight.source or weight.fqn.startswith("constant."):
-            continue
-        tensor = weight.tensor.detach()
-        digest.update(f"{weight.fqn}:{tuple(tensor.shape)}:".encode())
-        if not has_values(tensor):
-            continue
-        flat = tensor.flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class Calibration:

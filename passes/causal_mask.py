@@ -21,15 +21,16 @@ import torch
 from torch import fx
 
 from thresher.compat import without_fake_mode
-from thresher.graph.program import Program, module_fqn, value
+from thresher.graph.nodes import module_fqn, value
+from thresher.graph.program import Program
+from thresher.graph.sizes import example_of
 from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
 from .extract import extract
-from .prepack.visibility import MASKED, attention
 from .structure.masks import _BEFORE, _NEAR, _conditions
 from .structure.pattern import match
-from .tokens.axes import hint
+from .structure.sdpa import MASKED, attention
 
 aten = torch.ops.aten
 _LONGEST = 4096  # an evaluation costs n^2 bytes
@@ -104,7 +105,9 @@ def why_not_causal(program: Program, mask: fx.Node) -> str | None:
     rows, columns = value(mask).shape[-2:]
     fixed = isinstance(rows, int) and isinstance(columns, int)
     for length in (
-        [hint(columns)] if fixed else sorted({3, 17, hint(columns), min(_LONGEST, 4 * hint(columns))})
+        [example_of(columns)]
+        if fixed
+        else sorted({3, 17, example_of(columns), min(_LONGEST, 4 * example_of(columns))})
     ):
         shown = _evaluate(program, mask, columns, length)
         shown = shown if shown.dtype == torch.bool else shown > MASKED
@@ -145,7 +148,7 @@ def _evaluate(program: Program, mask: fx.Node, size: Any, length: int) -> torch.
         if isinstance(given, int):
             return given
         number = given.node.expr.subs(bound)
-        return int(number) if number.is_number else hint(given)
+        return int(number) if number.is_number else example_of(given)
 
     inputs: list[Any] = []
     for place in program.placeholders:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import torch
 
 from thresher.graph.dialect import unrepeated
-from thresher.graph.program import Program, module_fqn, value
+from thresher.graph.nodes import module_fqn, value
+from thresher.graph.program import Program
 from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
-from .prepack.visibility import Attention, attention
+from .structure.sdpa import Attention, attention
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from thresher.compat import lazy_module
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 
 def extract(program: Program, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Program:

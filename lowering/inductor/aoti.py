@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from thresher.errors import ThresherError
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 from ..target import Lowered, Target, lift_weights
 

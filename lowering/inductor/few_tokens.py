@@ -15,7 +15,7 @@ import math
 import torch
 from torch import fx
 
-from thresher.graph.program import value
+from thresher.graph.nodes import value
 from thresher.kernels import few_linear
 
 aten = torch.ops.aten

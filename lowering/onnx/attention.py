@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from thresher.graph.dialect import unrepeated
-from thresher.graph.program import value
+from thresher.graph.nodes import value
 
 from ..decompose import op_name, own_nodes
 from .weights import Weights, symbolic

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from thresher.errors import ThresherError
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 from ..decompose import add_masks, decompose, op_name, own_nodes, windowed
 from . import integers as onnx_integers

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from thresher.formats import bitpack
-from thresher.graph.program import value
+from thresher.graph.nodes import value
 
 from .weights import Weights, symbolic
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from thresher.formats import nvfp4 as nvfp4_format
-from thresher.graph.program import value
+from thresher.graph.nodes import value
 
 from .. import plain_ops
 from .weights import Weights, symbolic

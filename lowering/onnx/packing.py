@@ -10,8 +10,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Counted, Gather, PackedLayout, Passed, PlanField, Scatter
-from thresher.graph.program import Program, value
+from thresher.graph.program import Program
 
 from .convert import Parts
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 from .integers import nbits
 from .weights import Weights

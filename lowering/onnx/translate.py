@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from thresher.errors import ThresherError
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 
 class _Call(torch.nn.Module):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, Weight, fake_like
+from thresher.graph.nodes import fake_like
+from thresher.graph.program import Program, Weight
 
 from ..decompose import trace_before
 

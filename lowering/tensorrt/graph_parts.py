@@ -18,7 +18,8 @@ from torch import fx
 from torch.fx.passes.split_module import split_module
 
 from thresher.errors import MissingDependencyError
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 from thresher.ops import NAMESPACE
 

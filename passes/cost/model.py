@@ -14,18 +14,17 @@ tokens from `lengths`. FLOPs count a multiply-add as two. Code that a compiler f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 from thresher.machine.devices import Device
-
-from .prices import CHEAP_SHARE, PRICES, WIDTH, dtype_of
 
 aten = torch.ops.aten
 _VIEWS = {
@@ -176,3 +175,34 @@ def _operands(node: fx.Node) -> tuple[Any, Any]:
     if node.target is aten.addmm.default:
         return node.args[1], node.args[2]
     return node.args[0], node.args[1]
+
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1}
+
+
+CHEAP_SHARE = (
+    0.25  # of what a transcendental costs an element, for adds and copies that are fused with others
+)
+
+
+def dtype_of(node: Any) -> str:
+    known = value(node)
+    return str(known.dtype).removeprefix("torch.") if isinstance(known, torch.Tensor) else "float32"
+
+
+PRICES: dict[str, Callable[[CostModel, fx.Node], float]] = {}
+
+
+"""Seconds of an operator, by its name; a third-party pass adds its own operator's here."""
+
+
+def price(
+    name: str,
+) -> Callable[[Callable[[CostModel, fx.Node], float]], Callable[[CostModel, fx.Node], float]]:
+    """Register what an operator costs. Without it an operator of ours costs its operands' bytes and a call."""
+
+    def add(function: Callable[[CostModel, fx.Node], float]) -> Callable[[CostModel, fx.Node], float]:
+        PRICES[name] = function
+        return function
+
+    return add

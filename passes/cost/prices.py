@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from thresher import site_counts
-from thresher.graph.program import value
+from thresher.graph.nodes import value
+
+from .model import CHEAP_SHARE, WIDTH, dtype_of, price
 
 if TYPE_CHECKING:
     from .model import CostModel
-
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1}
-CHEAP_SHARE = (
-    0.25  # of what a transcendental costs an element, for adds and copies that are fused with others
-)
-
-
-def dtype_of(node: Any) -> str:
-    known = value(node)
-    return str(known.dtype).removeprefix("torch.") if isinstance(known, torch.Tensor) else "float32"
-
-
-PRICES: dict[str, Callable[[CostModel, fx.Node], float]] = {}
-"""Seconds of an operator, by its name; a third-party pass adds its own operator's here."""
-
-
-def price(
-    name: str,
-) -> Callable[[Callable[[CostModel, fx.Node], float]], Callable[[CostModel, fx.Node], float]]:
-    """Register what an operator costs. Without it an operator of ours costs its operands' bytes and a call."""
-
-    def add(function: Callable[[CostModel, fx.Node], float]) -> Callable[[CostModel, fx.Node], float]:
-        PRICES[name] = function
-        return function
-
-    return add
 
 
 def _argument(node: fx.Node, name: str, default: Any = None) -> Any:

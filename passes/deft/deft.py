@@ -23,11 +23,12 @@ from torch import fx
 
 from thresher.compat import has_values
 from thresher.errors import ArgumentError
-from thresher.graph.program import Program, Weight, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program, Weight, weights_fingerprint
 from thresher.recipe import PassConfig
 
 from ..base import EXACT, Context, Match, Miss, Pass, register_pass
-from ..calibrate import Tap, weights_fingerprint
+from ..calibrate import Tap
 from ..structure.linears import PRODUCTS
 from ..structure.sites import LinearSite, MlpSite
 from .sites import FLAT_ZERO, Plan, read, site_names, up_rows, widest

@@ -13,7 +13,8 @@ from math import prod
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 from thresher.report import Miss
 
 from ..structure.sites import MlpSite, Projection

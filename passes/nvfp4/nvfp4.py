@@ -23,7 +23,8 @@ import torch
 
 from thresher.compat import has_values
 from thresher.errors import ArgumentError, unknown_key
-from thresher.graph.program import Program, Weight, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program, Weight
 from thresher.recipe import PassConfig
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass

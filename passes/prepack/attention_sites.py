@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 from ..structure.attention import Core, cores
-from .visibility import Attention, attention
+from ..structure.sdpa import Attention, attention
 
 aten = torch.ops.aten
 

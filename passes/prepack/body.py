@@ -14,9 +14,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from thresher.graph.capture import assemble
 from thresher.graph.dialect import unrepeated
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
+from thresher.graph.sizes import example_of, free_number, symbol_of
 
-from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, hint
+from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes
 from .frontier import Frontier, plan_fields
 
 aten = torch.ops.aten
@@ -29,14 +31,14 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
     """
     axes = frontier.axes
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    tokens = _symbol(mode, _free_number(program, max(64, axes.batch * axes.sequence // 2)), "tokens")
+    tokens = symbol_of(mode, free_number(program, max(64, axes.batch * axes.sequence // 2)), "tokens")
     if frontier.rows:
-        rows = _symbol(mode, _free_number(program, hint(tokens) + 1), "packed_rows")
+        rows = symbol_of(mode, free_number(program, example_of(tokens) + 1), "packed_rows")
         packed = {BATCH: rows, SEQUENCE: tokens, TOKENS: rows * tokens}
     else:
         packed = {BATCH: 1, SEQUENCE: tokens, TOKENS: tokens}
-    offsets = _symbol(mode, axes.batch + 1 + (axes.batch + 1 == hint(tokens)), "offsets")
-    longest = _symbol(mode, axes.sequence, "longest")
+    offsets = symbol_of(mode, axes.batch + 1 + (axes.batch + 1 == example_of(tokens)), "offsets")
+    longest = symbol_of(mode, axes.sequence, "longest")
     weights = [n for n in program.graph.nodes if n.op == "get_attr" and any(u in axes for u in n.users)]
     device = value(next(iter(frontier.entering))).device
     whole = (packed[BATCH], packed[SEQUENCE])
@@ -170,28 +172,11 @@ def _shared(node: fx.Node, axes: TokenAxes) -> fx.Node:
     return source if source is not None and source in axes else node
 
 
-def _symbol(mode: FakeTensorMode, example: int, name: str) -> Any:
-    """A fresh symbolic size of at least 2."""
-    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    tensor = mode.from_tensor(
-        torch.empty(max(2, example), device="meta"), symbolic_context=context, source=ConstantSource(name)
-    )
-    return tensor.shape[0]
-
-
-def _free_number(program: Program, start: int) -> int:
-    """An example T that no fixed size of the graph equals, so that nothing is mistaken for it."""
-    taken = {
-        hint(s) for n in program.graph.nodes if isinstance(value(n), torch.Tensor) for s in value(n).shape
-    }
-    while start in taken:
-        start += 1
-    return start
-
-
 def _packed_fake(node: fx.Node, labels: Labels, packed: dict[str, Any]) -> torch.Tensor:
     known = value(node)
-    shape = [packed[label] if label is not None else hint(size) for label, size in zip(labels, known.shape)]
+    shape = [
+        packed[label] if label is not None else example_of(size) for label, size in zip(labels, known.shape)
+    ]
     return torch.empty(shape, dtype=known.dtype, device=known.device)
 
 
@@ -199,7 +184,7 @@ def _fresh(mode: FakeTensorMode, node: fx.Node, number: int) -> torch.Tensor:
     """A padded tensor in the body's own fake mode, each of its dynamic sizes a symbol of its own."""
     known = value(node)
     dynamic = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DYNAMIC for s in known.shape]
-    example = torch.empty([hint(s) for s in known.shape], dtype=known.dtype, device="meta")
+    example = torch.empty([example_of(s) for s in known.shape], dtype=known.dtype, device="meta")
     fake = mode.from_tensor(
         example,
         symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),

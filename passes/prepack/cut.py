@@ -7,14 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from thresher.graph.nodes import module_fqn
 from thresher.graph.packed_layout import PackedLayout, Packing, Passed, Scatter, Visibility
-from thresher.graph.program import Program, module_fqn
+from thresher.graph.program import Program
 
 from ..extract import extract
+from ..structure.sdpa import Attention
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Stop, TokenAxes
 from .body import trace_body
 from .frontier import Frontier, body_inputs
-from .visibility import Attention, MaskProbe
+from .visibility import MaskProbe
 
 aten = torch.ops.aten
 

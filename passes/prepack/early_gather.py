@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 aten = torch.ops.aten
 _SELECTS = (aten.select.int, aten.slice.Tensor, aten.index.Tensor)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Counted, Gather, Passed, PlanField, Visibility
-from thresher.graph.program import Program, value
+from thresher.graph.program import Program
 
 from ..extract import is_computed
+from ..structure.sdpa import Attention
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
 from ..tokens.labels import aten
-from .visibility import Attention
 
 
 @dataclass

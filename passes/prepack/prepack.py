@@ -23,12 +23,14 @@ import torch
 from torch import fx
 
 from thresher.errors import ArgumentError, unknown_key
+from thresher.graph.nodes import module_fqn, value
 from thresher.graph.packed_layout import Packing, Visibility
-from thresher.graph.program import Program, module_fqn, value
+from thresher.graph.program import Program
+from thresher.graph.sizes import example_of
 from thresher.recipe import PassConfig
 
 from ..base import EXACT, Context, Match, Miss, Pass, register_pass
-from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, hint, propagate
+from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, propagate
 from .attention_sites import attention_sites
 from .cut import Decline, Found, cut, linears
 from .early_gather import gather_early
@@ -116,7 +118,7 @@ def find(program: Program, config: PrepackConfig) -> Found:
     tokens = _token_input(program, padding)
     batch, sequence = value(tokens).shape[:2]
     for size, axis in ((batch, "batch"), (sequence, "sequence")):
-        if hint(size) == 1:
+        if example_of(size) == 1:
             raise Decline(
                 f"The {axis} dimension is 1 in this graph, so there is no padding between rows to leave out."
             )
@@ -140,7 +142,7 @@ def find(program: Program, config: PrepackConfig) -> Found:
             )
         if site.mask not in probes:
             probes[site.mask] = MaskProbe(program, site.mask, padding)
-        visibilities[node] = seen = _classify(probes[site.mask], where, hint(sequence))
+        visibilities[node] = seen = _classify(probes[site.mask], where, example_of(sequence))
         if seen.kind == "generic" and (site.softcap or config.form == "rows"):
             raise Decline(
                 f"The attention mask in {where} is more than a causal or windowed one, and "
@@ -158,7 +160,7 @@ def find(program: Program, config: PrepackConfig) -> Found:
         raise Decline(
             f"Only {share:.0%} of the linear weights could run packed, and min_share is {config.min_share:.0%}: {first}."
         )
-    return Found(tokens, padding, axes, sites, visibilities, probes, hint(sequence))
+    return Found(tokens, padding, axes, sites, visibilities, probes, example_of(sequence))
 
 
 def _padding_mask(program: Program, name: str) -> fx.Node:
@@ -176,13 +178,13 @@ def _padding_mask(program: Program, name: str) -> fx.Node:
 
 def _token_input(program: Program, padding: fx.Node) -> fx.Node:
     """The input that carries the tokens: ids that an embedding reads, or embeddings themselves."""
-    rows = [hint(s) for s in value(padding).shape]
+    rows = [example_of(s) for s in value(padding).shape]
     candidates = []
     for place in program.placeholders:
         known = value(place)
         if place is padding or not isinstance(known, torch.Tensor) or known.dim() not in (2, 3):
             continue
-        if [hint(s) for s in known.shape[:2]] != rows:
+        if [example_of(s) for s in known.shape[:2]] != rows:
             continue
         if (known.dim() == 3 and known.is_floating_point()) or any(_largest_table(u) for u in place.users):
             candidates.append((max([0, *(_largest_table(u) for u in place.users)]), known.dim(), place))

@@ -9,49 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from thresher.compat import is_fake, without_fake_mode
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Visibility
-from thresher.graph.program import Program, value
+from thresher.graph.program import Program
+from thresher.graph.sizes import example_of
 
 from ..extract import extract
-from ..tokens.axes import hint
+from ..structure.sdpa import MASKED
 
 aten = torch.ops.aten
-MASKED = -1e4  # an additive mask at or below this hides a key; models write the dtype's minimum or -inf
 
 
 class LeaksPads(Exception):
     """The mask lets a real query see a pad key, so leaving pads out would change the result."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The arguments of one attention node, by name."""
-
-    node: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    causal: bool
-    scale: float | None
-    softcap: float = 0.0
-    inside: frozenset[fx.Node] = frozenset()  # the nodes between q, k, v, mask and node, when spelled out
-
-
-def attention(node: fx.Node) -> Attention:
-    """Read a scaled_dot_product_attention node; both spellings transformers uses give the same fields."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
-    mask = given.get("attn_mask")
-    return Attention(node, given["query"], given["key"], given["value"], mask if isinstance(mask, fx.Node) else None,
-                     bool(given.get("is_causal", False)), given.get("scale"))  # fmt: skip
 
 
 def padding_patterns(length: int) -> list[torch.Tensor]:
@@ -105,10 +81,10 @@ class MaskProbe:
     def _bind(self, actual: Sequence[int]) -> dict[Any, int]:
         """The symbols of every [batch, sequence, ...] input: Dynamo may give each input symbols of its own."""
         shapes = [value(p).shape for p in self.program.placeholders if isinstance(value(p), torch.Tensor)]
-        captured = [hint(s) for s in value(self.padding).shape]
+        captured = [example_of(s) for s in value(self.padding).shape]
         bound: dict[Any, int] = {}
         for shape in shapes:
-            if [hint(s) for s in shape[:2]] == captured:
+            if [example_of(s) for s in shape[:2]] == captured:
                 bound.update({s.node.expr: a for s, a in zip(shape, actual) if not isinstance(s, int)})
         return bound | {
             s.node.expr: a for s, a in zip(value(self.padding).shape, actual) if not isinstance(s, int)
@@ -169,7 +145,7 @@ def _at(size: Any, bound: dict[Any, int]) -> int:
     if isinstance(size, int):
         return size
     number = size.node.expr.subs(bound)
-    return int(number) if number.is_number else hint(size)
+    return int(number) if number.is_number else example_of(size)
 
 
 def _visibility(mask: torch.Tensor, real: torch.Tensor) -> Visibility:

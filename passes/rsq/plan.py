@@ -13,7 +13,8 @@ import torch
 
 from thresher.compat import has_values
 from thresher.formats.hadamard import decompose
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 from thresher.report import Miss
 
 from ..keep import kept_layers

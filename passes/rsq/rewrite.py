@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from thresher.compat import has_values
-from thresher.graph.program import Program, Weight, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program, Weight
 
 from ..structure.recover import LinearSite, NormSite, Structure
 from ..structure.sites import read_instead

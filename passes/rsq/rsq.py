@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.graph.program import Program, Weight, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program, Weight
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..structure.linears import find_linears

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, sequence_of, value
+from thresher.graph.nodes import sequence_of, value
+from thresher.graph.program import Program
 
 from ..structure.pattern import CASTS, described, uncast
 from ..structure.recover import LinearSite, NormSite, Structure, Tower

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from thresher.graph.dialect import unrepeated
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 from .masks import read_masks
 from .pattern import Anything, Number, Var, call, described, either, is_cast, match, uncast

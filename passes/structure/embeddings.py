@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from thresher.compat import has_values
-from thresher.graph.program import Program, module_fqn, sequence_of, value
+from thresher.graph.nodes import module_fqn, sequence_of, value
+from thresher.graph.program import Program
 
 from .pattern import uncast
 from .sites import LinearSite, NormSite

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 from .pattern import uncast
 from .sites import common_prefix

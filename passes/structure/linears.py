@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from thresher.graph.dialect import same_size
-from thresher.graph.program import Program, module_fqn, value
+from thresher.graph.nodes import module_fqn, value
+from thresher.graph.program import Program
 from thresher.report import Miss
 
 from .pattern import CASTS

@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from thresher.graph.dialect import same_size
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Visibility
-from thresher.graph.program import value
 
 from .pattern import CASTS, Number, Var, call, either, match
 

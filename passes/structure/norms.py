@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, module_fqn, value
+from thresher.graph.nodes import module_fqn, value
+from thresher.graph.program import Program
 from thresher.report import Miss
 
 from .pattern import Found, Number, Var, call, either, is_cast, match, uncast

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from thresher.graph.program import value
+from thresher.graph.nodes import value
 
 aten = torch.ops.aten
 

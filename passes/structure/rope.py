@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import value
+from thresher.graph.nodes import value
 
 from .pattern import Anything, Found, Var, call, either, is_cast, match, uncast
 from .sites import Rope

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import value
+from thresher.graph.nodes import value
 
 from .pattern import is_cast
 

@@ -16,20 +16,7 @@ from torch import fx
 
 from thresher.graph.program import Program
 
-from .labels import (
-    BATCH,
-    RULES,
-    SEQUENCE,
-    TOKENS,
-    Labels,
-    Stop,
-    TokenAxes,
-    aten,
-    attends,
-    hint,
-    rule_for,
-    sizes,
-)
+from .labels import BATCH, RULES, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, aten, attends, rule_for, sizes
 from .rules import regroup  # importing the rules registers them
 
 __all__ = [
@@ -40,7 +27,6 @@ __all__ = [
     "Labels",
     "Stop",
     "TokenAxes",
-    "hint",
     "propagate",
     "regroup",
     "sizes",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import value
+from thresher.graph.nodes import value
 from thresher.graph.sizes import example_of
 
 aten = torch.ops.aten
@@ -48,13 +48,8 @@ class TokenAxes:
         return self.labels.get(node)
 
 
-def hint(size: Any) -> int:
-    """A size as a number; a symbolic one gives its example value."""
-    return example_of(size)
-
-
 def sizes(node: fx.Node) -> list[int]:
-    return [hint(s) for s in value(node).shape]
+    return [example_of(s) for s in value(node).shape]
 
 
 def rule_for(node: fx.Node) -> Rule:

@@ -18,10 +18,11 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from thresher.graph.capture import assemble
-from thresher.graph.program import Program, module_fqn, value
+from thresher.graph.nodes import module_fqn, value
+from thresher.graph.program import Program
 
 from ..extract import is_computed
-from ..prepack.visibility import attention
+from ..structure.sdpa import attention
 from .axes import BATCH, RULES, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
 
 aten = torch.ops.aten

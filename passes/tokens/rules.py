@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import sequence_of, value
+from thresher.graph.nodes import sequence_of, value
 
 from .labels import (
     BATCH,

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import PackedLayout
-from thresher.graph.program import Program, value
+from thresher.graph.program import Program
+from thresher.graph.sizes import example_of
 
-from .axes import hint
 from .replay import packed_attention
 from .types import Decline, Types, find_types
 
@@ -32,7 +33,7 @@ def caller_types(program: Program, config: Any, inputs: Any = None) -> Types:
     """Where token types come from in the caller's inputs of a packed program."""
     layout: PackedLayout = program.packing
     tokens = layout.padded.placeholders[layout.tokens]
-    return find_types(layout.padded, config, [hint(s) for s in value(tokens).shape[:2]], inputs)
+    return find_types(layout.padded, config, [example_of(s) for s in value(tokens).shape[:2]], inputs)
 
 
 class Segments:

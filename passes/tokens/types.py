@@ -11,12 +11,12 @@ from torch import fx
 
 from thresher import token_types as given_tokens
 from thresher.graph.call_plan import CallPlan
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
+from thresher.graph.sizes import example_of
 from thresher.report import Miss
 
 from ..extract import extract
-from ..structure.recover import Structure, Tower
-from .axes import hint
 
 aten = torch.ops.aten
 
@@ -85,7 +85,7 @@ def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequ
     named = {
         name: place
         for place, name in zip(program.placeholders, program.input_names)
-        if isinstance(value(place), torch.Tensor) and [hint(s) for s in value(place).shape] == sizes
+        if isinstance(value(place), torch.Tensor) and [example_of(s) for s in value(place).shape] == sizes
     }
     padding = named.get("attention_mask")
     if config.image_span is not None:
@@ -107,7 +107,11 @@ def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequ
     for node in program.nodes(aten.masked_scatter.default):
         image: Any = node.args[1]
         known = value(image)
-        if known.dtype == torch.bool and known.dim() == 3 and [hint(n) for n in known.shape[:2]] == sizes:
+        if (
+            known.dtype == torch.bool
+            and known.dim() == 3
+            and [example_of(n) for n in known.shape[:2]] == sizes
+        ):
             return Types("image", image, padding=padding)
     return Types("none", padding=padding)
 
@@ -119,7 +123,7 @@ def _ids(program: Program, sizes: Sequence[int]) -> fx.Node | None:
         if (
             isinstance(ids, fx.Node)
             and ids.op == "placeholder"
-            and [hint(s) for s in value(ids).shape] == list(sizes)
+            and [example_of(s) for s in value(ids).shape] == list(sizes)
         ):
             return ids
     return None
@@ -198,39 +202,6 @@ def image_counts(
     image, pad = types.flags(env, like)
     pads = [0] * image.shape[0] if pad is None else pad.sum(1).tolist()
     return image.sum(1).tolist(), pads
-
-
-def largest_tower(structure: Structure) -> Tower | None:
-    """The tower with the most weights in its layers: the language model of a vision-language model."""
-    return max(structure.towers, key=tower_size, default=None)
-
-
-def no_layers(structure: Structure) -> list[Miss]:
-    """A Miss for a graph with attention in which no layers were recovered; none for one without attention."""
-    if not (structure.attentions or structure.missed):
-        return []
-    why = f" The first thing not understood: {structure.missed[0].reason}" if structure.missed else ""
-    return [Miss("the whole program", f"No layers on a residual stream were recovered in this graph.{why}")]
-
-
-def tower_size(tower: Tower) -> int:
-    """Weights in a tower's layers."""
-    return sum(
-        s.in_features * s.out_features for l in tower.layers for b in l.branches for s in b.site.linears
-    )
-
-
-def layer_flops(layer: Any, tokens: float, kept: float | None = None) -> tuple[float, float]:
-    """(linears, attention) of one layer on `tokens` tokens, one multiply-add counting as two.
-
-    Causal attention counts half of its square; `kept` tokens attend (default: all). Attention that was not recovered
-    counts nothing.
-    """
-    site = layer.attention
-    weights = sum(s.in_features * s.out_features for b in layer.branches for s in b.site.linears)
-    attending = tokens if kept is None else kept
-    width = site.heads * (site.head_dim + site.value_dim) if site is not None else 0
-    return 2 * weights * tokens, attending * attending * width
 
 
 def whole(site: str, reason: object) -> list[Miss]:

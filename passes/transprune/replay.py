@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 from ..tokens.axes import SEQUENCE
 from ..tokens.replay import Frame, Replay, put, retrace

@@ -23,14 +23,17 @@ from thresher import token_types as given_tokens
 from thresher.errors import ArgumentError
 from thresher.graph.call_plan import CallPlan, Choice, Shortened
 from thresher.graph.call_rules import Rule, rule
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
+from thresher.graph.sizes import example_of
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..causal_mask import make_all_causal
 from ..structure.recover import Tower
-from ..tokens.axes import BATCH, SEQUENCE, Stop, TokenAxes, hint, propagate
+from ..tokens.axes import BATCH, SEQUENCE, Stop, TokenAxes, propagate
 from ..tokens.replay import check, follow_packed_attention
 from ..tokens.segments import caller, caller_types, offsets_node
+from ..tokens.towers import largest_tower, layer_flops, no_layers
 from ..tokens.types import (
     Decline,
     Types,
@@ -38,9 +41,6 @@ from ..tokens.types import (
     embeddings_fed,
     find_types,
     image_counts,
-    largest_tower,
-    layer_flops,
-    no_layers,
     publish_image,
     types_facts,
     types_from,
@@ -104,7 +104,7 @@ class TransPrune(Pass):
     def _match(self, program: Program, context: Context, tower: Tower, stages: Any) -> Match:
         config = context.config
         packed = program.packing is not None
-        sizes = [hint(s) for s in value(tower.layers[0].input).shape[:2]]
+        sizes = [example_of(s) for s in value(tower.layers[0].input).shape[:2]]
         types = find_types(program, config, sizes, None if packed else context.inputs)
         start = tower.layers[stages[0][0]].input
         if value(start).dim() != 3:
@@ -132,13 +132,13 @@ class TransPrune(Pass):
             tables = position_tables(program, tower.layers[stages[0][0] :], axes)
         drops = config.choice
         if drops is None:
-            drops = _drops_now(program, counted, config, stages, context, hint(value(start).shape[1]))
+            drops = _drops_now(program, counted, config, stages, context, example_of(value(start).shape[1]))
         if types.kind == "none" or (not any(drops) and not config.always):
             raise Decline(
                 f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
                 f" every row, of which a multiple of {config.bucket} must go."
             )
-        _expect(context, tower, stages, drops, hint(value(start).shape[1]))
+        _expect(context, tower, stages, drops, example_of(value(start).shape[1]))
         context.notes += [note for after, _ in stages if (note := _past_windows(tower, config.policy, after))]
         context.notes.append(f"{types.describe()}; tokens left out behind layer " + ", ".join(
             f"{after}: {drop}" for (after, _), drop in zip(stages, drops)) + ".")  # fmt: skip

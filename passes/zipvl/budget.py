@@ -13,7 +13,8 @@ from thresher.graph.call_rules import Rule, rule
 from thresher.graph.program import Program
 
 from ..structure.recover import LayerSite
-from ..tokens.types import Types, image_counts, layer_flops, types_from
+from ..tokens.towers import layer_flops
+from ..tokens.types import Types, image_counts, types_from
 
 Behind = Callable[[Sequence[int], Sequence[int]], list[int]]
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Counted, PackedLayout, Passed, Scatter
-from thresher.graph.program import Program, value
-from thresher.graph.sizes import expect
+from thresher.graph.program import Program
+from thresher.graph.sizes import example_of, expect, free_number, symbol_of
 
-from ..prepack.body import _free_number, _symbol
 from ..structure.recover import AttentionSite
-from ..tokens.axes import BATCH, SEQUENCE, hint
+from ..tokens.axes import BATCH, SEQUENCE
 from ..tokens.replay import Replay, packed_attention, pick, put, retrace
 from ..tokens.segments import Segments
 from .budget import SequenceBudget, budget
@@ -48,7 +48,9 @@ def rewrite_layers(
         for name in extra:
             fakes[name] = torch.empty(like.shape[:2], dtype=torch.int8, device=like.device)
     for name in builder.places.values():
-        fakes[name] = _symbol(program.fake_mode(), _free_number(program, plan.stretches[0].length // 2), name)
+        fakes[name] = symbol_of(
+            program.fake_mode(), free_number(program, plan.stretches[0].length // 2), name
+        )
     retrace(program, builder.replay, fakes)
     if program.packing is not None:
         program.packing = builder.layout(program.packing, list(sizes.values()))
@@ -213,7 +215,7 @@ class _Builder:
         """As few tokens as hold tau in this call, int64 [B, k]; k is a size that the data decide."""
         here = self.tokens
         index = torch.ops.thresher.tokens_holding(sums, scores, here.protected, here.pad, self.config.tau)
-        length = hint(here.length)
+        length = example_of(here.length)
         expect(index.shape[1], budget(length, share, min(self.plan.protected, length), 1))
         return index
 

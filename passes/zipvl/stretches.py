@@ -12,14 +12,17 @@ from typing import Any
 
 from torch import fx
 
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Visibility
-from thresher.graph.program import Program, value
+from thresher.graph.program import Program
+from thresher.graph.sizes import example_of
 
 from ..structure.masks import read_masks
 from ..structure.recover import AttentionSite, LayerSite, Structure, Tower
-from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, hint, propagate
+from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, propagate
 from ..tokens.replay import aten, follow_packed_attention, packed_attention
-from ..tokens.types import Decline, tower_size
+from ..tokens.towers import tower_size
+from ..tokens.types import Decline
 
 
 @dataclass(eq=False)
@@ -42,7 +45,7 @@ class Stretch:
     @property
     def length(self) -> int:
         """Tokens of a row in the example."""
-        return hint(value(self.start).shape[1])
+        return example_of(value(self.start).shape[1])
 
 
 def find_stretches(program: Program, structure: Structure) -> list[Stretch]:

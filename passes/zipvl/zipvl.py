@@ -25,26 +25,19 @@ from torch import fx
 
 from thresher.graph.call_plan import CallPlan, Choice, Shortened
 from thresher.graph.call_rules import Rule
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Counted
-from thresher.graph.program import Program, value
-from thresher.graph.sizes import allow_decided_by_data
+from thresher.graph.program import Program
+from thresher.graph.sizes import allow_decided_by_data, example_of
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..calibrate import Tap
 from ..causal_mask import make_all_causal
 from ..structure.recover import LayerSite
-from ..tokens.axes import Stop, hint
+from ..tokens.axes import Stop
 from ..tokens.segments import caller, caller_types
-from ..tokens.types import (
-    Decline,
-    Types,
-    counts_program,
-    find_types,
-    largest_tower,
-    layer_flops,
-    no_layers,
-    types_facts,
-)
+from ..tokens.towers import largest_tower, layer_flops, no_layers
+from ..tokens.types import Decline, Types, counts_program, find_types, types_facts
 from .budget import CallLengths, SequenceBudget, budget, budget_facts, protected_tokens, zip_flops
 from .collector import Pair
 from .config import ZipVLConfig
@@ -127,7 +120,7 @@ class ZipVL(Pass):
     def _types(self, program: Program, stretches: list[Stretch], context: Context) -> tuple[Types, Types]:
         """Where token types come from: in the program, and in the caller's inputs."""
         config = context.config
-        sizes = [hint(s) for s in value(stretches[0].start).shape[:2]]
+        sizes = [example_of(s) for s in value(stretches[0].start).shape[:2]]
         if program.packing is None:
             types = find_types(program, config, sizes, context.inputs)
             return types, types
@@ -200,7 +193,7 @@ class ZipVL(Pass):
             protected = self._protected(program, types, context)
             return {s: [(s.length, protected)] for s in stretches}, protected
         offsets = stretches[0].offsets
-        count = hint(value(offsets).shape[0]) - 1 if offsets is not None else 1
+        count = example_of(value(offsets).shape[0]) - 1 if offsets is not None else 1
         lengths, images = [stretches[0].length // count] * count, counted
         inputs = context.inputs
         if inputs is not None:

@@ -15,7 +15,8 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 
 from thresher.errors import ThresherError
-from thresher.graph.program import Program, Weight, module_fqn, value
+from thresher.graph.nodes import module_fqn, value
+from thresher.graph.program import Program, Weight
 
 from . import expressions
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.graph.program import Program, value
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 from . import expressions
 

@@ -2,84 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
 from thresher.passes.calibrate import Calibration, Statistics
-from thresher.runtime.session import Counters, Session
 
-from . import backend, generation, sessions
-from .compat import isolated, room_for_graphs, uncollected, without_fake_mode
+from . import backend
+from .compat import isolated, without_fake_mode
+from .compiled import Compiled, check_model, compile_strictly, example, specialized_floats, unwrapped
 from .errors import ArgumentError, ThresherError, unknown_key
 from .graph import capture
 from .graph.program import Program
 from .recipe import Recipe
-from .records.certificate import Certificate
 from .report import Report, progress
 
 T = TypeVar("T")
-
-
-class Compiled:
-    """A compiled model. Call it as the model; it runs without recording gradients.
-
-    Everything else (`config`, `device`, ...) is looked up on the model it was made from.
-    """
-
-    def __init__(self, model: torch.nn.Module, call: Callable[..., Any], recipe: Recipe):
-        self.model, self.recipe = model, recipe
-        self._call = call
-        self.sessions: list[Session] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with (
-            sessions.collect() as made,
-            torch.no_grad(),
-            _unwrapped(),
-            _specialized_floats(),
-            room_for_graphs(),
-        ):
-            result = self._call(*args, **kwargs)
-        self.sessions += made
-        return result
-
-    @property
-    def reports(self) -> list[Report]:
-        """One report for each graph; a model without graph breaks has one for each kind of shape."""
-        return [s.report for s in self.sessions]
-
-    @property
-    def report(self) -> Report:
-        """The report of the graph in which most sites were rewritten."""
-        return max(self.reports, key=lambda r: r.rewritten)
-
-    @property
-    def certificates(self) -> list[Certificate]:
-        """One for each report."""
-        return [s.certificate for s in self.sessions]
-
-    @property
-    def certificate(self) -> Certificate:
-        """The certificate of the graph in which most sites were rewritten."""
-        return max(self.sessions, key=lambda s: s.report.rewritten).certificate
-
-    @property
-    def counters(self) -> list[Counters]:
-        return [s.counters for s in self.sessions]
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own `generate` (transformers), with each step compiled; see `generation.generate`."""
-        return generation.generate(self, self.model, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
 
 
 def compile(
@@ -103,16 +46,9 @@ def compile(
 
     Where `torch.compile(backend="thresher")` would warn and run a graph as it was, this raises.
     """
-    args, kwargs = _example(example_inputs)
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(
-            "model", type(model).__name__, "a torch.nn.Module", "Use thresher.optimize for a function."
-        )
-    if model.training:
-        raise ArgumentError(
-            "model", "a model in training mode", "a model in eval mode", "Call model.eval() first."
-        )
+    check_model(model)
     if recipe == "auto":
+        kwargs = example(example_inputs)[1]
         if options or not kwargs:
             raise ArgumentError(
                 "recipe",
@@ -127,26 +63,9 @@ def compile(
             if key not in known:
                 raise unknown_key("search", key, known)
         recipe = auto.find_recipe(model, kwargs, target=target, **(search or {})).recipe
-    chosen = Recipe.of(recipe, **options)
-    # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs
-    own = functools.partial(backend.thresher_backend)
-    call = torch.compile(
-        model,
-        backend=own,
-        dynamic=dynamic,
-        mode=None,
-        options={"recipe": chosen, "target": target, "mode": mode, "strict": True},  # type: ignore[dict-item]
-        **isolated(),
+    return compile_strictly(
+        model, example_inputs, Recipe.of(recipe, **options), dynamic=dynamic, mode=mode, target=target
     )
-    compiled = Compiled(model, call, chosen)
-    with uncollected():
-        compiled(*args, **kwargs)
-    if not compiled.sessions:
-        raise ThresherError(
-            f"torch.compile handed over no graph of {type(model).__name__}, so that it runs as it is. "
-            "TORCH_LOGS=graph_breaks,recompiles says why."
-        )
-    return compiled
 
 
 def optimize(recipe: Any = None, *, dynamic: bool | None = None, **options: Any) -> Callable[[T], T]:
@@ -207,7 +126,7 @@ def explain(
     Works without a GPU and for a model on the meta device, whose weights do not exist; the passes then
     cannot be verified, and those that read weights say so. The inputs are moved to the model's device.
     """
-    args, kwargs = _example(example_inputs)
+    args, kwargs = example(example_inputs)
     chosen = Recipe.of(recipe, **options)
     found = Explanation()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -232,7 +151,7 @@ def explain(
         return gm.forward
 
     place = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, lambda t: t.to(device))
-    with torch.no_grad(), _unwrapped(), _specialized_floats():
+    with torch.no_grad(), unwrapped(), specialized_floats():
         torch.compile(model, backend=look, **isolated())(*place(args), **place(kwargs))
     if not found.reports and not found.refused:
         raise ThresherError(
@@ -272,34 +191,10 @@ def calibrate(
     """
     calibration = Calibration(Recipe.of(recipe, **options))
     watched = torch.compile(model, backend=backend.watching(calibration), dynamic=True, **isolated())
-    with torch.no_grad(), _unwrapped(), _specialized_floats():
+    with torch.no_grad(), unwrapped(), specialized_floats():
         for batch in progress(batches, "calibrating"):
-            args, kwargs = _example(batch)
+            args, kwargs = example(batch)
             watched(*args, **kwargs)
     if group is not None:
         calibration.gather(group)
     return calibration.statistics()
-
-
-def _example(given: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(given, Mapping) or hasattr(given, "keys"):
-        return (), dict(given)  # a tokenizer's BatchEncoding is a mapping by behaviour only
-    if isinstance(given, (tuple, list)):
-        return tuple(given), {}
-    raise ArgumentError("example_inputs", type(given).__name__, "a dict of keyword arguments or a tuple of positional ones",
-                        "Pass what you would call the model with.")  # fmt: skip
-
-
-@contextlib.contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Dynamo wraps what a backend raises; give the user our own error."""
-    try:
-        yield
-    except torch._dynamo.exc.BackendCompilerFailed as wrapped:
-        inner = wrapped.inner_exception
-        raise inner.with_traceback(None) from None if isinstance(inner, ThresherError) else wrapped
-
-
-def _specialized_floats() -> Any:
-    """Norm epsilons and attention scales are constants, also with dynamic=True."""
-    return torch._dynamo.config.patch(specialize_float=True)

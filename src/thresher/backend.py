@@ -35,7 +35,8 @@ from .cache.rewrite_cache import Entry, Kept, later_masks
 from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .graph import capture, sharded
-from .graph.program import Program, module_fqn, value
+from .graph.nodes import module_fqn, value
+from .graph.program import Program
 from .machine import devices, memory
 from .op_checks import watch
 from .recipe import Recipe

@@ -27,7 +27,7 @@ from thresher.runtime.packing.plan import plan
 from thresher.runtime.session import Session
 
 from . import backend, sessions
-from .api import _example as example
+from .compiled import example
 from .errors import ArgumentError, CaptureError, ThresherError
 from .files import check_writable
 from .graph import capture

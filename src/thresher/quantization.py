@@ -24,8 +24,9 @@ from thresher.passes.calibrate import Statistics
 from thresher.passes.rsq import rsq
 from thresher.passes.rsq.config import RSQConfig
 from thresher.passes.rsq.quantizer import driver as rsq_driver
-from thresher.passes.rsq.quantizer.driver import Batch, Outcome
+from thresher.passes.rsq.quantizer.driver import Outcome
 from thresher.passes.rsq.quantizer.importance import shift_sequences
+from thresher.passes.rsq.quantizer.pieces import Batch
 
 from . import backend
 from .compat import isolated, without_fake_mode

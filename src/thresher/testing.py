@@ -29,7 +29,8 @@ from thresher.passes.pipeline import ROLLED_BACK
 
 from . import api, backend
 from .errors import ArgumentError, ThresherError
-from .graph.program import Program, value
+from .graph.nodes import value
+from .graph.program import Program
 from .recipe import CONFIGS, Recipe
 
 FORBIDDEN = ("thresher.kernels", "thresher.lowering", "thresher.runtime")

@@ -53,12 +53,12 @@ def room_of(module: str) -> str | None:
     return "face" if parts[1] in FACE else "core"
 
 
-def imported(room: str, path: Path):
+def imported(room: str, path: Path, tree: ast.AST | None = None):
     """Dotted names a file imports, also inside functions; relative ones start at the file's own package."""
     package = module_of(room, path)
     if path.name != "__init__.py":
         package = package.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree or ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -74,6 +74,38 @@ def test_imports_go_one_way(room, path):
     me = "face" if room == "core" and path.parent.name == "thresher" and path.stem in FACE else me
     wrong = {name for name in imported(room, path) if (to := room_of(name)) and to not in ALLOWED[me]}
     assert not wrong, f"{room}/{path.name} may import {sorted(ALLOWED[me])}, and it imports {sorted(wrong)}"
+
+
+def needed(room: str, path: Path, known: set[str]) -> set[str]:
+    """Modules of ours that a file imports, also inside functions; those for type annotations only are left out."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    names = {n for n in imported(room, path, tree) if n in known}
+    return {n for n in names if not any(other.startswith(f"{n}.") for other in names)} - {
+        module_of(room, path)
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of names that need each other: the strongly connected parts of more than one name."""
+    reach = {name: set(graph[name]) for name in graph}
+    for middle in graph:
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    found = {tuple(sorted(b for b in reach[a] if a in reach[b])) for a in graph if a in reach[a]}
+    return sorted(list(group) for group in found)
+
+
+def test_no_files_import_each_other():
+    known = {module_of(room, path): (room, path) for room, path in modules()}
+    assert not circles({name: needed(*place, set(known)) for name, place in known.items()})
+
+
+def test_circles_are_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

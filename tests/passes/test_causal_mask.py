@@ -5,7 +5,7 @@ import torch
 import zoo
 
 import thresher
-from thresher.passes.prepack.visibility import attention
+from thresher.passes.structure.sdpa import attention
 
 aten = torch.ops.aten
 

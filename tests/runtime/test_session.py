@@ -9,9 +9,9 @@ import zoo
 
 import thresher
 from thresher.errors import ArgumentError
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Packing
-from thresher.graph.program import value
-from thresher.passes.tokens.axes import hint
+from thresher.graph.sizes import example_of
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def arguments(session, ids, mask):
     layout = session.program.packing
     sizes = {3: ids.shape[0], 12: ids.shape[1]}  # as captured
     found = [value(p) for p in layout.padded.placeholders]
-    given = [None if isinstance(v, torch.Tensor) else sizes[hint(v)] for v in found]
+    given = [None if isinstance(v, torch.Tensor) else sizes[example_of(v)] for v in found]
     given[layout.tokens], given[layout.mask] = ids, mask
     return given
 

@@ -10,7 +10,8 @@ import transformers as hf
 
 from thresher import backend
 from thresher.formats import bitpack
-from thresher.graph.program import Program, Weight, fake_like, value
+from thresher.graph.nodes import fake_like, value
+from thresher.graph.program import Program, Weight
 from thresher.kernels import catalog
 from thresher.kernels.nvfp4 import quantize as nvfp4_quantize
 from thresher.recipe import Recipe

@@ -16,7 +16,7 @@ from .gptq import round_to_nearest
 from .sweep import Sweep, bind
 
 if TYPE_CHECKING:
-    from .driver import Batch, Piece
+    from .pieces import Batch, Piece
 
 WIDTHS = (2, 3, 4, 8)
 _PROBE_BITS = 3

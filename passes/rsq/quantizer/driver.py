@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ import torch
 from torch import fx
 
 from thresher.errors import ThresherError
-from thresher.graph.program import Program
+from thresher.graph.program import Program, weights_fingerprint
 from thresher.report import progress
 
-from ...calibrate import weights_fingerprint
-from ...structure.recover import LayerSite, LinearSite, Structure, recover
+from ...structure.recover import LinearSite, Structure, recover
 from .. import rewrite as rsq_rewrite
 from ..config import RSQConfig
 from ..plan import Plan, make_plan
@@ -35,22 +34,13 @@ from . import codes as rsq_codes
 from . import scores as rsq_scores
 from .files import LayerFiles, stamp_of
 from .gptq import Hessian, HessianError, factor, gptq, output_error, round_to_nearest
+from .pieces import Batch, Piece, pieces
 from .sweep import Sweep, Values, bind, exactness
 
 EXACT = 1e-9
 _WIDEST_STATE = 2.5  # values held between groups, in hidden states; wider ones are computed again
 _SAMPLE_ROWS = 64  # of a weight, to estimate errors from
 _CHECK_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Batch:
-    """inputs: the model's, by name. real: bool [batch, sequence], or None for all real.
-    tokens: int64 [batch, sequence] ids, where the model takes ids."""
-
-    inputs: Mapping[str, Any]
-    real: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,15 +72,6 @@ class Outcome:
     importance: dict[str, torch.Tensor] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Piece:
-    """What is saved together: a layer's linears, or a group outside all layers. groups: linears by input."""
-
-    name: str
-    layer: LayerSite | None
-    groups: list[list[LinearSite]]
 
 
 def quantise_program(
@@ -133,7 +114,7 @@ class _Run:
         self.outcome = Outcome(weights_fingerprint(program), config, plan, 0.0)
         stamp = stamp_of(self.outcome.fingerprint, config.to_json(), [b.inputs for b in batches])
         self.files = LayerFiles(folder, stamp)
-        self.pieces = list(_pieces(self.structure, plan, self.sweep.order))
+        self.pieces = list(pieces(self.structure, plan, self.sweep.order))
         self.counts = rsq_scores.token_counts([b.tokens for b in batches]) if batches else None
 
     def go(self, prove: bool = True) -> Outcome:
@@ -322,23 +303,6 @@ class _Run:
 
 def _stands_for(tensors: rsq_codes.Tensors, dtype: torch.dtype) -> torch.Tensor:
     return rsq_codes.values(tensors).to(dtype)
-
-
-def _pieces(structure: Structure, plan: Plan, order: Mapping[fx.Node, int]) -> Iterator[Piece]:
-    """Layers, and groups outside layers, in graph order."""
-    found: dict[str, Piece] = {}
-    for site in sorted(plan.quantise, key=lambda s: order[s.node]):
-        layer = structure.layer_of(site)
-        name = site.fqn if layer is None else f"layer-{layer.index:04d}-{layer.fqn}"
-        piece = found.setdefault(name, Piece(name, layer, []))
-        group = next((g for g in piece.groups if g[0].x is site.x), None)
-        if group is None:
-            piece.groups.append([site])
-        else:
-            group.append(site)
-    for piece in found.values():
-        piece.groups.sort(key=lambda g: order[g[0].x])
-    yield from sorted(found.values(), key=lambda p: order[p.groups[0][0].x])
 
 
 def _width(nodes: set[fx.Node]) -> int:

@@ -26,7 +26,7 @@ from thresher.passes.base import PASSES
 from .. import kernels, lowering, ops, passes, runtime
 from ..compat import has_values
 from ..graph.capture import Places
-from ..graph.program import module_fqn, module_types
+from ..graph.nodes import module_fqn, module_types
 from ..machine import devices
 from ..recipe import Recipe
 from ..records.certificate import machine, versions

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from ..errors import DialectError
-from .program import Program, value, writes
+from .nodes import value, writes
+from .program import Program
 
 aten = torch.ops.aten
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from .program import Program, module_fqn, value
+from .nodes import module_fqn, value
+
+if TYPE_CHECKING:
+    from .program import Program
 
 
 def text(program: Program) -> str:

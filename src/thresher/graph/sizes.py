@@ -7,6 +7,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
 
 _EXPECTED: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
 
@@ -42,3 +48,25 @@ def decided_by_data(program: Any) -> str | None:
             ):
                 return node.name
     return None
+
+
+def symbol_of(mode: FakeTensorMode, example: int, name: str) -> Any:
+    """A fresh symbolic size of at least 2."""
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    tensor = mode.from_tensor(
+        torch.empty(max(2, example), device="meta"), symbolic_context=context, source=ConstantSource(name)
+    )
+    return tensor.shape[0]
+
+
+def free_number(program: Program, start: int) -> int:
+    """An example T that no fixed size of the graph equals, so that nothing is mistaken for it."""
+    taken = {
+        example_of(s)
+        for n in program.graph.nodes
+        if isinstance(value(n), torch.Tensor)
+        for s in value(n).shape
+    }
+    while start in taken:
+        start += 1
+    return start

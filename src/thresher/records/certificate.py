@@ -28,7 +28,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from thresher.passes.calibrate import weights_fingerprint
+from thresher.graph.program import weights_fingerprint
 
 from .. import ops
 from ..errors import ArgumentError, ThresherError

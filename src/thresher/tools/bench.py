@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from .. import api
 from ..compat import isolated
+from ..compiled import Compiled, compile_strictly
 from ..errors import ArgumentError
 from ..recipe import Recipe
 from ..report import progress
@@ -63,7 +63,7 @@ def compare(
     *,
     target: str = "inductor",
     rounds: int = 5,
-) -> tuple[list[Timed], dict[str, api.Compiled]]:
+) -> tuple[list[Timed], dict[str, Compiled]]:
     """Time eager, plain Inductor (with target="inductor") and each recipe on one batch, in one run.
 
     recipes: name -> anything `Recipe.of` takes. Fills each certificate's and report's `measured`.
@@ -72,7 +72,7 @@ def compare(
         raise ArgumentError("recipes", "{}", "at least one recipe by name", "Name a preset, such as 'exact'.")
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: model(**example_inputs)}
     built: dict[str, float] = {"eager": 0.0}
-    made: dict[str, api.Compiled] = {}
+    made: dict[str, Compiled] = {}
     with torch.no_grad():
         expected = model(**example_inputs)
         if target == "inductor":
@@ -81,7 +81,7 @@ def compare(
             calls["inductor"] = lambda: plain(**example_inputs)
         for name, spec in progress(recipes.items(), "compiling", len(recipes)):
             started = time.perf_counter()
-            made[name] = api.compile(model, example_inputs, Recipe.of(spec), target=target)
+            made[name] = compile_strictly(model, example_inputs, Recipe.of(spec), target=target)
             built[name] = time.perf_counter() - started
             calls[name] = lambda name=name: made[name](**example_inputs)  # type: ignore[misc]
         differences = {
@@ -118,7 +118,7 @@ def _first(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _record(compiled: api.Compiled, gain: float) -> None:
+def _record(compiled: Compiled, gain: float) -> None:
     for session in compiled.sessions:
         session.report.measured = gain
         session.certificate = dataclasses.replace(session.certificate, measured=gain)

@@ -21,7 +21,7 @@ from thresher.passes.structure.recover import recover
 
 from ..errors import ArgumentError, ThresherError
 from ..graph import capture
-from ..graph.program import module_fqn
+from ..graph.nodes import module_fqn
 
 _PACKED = (torch.uint8, torch.int8, torch.int32)
 

@@ -10,7 +10,7 @@ import torch
 import zoo
 from torch import fx
 
-from thresher.graph.program import value
+from thresher.graph.nodes import value
 from thresher.passes.extract import extract
 from thresher.passes.structure.recover import recover
 

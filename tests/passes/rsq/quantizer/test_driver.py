@@ -11,8 +11,9 @@ from thresher.passes.rsq import rewrite as rsq_rewrite
 from thresher.passes.rsq.config import RSQConfig
 from thresher.passes.rsq.plan import make_plan
 from thresher.passes.rsq.quantizer import bits as rsq_bits
-from thresher.passes.rsq.quantizer.driver import Batch, quantise_program
+from thresher.passes.rsq.quantizer.driver import quantise_program
 from thresher.passes.rsq.quantizer.gptq import HessianError
+from thresher.passes.rsq.quantizer.pieces import Batch
 from thresher.passes.rsq.quantizer.sweep import bind, exactness
 from thresher.passes.structure.recover import recover
 

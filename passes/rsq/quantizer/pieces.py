@@ -1,0 +1,49 @@
+"""What quantization walks through: calibration batches, and the pieces of a model in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...structure.recover import LayerSite, LinearSite, Structure
+from ..plan import Plan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs: the model's, by name. real: bool [batch, sequence], or None for all real.
+    tokens: int64 [batch, sequence] ids, where the model takes ids."""
+
+    inputs: Mapping[str, Any]
+    real: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+@dataclass
+class Piece:
+    """What is saved together: a layer's linears, or a group outside all layers. groups: linears by input."""
+
+    name: str
+    layer: LayerSite | None
+    groups: list[list[LinearSite]]
+
+
+def pieces(structure: Structure, plan: Plan, order: Mapping[fx.Node, int]) -> Iterator[Piece]:
+    """Layers, and groups outside layers, in graph order."""
+    found: dict[str, Piece] = {}
+    for site in sorted(plan.quantise, key=lambda s: order[s.node]):
+        layer = structure.layer_of(site)
+        name = site.fqn if layer is None else f"layer-{layer.index:04d}-{layer.fqn}"
+        piece = found.setdefault(name, Piece(name, layer, []))
+        group = next((g for g in piece.groups if g[0].x is site.x), None)
+        if group is None:
+            piece.groups.append([site])
+        else:
+            group.append(site)
+    for piece in found.values():
+        piece.groups.sort(key=lambda g: order[g[0].x])
+    yield from sorted(found.values(), key=lambda p: order[p.groups[0][0].x])

@@ -1,0 +1,34 @@
+"""How a node calls scaled_dot_product_attention, and what stands in for minus infinity in masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+MASKED = -1e4  # an additive mask at or below this hides a key; models write the dtype's minimum or -inf
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The arguments of one attention node, by name."""
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    causal: bool
+    scale: float | None
+    softcap: float = 0.0
+    inside: frozenset[fx.Node] = frozenset()  # the nodes between q, k, v, mask and node, when spelled out
+
+
+def attention(node: fx.Node) -> Attention:
+    """Read a scaled_dot_product_attention node; both spellings transformers uses give the same fields."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
+    mask = given.get("attn_mask")
+    return Attention(node, given["query"], given["key"], given["value"], mask if isinstance(mask, fx.Node) else None,
+                     bool(given.get("is_causal", False)), given.get("scale"))  # fmt: skip

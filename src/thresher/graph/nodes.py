@@ -1,0 +1,55 @@
+"""Questions about one node of a graph: its value, its shape, the module it came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call writes to its arguments: not in the dialect, and no dead code either."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def value(node: object) -> Any:
+    """What a graph argument stands for: a node's fake tensor or size, or the constant itself."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def fake_like(tensor: torch.Tensor, near: fx.Node) -> torch.Tensor:
+    """A fake of `tensor` in the fake mode used around a node, weights' sizes being constants."""
+    for other in near.graph.nodes:
+        known = other.meta.get("val")
+        if isinstance(known, torch._subclasses.fake_tensor.FakeTensor):
+            if isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
+                return tensor
+            return known.fake_mode.from_tensor(tensor, static_shapes=True)
+    return tensor
+
+
+def module_fqn(node: fx.Node) -> str:
+    """The FQN of the innermost module a node was traced in; empty when unknown or the model itself."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\[['\"][^\]]*['\"]\](\[\d+\])?\.?", "", path)  # a decorated forward: L['args'][0]
+    path = re.sub(r"\._modules\['([^']+)'\]|_modules\['([^']+)'\]", lambda m: "." + (m[1] or m[2]), path)
+    return path.replace("slf.", "").strip(".")
+
+
+def module_types(node: fx.Node) -> list[str]:
+    """Class names of the modules around a node, outermost first."""
+    names = []
+    for _, kind in (node.meta.get("nn_module_stack") or {}).values():
+        names.append(kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1])
+    return names
+
+
+def sequence_of(argument: Any) -> Sequence[Any]:
+    """A graph's list argument as a sequence, also when it is missing."""
+    return argument if isinstance(argument, (list, tuple)) else ()
