@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from thresher import token_types as tokens
+from thresher import given_tokens
 from thresher.graph.call_plan import CallPlan
 from thresher.graph.program import Program
 
@@ -77,7 +77,7 @@ class CallSession(Session):
 
     def run_made(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         """Run this session's own program, whatever the call would choose."""
-        known = tokens.known(inputs) if self.plan.extra_inputs else {}
+        known = given_tokens.known(inputs) if self.plan.extra_inputs else {}
         results = super().results([*inputs, *(known[n] for n in self.plan.extra_inputs)], weights)
         count = len(self.plan.extra_outputs)
         if count:
@@ -87,12 +87,12 @@ class CallSession(Session):
             }  # None where a call ran padded
             results = results[:-count]
         for index, name in self.plan.published.items():
-            tokens.publish(results[index], self.extras[name])
+            given_tokens.publish(results[index], self.extras[name])
         for index, short in self.plan.shortened.items():
-            tokens.note(results[index], kept=self.extras[short.kept])
+            given_tokens.note(results[index], kept=self.extras[short.kept])
         for index, name in self.plan.scored.items():
             if name in self.extras:
-                tokens.note(results[index], scores=self.extras[name])
+                given_tokens.note(results[index], scores=self.extras[name])
         return results
 
     def wanted(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> Choices:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import thresher
-from thresher import token_types as tokens
+from thresher import given_tokens
 from thresher.runtime.kv.cache import ATTENTION, MixedPrecisionCache
 from thresher.runtime.kv.layer import KVPolicy
 from thresher.runtime.kv.prefill import prefill
@@ -76,7 +76,7 @@ class Pruned:
         """Whether each answer is right: bool [B] for t1 and t2."""
         decoder = self.model.decoder
         inputs = dict(inputs_embeds=case.embeds, use_cache=True)
-        with tokens.token_types(case.types, scores), torch.no_grad():
+        with given_tokens.token_types(case.types, scores), torch.no_grad():
             if self.call is None:
                 torch._dynamo.reset()
                 self.call = thresher.compile(
@@ -154,7 +154,7 @@ CALIBRATED = "zipvl, calibrated to tau .975, protected"
 def shares(model: TinyVLM, options: dict[str, Any], seed: int) -> Iterator[str]:
     """A file of ZipVL's shares, calibrated on 256 questions that are not asked again."""
     apart = list(cases(model, 256, data.CHAIN, 77 + seed))
-    with tempfile.TemporaryDirectory() as scratch, tokens.token_types(apart[0].types):
+    with tempfile.TemporaryDirectory() as scratch, given_tokens.token_types(apart[0].types):
         batches = [dict(inputs_embeds=case.embeds, use_cache=True) for case in apart]
         path = str(Path(scratch) / "shares.safetensors")
         thresher.calibrate(model.decoder, batches, zipvl=options).save(path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher import token_types as given_tokens
+from thresher import given_tokens
 from thresher.graph.call_plan import CallPlan
 from thresher.graph.nodes import value
 from thresher.graph.program import Program

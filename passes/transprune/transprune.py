@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx
 
-from thresher import token_types as given_tokens
+from thresher import given_tokens
 from thresher.errors import ArgumentError
 from thresher.graph.call_plan import CallPlan, Choice, Shortened
 from thresher.graph.call_rules import Rule, rule

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from thresher import token_types as tokens
+from thresher import given_tokens
 from thresher.errors import ArgumentError
 
 from .cache import ATTENTION, MixedPrecisionCache
@@ -40,7 +40,7 @@ def prefill(
     length = first.shape[1]
     for index, layer in enumerate(past.layers):
         keys, values = layer.keys, layer.values
-        known = tokens.about(keys)
+        known = given_tokens.about(keys)
         positions = known.get("kept")
         if positions is None:
             if keys.shape[2] != length:

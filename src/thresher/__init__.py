@@ -36,7 +36,7 @@ _PUBLIC = {
     "quantize": "quantization",
     "relufy": "training.relu_swap",
     "save": "export",
-    "token_types": "token_types",
+    "token_types": "given_tokens",
 }
 __all__ = ["__version__", "reports", *_PUBLIC]
 

@@ -14,7 +14,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import zoo
-from thresher.lowering.inductor import Inductor
+from thresher.lowering.inductor.inductor import Inductor
 from torch._dynamo.utils import counters
 import thresher
 

@@ -11,7 +11,7 @@ from tiny_llama import IMAGE
 from zip_by_hand import OPTIONS
 
 import thresher
-from thresher import token_types as tokens
+from thresher import given_tokens
 from thresher.backend import run_pipeline
 from thresher.errors import ArgumentError
 from thresher.lowering.reference import Reference
@@ -62,7 +62,7 @@ def test_each_packed_sequence_is_treated_as_alone(model, padded, gather):
         expected, importance = zip_by_hand.run(model, ids, count)
         torch.testing.assert_close(out.logits[row : row + 1, real], expected, rtol=1e-4, atol=1e-4)
         for layer, scores in zip(layers, importance, strict=True):
-            found = tokens.about(layer.keys)["scores"][row]
+            found = given_tokens.about(layer.keys)["scores"][row]
             torch.testing.assert_close(found[real][None], scores, rtol=1e-4, atol=1e-5)
             assert not found[~real].any() and layer.keys.shape[2] == real.shape[0]
     held = call.sessions[-1].extras["realised_tau"]
@@ -110,7 +110,7 @@ def test_important_keys_behind_a_cut_keep_their_places_in_the_prompt(model):
     call = compiled(model, inputs, transprune=dict(PRUNE, policy="uniform"), zipvl=options)
     out, extras = call(**inputs), call.sessions[-1].extras
     for number, layer in enumerate(out.past_key_values.layers):
-        places = tokens.about(layer.keys)["kept"]
+        places = given_tokens.about(layer.keys)["kept"]
         assert torch.equal(places, extras[f"important.{number}"]) and layer.keys.shape[2] == places.shape[1]
         if number:
             kept = extras[f"kept.{number}"]
