@@ -112,7 +112,7 @@ def main() -> None:
     bench.not_measured("an engine's speed and numbers; TensorRT proper", tensorrt.UNVERIFIED)
     bench.not_measured(
         "FX to engine",
-        "Built and audited by tests/lowering/test_torch_tensorrt.py in an environment of its own.",
+        "Built and audited by tests/lowering/tensorrt/test_graph_parts.py in an environment of its own.",
     )
     bench.finish()
 

@@ -16,7 +16,7 @@ import zoo
 
 import thresher
 
-SECONDS = float(os.environ.get("THRESHER_SOAK_SECONDS", "60"))
+SECONDS = float(os.environ.get("THRESHER_SOAK_SECONDS", "15"))
 
 
 def request(rng: random.Random, vocabulary: int) -> dict[str, torch.Tensor]:

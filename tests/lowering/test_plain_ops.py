@@ -12,7 +12,7 @@ catalog.load()
 NEVER_IN_A_GRAPH = {"nvfp4_quantize"}  # packs weights, before a program exists
 REFUSED = {
     "tokens_holding"
-}  # each call's data decide its size; export says so, see tests/passes/test_zipvl_exact.py
+}  # each call's data decide its size; export says so, see tests/passes/zipvl/test_exact.py
 QUANTIZED = {"nvfp4_linear", "wna16_linear"}  # have forms of each target's own
 
 

@@ -347,7 +347,7 @@ def test_every_operator_of_a_program_is_exported_by_some_test_here():
               "kv_attention", "sparse_mlp", "sparse_down", "wna16_linear", "hadamard", "nvfp4_linear", "varlen_attention",
               "varlen_attention_masked"}  # fmt: skip
     # The first packs weights before a graph exists, the second is for Inductor's programs alone, and programs with the
-    # third are refused (tests/passes/test_zipvl_exact.py).
+    # third are refused (tests/passes/zipvl/test_exact.py).
     assert {o.name for o in ops.all_ops()} - tested == {"nvfp4_quantize", "few_linear", "tokens_holding"}
 
 

@@ -1,6 +1,6 @@
 """docs/structure.md says what is recovered in each architecture, and this test writes that table.
 
-THRESHER_UPDATE_DOCS=1 python -m pytest tests/passes/test_structure_table.py   # writes the page anew
+THRESHER_UPDATE_DOCS=1 python -m pytest tests/passes/structure/test_table.py   # writes the page anew
 """
 
 import os
@@ -13,7 +13,7 @@ import zoo
 from thresher.passes.structure.recover import recover
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "structure.md"
-BEGIN, END = "<!-- table: written by tests/passes/test_structure_table.py -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: written by tests/passes/structure/test_table.py -->", "<!-- end of table -->"
 NAMES = [n for n in zoo.ZOO if n not in ("llava", "qwen2_vl")]  # these two are several graphs
 
 
@@ -46,5 +46,5 @@ def test_the_page_is_up_to_date(page):
         PAGE.write_text(expected)
         return
     assert written == expected, (
-        "run: THRESHER_UPDATE_DOCS=1 python -m pytest tests/passes/test_structure_table.py"
+        "run: THRESHER_UPDATE_DOCS=1 python -m pytest tests/passes/structure/test_table.py"
     )
