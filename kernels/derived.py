@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from thresher.graph.stamp import stamp
+
 T = TypeVar("T")
 
 _KEPT = WeakTensorKeyDictionary()
@@ -17,10 +19,10 @@ _LOCK = threading.Lock()
 
 
 def derived(name: str, make: Callable[..., T], *weights: torch.Tensor) -> T:
-    """`make(*weights)`, computed at the first call and after the weights were written to in place.
+    """`make(*weights)`, computed at the first call and again where a weight has another stamp.
 
     name: tells apart what several kernels derive from one weight. weights: the result lives as long as the
-    first of them. Writes through `.data`, and to tensors made in inference mode, leave no trace and are missed.
+    first of them. What `thresher.graph.stamp` cannot see is missed, such as writes through `w.data.copy_(...)`.
     """
     with _LOCK:
         kept: dict[str, _Kept] = _KEPT.setdefault(weights[0], {})
@@ -38,11 +40,7 @@ class _Kept:
 
     def __init__(self, value: Any, weights: tuple[torch.Tensor, ...]):
         self.value = value
-        self._from = [(weakref.ref(w), _writes(w)) for w in weights]
+        self._from = [(weakref.ref(w), stamp(w)) for w in weights]
 
     def is_of(self, weights: tuple[torch.Tensor, ...]) -> bool:
-        return all(ref() is w and writes == _writes(w) for (ref, writes), w in zip(self._from, weights))
-
-
-def _writes(weight: torch.Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
+        return all(ref() is w and then == stamp(w) for (ref, then), w in zip(self._from, weights))

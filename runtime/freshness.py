@@ -2,8 +2,8 @@
 
 A model's own weights are passed to the compiled code at every call, so replacing or editing one needs
 nothing more. A weight computed from others (packed codes, say) is checked against the tensors it was
-computed from: another object or another version counter means it is stale, and it is computed anew.
-Writes through `.data` leave no trace and cannot be seen; call `Session` anew after those.
+computed from: another stamp (`thresher.graph.stamp`) means it is stale, and it is computed anew.
+Writes through `p.data.copy_(...)` leave no trace and cannot be seen; call `Session` anew after those.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ import torch
 
 from thresher.errors import StaleWeightsError
 from thresher.graph.program import Program, Weight
-
-
-def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
-    # inference tensors keep no version counter; they cannot be edited in place outside inference mode
-    return id(tensor), -1 if tensor.is_inference() else tensor._version
+from thresher.graph.stamp import stamp
 
 
 class Freshness:
@@ -33,7 +29,7 @@ class Freshness:
         # holding the sources keeps an id from being used again for another tensor
         self._kept = {name: w.made_from for name, w in program.weights.items()}
         self._stamps: dict[str, tuple[Any, ...]] = {
-            n: tuple(map(_stamp, kept)) for n, kept in self._kept.items()
+            n: tuple(map(stamp, kept)) for n, kept in self._kept.items()
         }
         self._lock = threading.Lock()
 
@@ -56,8 +52,8 @@ class Freshness:
         return result, repacked
 
     def _refresh(self, name: str, weight: Weight, sources: list[torch.Tensor]) -> int:
-        stamp = tuple(_stamp(t) for t in sources)
-        if not sources or self._stamps[name] == stamp:
+        now = tuple(map(stamp, sources))
+        if not sources or self._stamps[name] == now:
             return 0
         with self._lock:
             if weight.derive is None:
@@ -67,5 +63,5 @@ class Freshness:
                 )
             with torch.no_grad():
                 self._current[name] = weight.derive(*sources)
-            self._stamps[name], self._kept[name] = stamp, tuple(sources)
+            self._stamps[name], self._kept[name] = now, tuple(sources)
             return 1

@@ -25,6 +25,7 @@ from thresher.compat import has_values
 from thresher.errors import ArgumentError, unknown_key
 from thresher.graph.nodes import value
 from thresher.graph.program import Program, Weight
+from thresher.graph.stamp import Stamp, stamp
 from thresher.recipe import PassConfig
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
@@ -237,16 +238,16 @@ class _Shared:
         self._make = make
         self._lock = threading.Lock()
         self._left: dict[int, torch.Tensor] = {}
-        self._sources: tuple[tuple[int, int], ...] = ()
+        self._sources: tuple[Stamp, ...] = ()
 
     def part(self, index: int) -> Callable[..., torch.Tensor]:
         return lambda *sources: self._take(index, sources)
 
     def _take(self, index: int, sources: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        stamp = tuple((id(t), -1 if t.is_inference() else t._version) for t in sources)
+        now = tuple(map(stamp, sources))
         with self._lock:
-            if stamp != self._sources or index not in self._left:
-                self._left, self._sources = dict(enumerate(self._make(*sources))), stamp
+            if now != self._sources or index not in self._left:
+                self._left, self._sources = dict(enumerate(self._make(*sources))), now
             return self._left.pop(index)
 
 

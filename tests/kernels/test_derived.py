@@ -35,3 +35,11 @@ def test_it_does_not_outlive_its_weight():
     del weight
     gc.collect()
     assert kept() is None
+
+
+def test_a_new_storage_behind_the_same_weight_counts():
+    weight = torch.nn.Parameter(torch.ones(3))
+    first = derived("double", lambda w: w.detach() * 2, weight)
+    weight.data = torch.full((3,), 5.0)
+    again = derived("double", lambda w: w.detach() * 2, weight)
+    assert torch.equal(first, torch.full((3,), 2.0)) and torch.equal(again, torch.full((3,), 10.0))

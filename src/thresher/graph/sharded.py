@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
+from .stamp import Stamp, stamp
 
 if TYPE_CHECKING:
     from .program import Program
@@ -51,7 +52,7 @@ class Parts:
 
     def __init__(self) -> None:
         self._any: bool | None = None
-        self._held: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._held: dict[str, tuple[torch.Tensor, Stamp, torch.Tensor]] = {}
 
     def of(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self._any is None:
@@ -61,11 +62,11 @@ class Parts:
     def _part(self, fqn: str, tensor: torch.Tensor) -> torch.Tensor:
         if not is_sharded(tensor):
             return tensor
-        version = -1 if tensor.is_inference() else tensor._version
+        now = stamp(tensor)
         known = self._held.get(fqn)
-        if known is None or known[0] is not tensor or known[1] != version:
+        if known is None or known[1] != now:
             part = local(tensor)
-            self._held[fqn] = known = (tensor, version, part if known is None else part.detach())
+            self._held[fqn] = known = (tensor, now, part if known is None else part.detach())
         return known[2]
 
 

@@ -291,7 +291,9 @@ def test_nan_and_inf_activations_propagate(gated):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("how", ["in place", "load_state_dict", "assigned", "another parameter"])
+@pytest.mark.parametrize(
+    "how", ["in place", "new storage", "load_state_dict", "assigned", "another parameter"]
+)
 def test_weights_updated_after_compiling_are_repacked(gated, how):
     model, x = build(Feed(gated=gated))
     done = compiled(model, x)
@@ -300,6 +302,9 @@ def test_weights_updated_after_compiling_are_repacked(gated, how):
         if how == "in place":
             for p in model.parameters():
                 p.mul_(1.5)
+        elif how == "new storage":
+            for p in model.parameters():
+                p.data = p.data * 1.5
         elif how == "load_state_dict":
             model.load_state_dict(other)
         elif how == "assigned":
