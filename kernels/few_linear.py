@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from thresher import ops
+from thresher.plain_form import Plain
 
 from . import native
 from .sparse import tune as sparse_tune
@@ -61,6 +62,8 @@ def _inputs(device, dtype):
     inputs=_inputs,
     # as for sparse_down: sums in another order, and the half types' own rounding
     tolerance={torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3},
+    providers=("cpu_cpp",),
+    plain=Plain(),
 )
 def few_linear(x, weight, bias, relu):
     y = F.linear(x, weight, bias)

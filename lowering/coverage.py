@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher import ops, plain_form
 from thresher.errors import unknown_key
 from thresher.graph.dialect import _SIZE_FUNCTIONS as SIZES
 from thresher.graph.nodes import module_fqn, value
 from thresher.graph.packed_layout import PackedLayout
 from thresher.graph.program import Program
-from thresher.ops import get
 
-from . import plain_ops
 from .decompose import op_name
 from .onnx.attention import UNRUN, by_multi_head, no_packed
 from .onnx.integers import no_nbits
@@ -122,11 +121,6 @@ def _own(program: Program, node: fx.Node, target: str) -> tuple[str, str]:
     name = op_name(node)
     if target in _AS_IS:
         return _provider(node, name)
-    if name in ("sparse_down", "sparse_mlp"):
-        return (
-            FALLBACK,
-            "It computes densely: ONNX has no operator that skips neurons. The result is the same.",
-        )
     if name in ("varlen_attention", "varlen_attention_masked"):
         return DECOMPOSED, _attention(node, name, target)
     if name == "wna16_linear":
@@ -138,9 +132,13 @@ def _own(program: Program, node: fx.Node, target: str) -> tuple[str, str]:
         return DECOMPOSED, "A blocked DequantizeLinear and MatMul, which engines fuse into one product."
     if name == "nvfp4_linear":
         return _nvfp4(node, target)
-    if plain_ops.plain(name) is not None:
-        return DECOMPOSED, "Plain operators of the same meaning."
-    return REFUSED, f"thresher::{name} packs weights and has no place in an exported graph."
+    op = ops.of(node.target)
+    plain = op.plain if op is not None else plain_form.NONE
+    if isinstance(plain, str):
+        return REFUSED, plain
+    if plain.loss:
+        return FALLBACK, plain.loss
+    return DECOMPOSED, plain.says or "Plain operators of the same meaning."
 
 
 def _attention(node: fx.Node, name: str, target: str) -> str:
@@ -185,7 +183,7 @@ def _provider(node: fx.Node, name: str) -> tuple[str, str]:
 
     try:
         with FakeTensorMode() as mode:
-            provider, passed = get(name).choose(*(_example(a, mode) for a in node.args))
+            provider, passed = ops.get(name).choose(*(_example(a, mode) for a in node.args))
     except Exception as reason:  # a sample call cannot be made; the real one will choose
         return NATIVE, f"The provider is chosen at each call ({type(reason).__name__})."
     if provider.name != "reference":

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from thresher import ops, plain_form
 from thresher.errors import ThresherError
 from thresher.graph.nodes import fake_like, value
 from thresher.graph.program import Program, Weight
-from thresher.kernels.varlen.attention import varlen_attention_masked
-from thresher.ops import NAMESPACE
-
-from . import plain_ops
-
-ops = torch.ops.thresher
+from thresher.kernels.varlen.plain import as_mask
+from thresher.plain_form import Plain
 
 
 def own_nodes(program: Program) -> list[fx.Node]:
@@ -26,7 +24,7 @@ def own_nodes(program: Program) -> list[fx.Node]:
     return [
         n
         for n in program.nodes()
-        if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == NAMESPACE
+        if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == ops.NAMESPACE
     ]
 
 
@@ -39,7 +37,16 @@ def inline(program: Program, node: fx.Node, function: Callable[..., Any], *more:
 
     Returns the node that gives the result; for several results, the first one's.
     """
-    made = trace_before(program, node, function, [*node.args, *more], dict(node.kwargs))
+    return replace(
+        program, node, trace_before(program, node, function, [*node.args, *more], dict(node.kwargs))
+    )
+
+
+def replace(program: Program, node: fx.Node, made: Any) -> fx.Node:
+    """Let the users of a node read another, or for several results (a tuple) several others; erase it.
+
+    Returns the node that gives the result; for several results, the first one's.
+    """
     if not isinstance(made, tuple):
         node.replace_all_uses_with(made)
         program.graph.erase_node(node)
@@ -103,90 +110,76 @@ def trace_before(
     return results if len(results) > 1 else results[0]
 
 
-class Masks:
-    """The masks of packed attention, each built once for all layers that use it.
+class Spelling:
+    """A program whose operators are being replaced by their plain forms (`plain_form.Spelling`)."""
 
-    dtype: None for bool masks, or the dtype in which they are added to the scores.
-    columns: the tokens' columns [T], which a sliding window counts in; None to count packed positions.
-    """
+    def __init__(self, program: Program, added_masks: bool, columns: fx.Node | None):
+        self.program, self.added_masks, self.columns = program, added_masks, columns
+        self._made: dict[Hashable, Any] = {}
+        self._constants: dict[str, str] = {}
 
-    def __init__(self, program: Program, additive: bool, columns: fx.Node | None):
-        self.program, self.additive, self.columns = program, additive, columns
-        self._segments: dict[fx.Node, fx.Node] = {}
-        self._made: dict[tuple[Any, ...], fx.Node] = {}
+    def traced(self, node: fx.Node, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        """Insert what `function` does with graph arguments before a node; the node or nodes of its result."""
+        return trace_before(self.program, node, function, list(arguments))
 
-    def attend(self, node: fx.Node) -> None:
-        """Replace one `varlen_attention` or `varlen_attention_masked` node."""
-        q, k, v = node.args[:3]
-        key: tuple[Any, ...]
-        dtype = value(q).dtype if self.additive else None
-        if node.target is varlen_attention_masked.overload:
-            mask, rows, cols, cu_seqlens, _, scale = node.args[3:]
-            key = (mask, rows, cols, cu_seqlens, dtype)
-            if key not in self._made:
-                self._made[key] = trace_before(
-                    self.program, node, plain_ops.masked, [mask, rows, cols, cu_seqlens, dtype]
-                )
-            options: list[Any] = [scale, 0.0, True]
+    def once(
+        self, key: Hashable, node: fx.Node, function: Callable[..., Any], arguments: Sequence[Any]
+    ) -> Any:
+        """The same for what several calls share: inserted before the first that asks for `key`."""
+        if key not in self._made:
+            self._made[key] = self.traced(node, function, arguments)
+        return self._made[key]
+
+    def constant(self, name: str, node: fx.Node, tensor: torch.Tensor) -> fx.Node:
+        """A tensor as a weight of the program, stored once under a name; the node that reads it, before `node`."""
+        if name not in self._constants:
+            made = self.program.get_weight(Weight(name, tensor), node)
+            self._constants[name] = str(made.target)
         else:
-            cu_seqlens, _, scale, causal, window, softcap = node.args[3:]
-            key = (cu_seqlens, causal, window, dtype)
-            if key not in self._made:
-                self._made[key] = self._visible(node, q, cu_seqlens, causal, window, dtype)
-            options = [scale, softcap, False]
-        mask_node = self._made[key]
-        result = trace_before(self.program, node, plain_ops.attend_packed, [q, k, v, mask_node, *options])
-        node.replace_all_uses_with(result)
-        self.program.graph.erase_node(node)
-
-    def _visible(
-        self, node: fx.Node, q: Any, cu_seqlens: Any, causal: Any, window: Any, dtype: Any
-    ) -> fx.Node:
-        if cu_seqlens not in self._segments:
-            self._segments[cu_seqlens] = trace_before(
-                self.program, node, lambda c, t: plain_ops.segments(c, t.shape[2]), [cu_seqlens, q]
-            )
-        segment = self._segments[cu_seqlens]
-
-        def visible(s: Any, columns: Any) -> Any:
-            place = torch.arange(s.shape[0], device=s.device) if columns is None else columns
-            return plain_ops.visible(s, place, causal, window, dtype)
-
-        columns = self.columns if window >= 0 else None
-        return trace_before(self.program, node, visible, [segment, columns])
+            with self.program.graph.inserting_before(node):
+                made = self.program.graph.create_node("get_attr", self._constants[name])
+            made.meta["val"] = fake_like(tensor, node)
+        return made
 
 
-def windowed(program: Program) -> bool:
-    """Whether some packed attention counts distances, for which padded columns matter where rows have holes."""
-    return any(n.args[7] >= 0 for n in program.nodes(ops.varlen_attention.default))  # type: ignore[operator]
-
-
-def decompose(
-    program: Program, *, additive: bool = False, columns: fx.Node | None = None, keep: tuple[str, ...] = ()
-) -> None:
-    """Replace every operator of ours in a program, in place, but for those named in `keep`.
-
-    Raises ThresherError for an operator without a plain form.
-    """
-    masks = Masks(program, additive, columns)
-    matrices: dict[Any, str] = {}
+def columns_wanted(program: Program) -> Any:
+    """The number of packed tokens, where some operator's plain form counts in the padded batch's columns; else None."""
     for node in own_nodes(program):
-        name = op_name(node)
-        if name in keep:
+        op = ops.of(node.target)
+        if op is not None and isinstance(op.plain, Plain) and op.plain.columns is not None:
+            tokens = op.plain.columns(node)
+            if tokens is not None:
+                return tokens
+    return None
+
+
+def losses(program: Program) -> list[tuple[int, str, str]]:
+    """What plain forms lose in a program: how many nodes, their operator's name, and a sentence."""
+    found: Counter[tuple[str, str]] = Counter()
+    for node in own_nodes(program):
+        op = ops.of(node.target)
+        if op is not None and isinstance(op.plain, Plain) and op.plain.loss:
+            found[op.name, op.plain.loss] += 1
+    return [(count, *which) for which, count in found.items()]
+
+
+def decompose(program: Program, *, added_masks: bool = False, columns: fx.Node | None = None) -> None:
+    """Replace every operator of ours in a program by its plain form, in place.
+
+    added_masks, columns: see `plain_form.Spelling`. Raises ThresherError for an operator without a plain form.
+    """
+    spelling = Spelling(program, added_masks, columns)
+    for node in own_nodes(program):
+        op = ops.of(node.target)
+        plain = op.plain if op is not None else plain_form.NONE
+        if op is None or isinstance(plain, str):
+            raise ThresherError(
+                f"{node.target} ({node.name}) has no form in plain ATen for this target. {plain}"
+            )
+        if plain.spell is None:
+            inline(program, node, plain.run or op.reference)
             continue
-        if name in ("varlen_attention", "varlen_attention_masked"):
-            masks.attend(node)
-            continue
-        if name == "hadamard":
-            _rotate(program, node, matrices)
-            continue
-        if name == "probe_positions":
-            _probe(program, node)
-            continue
-        function = plain_ops.plain(name)
-        if function is None:
-            raise ThresherError(f"thresher::{name} ({node.name}) has no form in plain ATen for this target.")
-        inline(program, node, function)
+        replace(program, node, plain.spell(spelling, node))
     drop_unread_sizes(program)
     program.clean()
 
@@ -202,38 +195,8 @@ def add_masks(program: Program) -> None:
             continue
         dtype = value(node.args[0]).dtype
         if (mask, dtype) not in made:
-            made[mask, dtype] = trace_before(program, node, plain_ops.as_mask, [mask, dtype])
+            made[mask, dtype] = trace_before(program, node, as_mask, [mask, dtype])
         node.replace_input_with(mask, made[mask, dtype])
-
-
-def _rotate(program: Program, node: fx.Node, matrices: dict[Any, str]) -> None:
-    """A Hadamard transform as products with its factors, which all transforms of that order share."""
-    x, signs, block = node.args
-    wide = torch.promote_types(value(x).dtype, torch.float32)
-    held = []
-    for number, factor in enumerate(plain_ops.factors(block, wide)):  # type: ignore[arg-type]
-        key = (block, wide, number)
-        if key not in matrices:
-            made = program.get_weight(Weight(f"hadamard.{block}.{number}", factor), node)
-            matrices[key] = str(made.target)
-        else:
-            with program.graph.inserting_before(node):
-                made = program.graph.create_node("get_attr", matrices[key])
-            made.meta["val"] = fake_like(factor, node)
-        held.append(made)
-    result = trace_before(program, node, plain_ops.rotate, [x, signs, *held])
-    node.replace_all_uses_with(result)
-    program.graph.erase_node(node)
-
-
-def _probe(program: Program, node: fx.Node) -> None:
-    """Probe positions with their random draw, which depends on the seed alone, as a constant."""
-    starts, lengths, recent, spread, seed = node.args
-    drawn = program.get_weight(Weight(f"{node.name}.draw", plain_ops.draw(spread, seed)), node)  # type: ignore[arg-type]
-    node.replace_all_uses_with(
-        trace_before(program, node, plain_ops.positions, [starts, lengths, recent, drawn])
-    )
-    program.graph.erase_node(node)
 
 
 def drop_unread_sizes(program: Program) -> None:

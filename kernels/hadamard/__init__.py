@@ -1,5 +1,5 @@
 """The online Hadamard rotation."""
 
-from . import cpu, cuda, op
+from . import cpu, cuda, op, plain
 
-__all__ = ["cpu", "cuda", "op"]
+__all__ = ["cpu", "cuda", "op", "plain"]

@@ -10,7 +10,10 @@ import torch
 
 from thresher.errors import ArgumentError
 from thresher.formats.hadamard import check_order, matrix
+from thresher.graph.token_labels import row_by_row
 from thresher.ops import Sample, define
+
+from .plain import PLAIN
 
 # A transform is an orthogonal map: its error is that of one fp32 dot product, and for half types the
 # rounding of the result.
@@ -71,7 +74,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 @define(
-    "hadamard(Tensor x, Tensor? signs, int block) -> Tensor", fake=_fake, inputs=_samples, tolerance=TOLERANCE
+    "hadamard(Tensor x, Tensor? signs, int block) -> Tensor",
+    fake=_fake,
+    inputs=_samples,
+    tolerance=TOLERANCE,
+    providers=("cpu_cpp", "triton"),
+    tokens=row_by_row,
+    plain=PLAIN,
 )
 def hadamard(x, signs, block):
     """Each run of `block` columns of `x * signs` times the orthogonal Hadamard matrix of that order.

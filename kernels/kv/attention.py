@@ -7,11 +7,16 @@ their position themselves, so pools may hold tokens in any order.
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from thresher.errors import ArgumentError
+from thresher.graph.nodes import argument, value
+from thresher.machine.pricing import Prices, dtype_of, width_of
 from thresher.ops import Sample, define
 
-from ..varlen.attention import attend, empty_result
+from ..varlen.attention import empty_result
+from ..varlen.plain import attend
+from . import plain
 from .format import as_pools, dequantize, quantize
 
 # All arithmetic is fp32 from the same codes; half types round q, the tail and the result only.
@@ -95,12 +100,27 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _price(model: Prices, node: fx.Node) -> float:
+    """A few queries over a cache: the share of its slots that the mask shows, where the rows' lengths are known."""
+    q, tail = node.args[0], argument(node, "k_tail")
+    rows, heads, queries, width = (model.size(s) for s in value(q).shape)
+    slots = model.size(value(tail).shape[2])
+    seen = sum(model.lengths) / max(rows, 1) if model.lengths and len(model.lengths) == rows else slots
+    seen = min(seen, slots)
+    flops = 4 * rows * heads * queries * seen * width
+    moved = 2 * width_of(q) * model.numel(tail) * seen / max(slots, 1)
+    return model.attention(flops, seen, width, dtype_of(q), moved, packed=False)
+
+
 @define(
     "kv_attention(Tensor q, Tensor[] pools, Tensor k_tail, Tensor v_tail, Tensor? visible, float scale)"
     " -> Tensor",
     fake=lambda q, pools, k_tail, v_tail, visible, scale: empty_result(q, v_tail),
     inputs=_samples,
     tolerance=TOLERANCE,
+    providers=("cpu_cpp", "cpu_sdpa", "cuda_triton"),
+    price=_price,
+    plain=plain.ATTENTION,
 )
 def kv_attention(q, pools, k_tail, v_tail, visible, scale):
     """Attention of the newest tokens over quantized pools and a full-precision tail.

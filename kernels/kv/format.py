@@ -24,6 +24,8 @@ import torch
 from thresher.errors import ArgumentError
 from thresher.ops import Sample, define
 
+from . import plain
+
 BITS = (2, 4, 8)
 _HALF_MAX = 65504.0
 
@@ -146,6 +148,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     fake=_fake,
     inputs=_samples,
     tolerance={torch.float32: 0.0, torch.float16: 0.0, torch.bfloat16: 0.0},
+    plain=plain.QUANTIZE,
 )
 def kv_quantize(k, v, bits, block):
     """k_codes, k_affine, v_codes, v_affine of a new pool; its ends are `block_ends(N, block)`.

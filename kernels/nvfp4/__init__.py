@@ -1,5 +1,5 @@
 """NVFP4: quantization to 4.5 bits a value, and linears over it."""
 
-from . import linear, quantize
+from . import linear, plain, quantize
 
-__all__ = ["linear", "quantize"]
+__all__ = ["linear", "plain", "quantize"]

@@ -16,12 +16,16 @@ code * block scale is exact in bf16 and fp16, the product with the tensor scale 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
+from torch import fx
 
 from thresher.errors import ArgumentError, unknown_key
 from thresher.formats.nvfp4 import BLOCK, decode_e2m1, pad_blocks, padded, unpack
+from thresher.graph.nodes import argument, value
+from thresher.machine.pricing import LinearRate, Prices, dtype_of
 from thresher.ops import Sample, define
 
 from . import cpu as nvfp4_cpu
@@ -122,6 +126,27 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> Sequence[Sample]:
     return samples
 
 
+def _price(model: Prices, node: fx.Node) -> float:
+    """A product that reads 4.5 bits a weight; on hardware with FP4 products, in those where the activations are too."""
+    x, mode = node.args[0], argument(node, "activations")
+    inputs = model.size(value(x).shape[-1])
+    weights = inputs * model.size(value(node).shape[-1])
+    dtype = "nvfp4" if mode == "nvfp4" and "nvfp4" in model.device.flops else dtype_of(x)
+    rows = model.numel(x) / max(inputs, 1)
+    return model.linear(rows, weights, dtype, f"nvfp4_linear.{mode}", bits=4.5)
+
+
+def _rate(mode: str) -> LinearRate:
+    def weight(side: int) -> tuple[torch.Tensor, ...]:
+        codes = torch.randint(0, 256, (side, side // 2), dtype=torch.uint8)
+        return codes, torch.rand(side, side // 16).add(0.5).to(torch.float8_e4m3fn), torch.ones(())
+
+    def run(mode: str, x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+        return torch.ops.thresher.nvfp4_linear(x, *weight, None, None, mode)
+
+    return LinearRate(f"nvfp4_linear.{mode}", weight, functools.partial(run, mode))
+
+
 @define(
     "nvfp4_linear(Tensor x, Tensor codes, Tensor block_scales, Tensor global_scale, "
     'Tensor? input_scale=None, Tensor? bias=None, str activations="exact") -> Tensor',
@@ -130,6 +155,10 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> Sequence[Sample]:
     # fp32: another order of summation. bf16, fp16: the same, where it moves a result across a rounding
     # boundary of the output; at most one unit in the last place.
     tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
+    providers=("cpu_cpp", "scaled_mm", "triton_w4a4", "triton_gemv", "triton_gemm"),
+    price=_price,
+    plain="Its weights are codes, which each target stores in a form of its own.",
+    rates=[_rate(mode) for mode in ("exact", "int16", "int8")],
 )
 def nvfp4_linear(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"):
     """x [..., K]; codes uint8 [N, 8B], B = ceil(K/16); block_scales E4M3 [N, B],
@@ -195,6 +224,7 @@ def _quantize_fake(weight, mode="thresher", search="none"):
     fake=_quantize_fake,
     inputs=_quantize_inputs,
     tolerance={torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 0.0},  # bytes are equal or wrong
+    plain="It packs weights and has no place in an exported graph.",
 )
 def nvfp4_quantize(weight, mode="thresher", search="none"):
     """weight [N, K] to what `nvfp4_linear` takes: codes uint8 [N, 8B], block scales as E4M3 bytes uint8

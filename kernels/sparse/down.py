@@ -23,10 +23,14 @@ It can change rounding, since a dense matrix product adds in another order.
 from __future__ import annotations
 
 import torch
+from torch import fx
 from torch.nn import functional as F
 
-from thresher import ops
+from thresher import ops, site_counts
 from thresher.errors import ArgumentError
+from thresher.graph.nodes import argument, value
+from thresher.machine.pricing import Prices, dtype_of
+from thresher.plain_form import Plain
 
 # bf16 and fp16: the reference's own output rounding is 2^-9 and 2^-12, plus one for its inputs' order.
 # fp32: sums of up to 512 terms in another order.
@@ -183,12 +187,30 @@ def _inputs(device, dtype):
     ]
 
 
+DENSE = "It computes densely: no exported operator skips neurons. The result is the same, the saving is not there."
+
+
+def price(model: Prices, node: fx.Node, weights: float) -> float:
+    """A product that reads the active neurons' share of `weights` numbers; dense where there are too many tokens.
+
+    The share is that of the calls counted at this site so far, and all of them where nothing was counted.
+    """
+    act = node.args[0]
+    rows = model.numel(act) / model.size(value(act).shape[-1])
+    known = site_counts.site(str(argument(node, "site", ""))).union_density
+    share = 1.0 if known is None or rows > argument(node, "bmax") else known
+    return model.linear(rows, weights * max(min(share + 0.02, 1.0), 1e-3), dtype_of(node))
+
+
 @ops.define(
     "sparse_down(Tensor act, Tensor weight, Tensor? scale, Tensor? bias, Tensor? threshold, "
     "float tau, int bmax, str site) -> Tensor",
     fake=_fake,
     inputs=_inputs,
     tolerance=TOLERANCE,
+    providers=("cpu_cpp", "triton"),
+    price=lambda model, node: price(model, node, model.numel(argument(node, "weight"))),
+    plain=Plain(loss=DENSE),
 )
 def sparse_down(act, weight, scale, bias, threshold, tau, bmax, site):
     check(act, weight, scale, bias, threshold)

@@ -19,10 +19,14 @@ zero and the up projection overflows, `0 * inf` would be NaN, and is 0 here.
 from __future__ import annotations
 
 import torch
+from torch import fx
 from torch.nn import functional as F
 
 from thresher import ops
 from thresher.errors import ArgumentError, unknown_key
+from thresher.graph.nodes import argument
+from thresher.machine.pricing import Prices
+from thresher.plain_form import Plain
 
 from . import down
 
@@ -104,6 +108,10 @@ def _inputs(device, dtype):
     ]
 
 
+def _price(model: Prices, node: fx.Node) -> float:
+    return down.price(model, node, sum(model.numel(argument(node, n)) for n in ("up_weight", "weight")))
+
+
 @ops.define(
     "sparse_mlp(Tensor gate, Tensor x, Tensor up_weight, Tensor? up_scale, Tensor? up_bias, str up_act, "
     "Tensor weight, Tensor? scale, Tensor? bias, Tensor? threshold, float tau, int bmax, str site) -> Tensor",
@@ -111,6 +119,9 @@ def _inputs(device, dtype):
     inputs=_inputs,
     # As for `sparse_down`; half types round the up projection and the product as well.
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3},
+    providers=("cpu_cpp", "triton"),
+    price=_price,
+    plain=Plain(loss=down.DENSE),
 )
 def sparse_mlp(
     gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold, tau, bmax, site

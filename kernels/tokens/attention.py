@@ -7,8 +7,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from thresher.errors import ArgumentError
 from thresher.ops import Sample, define
+from thresher.plain_form import Plain
 
-from ..varlen.attention import TOLERANCE, attend, empty_result
+from ..varlen.attention import TOLERANCE, empty_result
+from ..varlen.plain import attend
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor) -> None:
@@ -61,11 +63,17 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     return samples
 
 
+def _plain(q, k, v, index, scale):
+    return important_attention.reference(q, k, v, index, scale).contiguous()
+
+
 @define(
     "important_attention(Tensor q, Tensor k, Tensor v, Tensor index, float scale) -> Tensor",
     fake=lambda q, k, v, index, scale: empty_result(q, v),
     inputs=_samples,
     tolerance=TOLERANCE,
+    providers=("cpu_sdpa", "cuda_sdpa"),
+    plain=Plain(run=_plain),
 )
 def important_attention(q, k, v, index, scale):
     """Causal attention among the tokens in `index`; every other token's output is zero.

@@ -17,6 +17,9 @@ import torch
 
 from thresher.errors import ArgumentError
 from thresher.ops import Sample, define
+from thresher.plain_form import Plain
+
+from . import plain
 
 # Sums of up to 64 probabilities in fp32, from dot products in fp32: half types only round inputs.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 5e-6, torch.bfloat16: 5e-6}
@@ -112,6 +115,8 @@ def _score_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     fake=_fake_scores,
     inputs=_score_samples,
     tolerance=TOLERANCE,
+    providers=("cuda_triton", "cpu_cpp", "cpu_stripes"),
+    plain=Plain(),
 )
 def probe_scores(q, k, probes, segments, scale):
     """Attention each key receives from the probe rows, and how many of them see it.
@@ -175,6 +180,7 @@ def _fake_probe_positions(starts, lengths, recent, spread, seed):
     fake=_fake_probe_positions,
     inputs=lambda device, dtype: _rows_samples(device, dtype, 4, 3, 0),
     tolerance={torch.float32: 0.0},
+    plain=plain.PROBE,
 )
 def probe_positions(starts, lengths, recent, spread, seed):
     """Rows to probe: the last `recent` tokens of each sequence, and `spread` drawn from those before.
@@ -217,6 +223,7 @@ def _fake_instruction(token_types, starts, lengths, count):
     fake=_fake_instruction,
     inputs=_instruction_samples,
     tolerance={torch.float32: 0.0},
+    plain=Plain(),
 )
 def instruction_positions(token_types, starts, lengths, count):
     """The last `count` tokens behind a sequence's last image or video token.

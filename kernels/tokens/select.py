@@ -13,6 +13,8 @@ import torch
 from thresher.errors import ArgumentError
 from thresher.ops import Sample, define
 
+from . import plain
+
 _CLASS, _SCORE = 62, 30  # bits below the class, bits below the score: the rest holds the place
 _MAX_TOKENS = 1 << _SCORE
 
@@ -80,6 +82,7 @@ def _topk_samples(device, dtype):
     fake=_fake_topk,
     inputs=_topk_samples,
     tolerance={torch.float32: 0.0},
+    plain=plain.SORTED,
 )
 def topk_sorted(scores, protected, pad, k, counts):
     """The k tokens of each row to keep, int64 [B, k], rising.
@@ -128,6 +131,7 @@ def _segment_samples(device, dtype):
     fake=_fake_segments,
     inputs=_segment_samples,
     tolerance={torch.float32: 0.0},
+    plain=plain.SEGMENTS,
 )
 def topk_segments(scores, protected, cu_seqlens, counts, k):
     """The best `counts[s]` tokens of each packed sequence, in k places.
@@ -177,6 +181,7 @@ def _count_samples(device, dtype):
     fake=_fake_count,
     inputs=_count_samples,
     tolerance={torch.float32: 0.0},
+    plain=plain.COUNT,
 )
 def adaptive_count(scores, protected, tau):
     """How many tokens hold a share tau of each row's attention, int64 [B] (ZipVL Eq. 6).
@@ -225,6 +230,7 @@ def _holding_samples(device, dtype):
     fake=_fake_holding,
     inputs=_holding_samples,
     tolerance={torch.float32: 0.0},
+    plain="Each call's data decide the size of its result, which an exported graph cannot say.",
 )
 def tokens_holding(sums, scores, protected, pad, tau):
     """As few of each row's best tokens as hold a share tau of its attention, int64 [B, k], rising.

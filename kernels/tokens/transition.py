@@ -18,6 +18,7 @@ import torch
 
 from thresher.errors import ArgumentError, unknown_key
 from thresher.ops import Sample, define
+from thresher.plain_form import Plain
 
 MODES = ("paper", "official_code")
 _TINY = 1e-12
@@ -59,6 +60,8 @@ def _fake_pair(x, fx):
     fake=_fake_pair,
     inputs=_pair_samples,
     tolerance=TOLERANCE,
+    providers=("cuda_triton", "cpu_cpp"),
+    plain=Plain(),
 )
 def token_transition(x, fx):
     """Magnitude |fx| / |x| and cosine of (x, fx), each fp32 [...], over the last dimension of [..., d].
@@ -107,6 +110,7 @@ def _fake_rows(a, b, image, mode):
     fake=_fake_rows,
     inputs=lambda device, dtype: _image_samples(device),
     tolerance={torch.float32: 2e-6},
+    plain=Plain(),
 )
 def transition_score(magnitude, cosine, image, mode):
     """Token transition variation of one block, fp32 [B, n]: softmax(direction) * magnitude on image tokens.
@@ -128,6 +132,7 @@ def transition_score(magnitude, cosine, image, mode):
     fake=_fake_rows,
     inputs=lambda device, dtype: _image_samples(device),
     tolerance={torch.float32: 2e-6},
+    plain=Plain(),
 )
 def transprune_score(transition, attention, image, mode):
     """Transition variation (summed over layers) and instruction-guided attention as one score, fp32 [B, n].

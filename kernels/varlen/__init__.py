@@ -1,5 +1,5 @@
 """Attention over packed rows, where each sequence sees itself only."""
 
-from . import attention, cpu, cuda
+from . import attention, cpu, cuda, plain
 
-__all__ = ["attention", "cpu", "cuda"]
+__all__ = ["attention", "cpu", "cuda", "plain"]

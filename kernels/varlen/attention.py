@@ -14,13 +14,20 @@ Layouts, for both operators:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
+from torch import fx
 
 from thresher.errors import ArgumentError
-from thresher.ops import Sample, define
+from thresher.graph.nodes import argument, value
+from thresher.graph.token_labels import BATCH, SEQUENCE, Labels, Stop, TokenAxes
+from thresher.machine.pricing import AttentionRate, Prices, dtype_of, width_of
+from thresher.ops import define
+
+from .plain import PLAIN, PLAIN_MASKED, attend
+from .samples import masked_samples, samples
 
 # Both compute in fp32 and round once; providers for half types round the probabilities as well.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -82,31 +89,6 @@ def visible(length: int, causal: bool, window_left: int, device: torch.device) -
     return seen if window_left < 0 else seen & (distance.abs() <= window_left)
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """softmax(softcap(q k^T * scale) + mask) v in at least fp32; a query that sees nothing gives zeros.
-
-    mask: bool (true = visible) or float (added), broadcastable to [1, Hq, queries, keys].
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1]
-    k, v = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k, v))
-    scores = (q.to(wide) * scale) @ k.transpose(-1, -2)
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1)
-    blind = (scores == -torch.inf).all(dim=-1, keepdim=True)
-    return (weights.masked_fill(blind, 0.0) @ v).to(q.dtype)
-
-
 def _fake(q, k, v, cu_seqlens, *rest):
     return empty_result(q, v)
 
@@ -115,58 +97,47 @@ def _fake_masked(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
     return empty_result(q, v)
 
 
-def _qkv(device, dtype, tokens, heads, kv_heads, dim, dim_v=None, seed=0):
-    make = torch.Generator().manual_seed(seed)
-    shapes = ((heads, dim), (kv_heads, dim), (kv_heads, dim_v or dim))
-    return tuple(
-        torch.randn(1, tokens, *shape, generator=make).to(device, dtype).transpose(1, 2) for shape in shapes
-    )
+def _price(model: Prices, node: fx.Node, causal: bool) -> float:
+    """An attention of each sequence to itself alone: the squares of their lengths, not of their sum."""
+    q, k, v = node.args[:3]
+    heads, width = (model.size(value(q).shape[i]) for i in (1, 3))
+    lengths = model.lengths or [model.size(value(q).shape[2])]
+    squares = sum(n * n for n in lengths)
+    flops = 4 * heads * width * squares / (2 if causal else 1)
+    moved = width_of(node) * sum(model.numel(t) for t in (q, k, v, node))
+    mean = squares / max(sum(lengths), 1)
+    return model.attention(flops, mean, width, dtype_of(node), moved, packed=True)
 
 
-def _offsets(device, lengths):
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+def _tokens(node: fx.Node, axes: TokenAxes) -> Labels:
+    """Every token attends within its own sequence, so a sequence may lose tokens, or be packed with others."""
+    expected = (BATCH, None, SEQUENCE, None)
+    if any(axes.get(a) != expected for a in node.args[:3]):
+        raise Stop("attends over another layout than [1, heads, tokens, head_dim]")
+    if argument(node, "window_left") != -1:
+        raise Stop("has a window, which counts tokens that would be gone")
+    return expected
 
 
-def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    cases = [  # label, lengths, (Hq, Hkv, D, Dv), causal, window_left, softcap
-        ("causal", (5, 1, 37, 130), (4, 4, 32, 32), True, -1, 0.0),
-        ("bidirectional", (64, 65, 2), (4, 4, 16, 16), False, -1, 0.0),
-        ("grouped heads, empty segments", (0, 9, 0, 0, 40, 0), (6, 2, 64, 64), True, -1, 0.0),
-        ("one kv head, equal lengths", (16, 16, 16, 3, 16), (4, 1, 32, 32), True, -1, 0.0),
-        ("window below, at and above the length", (3, 8, 9, 150), (4, 2, 16, 16), True, 8, 0.0),
-        ("two-sided window", (3, 5, 200), (2, 2, 16, 16), False, 4, 0.0),
-        ("window of one", (7, 70), (2, 2, 16, 16), True, 0, 0.0),
-        ("softcap", (31, 90), (4, 2, 32, 32), True, -1, 2.0),
-        ("softcap and window", (31, 90), (4, 2, 32, 32), True, 16, 2.0),
-        ("value width differs", (12, 33), (2, 2, 32, 24), False, -1, 0.0),
-        ("odd head width", (12, 33), (2, 1, 20, 20), True, -1, 0.0),
-        ("no tokens", (0, 0), (2, 2, 16, 16), True, -1, 0.0),
-    ]
-    if dtype != torch.float32:  # shapes do not act together with dtypes: a few suffice
-        cases = cases[:2] + cases[4:8]
-    return [
-        Sample(
-            label,
-            (
-                *_qkv(device, dtype, sum(lengths), *heads),
-                _offsets(device, lengths),
-                max(lengths),
-                heads[2] ** -0.5,
-                causal,
-                window,
-                softcap,
-            ),
-        )
-        for label, lengths, heads, causal, window, softcap in cases
-    ]
+def _timed(length: int, width: int) -> tuple[Callable[[], torch.Tensor], float]:
+    """Four sequences of one length with twelve heads, and their FLOPs."""
+    q, k, v = (torch.randn(1, 12, 4 * length, width) for _ in range(3))
+    ends = torch.arange(0, 4 * length + 1, length, dtype=torch.int32)
+    flops = 4 * 4 * 12 * length * length * width
+    return lambda: varlen_attention(q, k, v, ends, length, width**-0.5, False, -1, 0.0), flops
 
 
 @define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_len, float scale,"
     " bool causal, int window_left, float softcap) -> Tensor",
     fake=_fake,
-    inputs=_samples,
+    inputs=samples,
     tolerance=TOLERANCE,
+    providers=("cpu_cpp", "cpu_sdpa", "torch_varlen", "triton"),
+    price=lambda model, node: _price(model, node, bool(argument(node, "causal"))),
+    tokens=_tokens,
+    plain=PLAIN,
+    rates=[AttentionRate("varlen_attention.float32", _timed)],
 )
 def varlen_attention(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
     """Attention within each segment.
@@ -213,47 +184,15 @@ def check_mask(q: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, cols: to
             )
 
 
-def _masked_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    make = torch.Generator().manual_seed(1)
-    batch, width, heads, kv_heads, dim = 4, 40, 4, 2, 16
-    holed = torch.rand(batch, width, generator=make) < 0.6
-    holed[2] = False  # an empty row
-    left = torch.arange(width) >= torch.tensor([[30], [0], [39], [12]])
-    bias = torch.randn(1, heads, width, width, generator=make)
-    prefix = torch.ones(width, width).tril().bool()
-    prefix[:, :10] = True
-    causal = torch.ones(width, width).tril().bool()
-    cases = [  # label, padding mask, attention mask, filler tokens
-        ("relative bias, holes", holed, bias, 0),
-        ("causal and left padding", left, causal[None, None] & left[:, None, None], 0),
-        ("prefix, filler", holed, prefix[None, None], 5),
-        (
-            "additive -inf for each row",
-            left,
-            torch.zeros(batch, 1, width, width).masked_fill(~causal, -torch.inf),
-            3,
-        ),
-        ("sees nothing", left, torch.zeros(1, 1, width, width, dtype=torch.bool), 0),
-    ]
-    samples = []
-    for label, real, mask, filler in cases:
-        rows, cols = real.nonzero(as_tuple=True)
-        lengths = real.sum(1).tolist() + [filler]
-        rows = torch.cat([rows, torch.full((filler,), -1)])
-        cols = torch.cat([cols, torch.zeros(filler, dtype=torch.int64)])
-        qkv = _qkv(device, dtype, sum(lengths), heads, kv_heads, dim, seed=2)
-        mask = mask if mask.dtype == torch.bool else mask.to(dtype)
-        args = (mask.to(device), rows.to(device), cols.to(device), _offsets(device, lengths))
-        samples.append(Sample(label, (*qkv, *args, max(lengths), dim**-0.5)))
-    return samples
-
-
 @define(
     "varlen_attention_masked(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor rows, Tensor cols,"
     " Tensor cu_seqlens, SymInt max_len, float scale) -> Tensor",
     fake=_fake_masked,
-    inputs=_masked_samples,
+    inputs=masked_samples,
     tolerance=TOLERANCE,
+    providers=("cpu_cpp", "cpu_sdpa", "triton"),
+    price=lambda model, node: _price(model, node, False),
+    plain=PLAIN_MASKED,
 )
 def varlen_attention_masked(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
     """Attention within each segment under the padded batch's own mask, whatever it holds.

@@ -7,10 +7,15 @@ zero point being those of row n and of the group that column k falls in. Codes a
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch import fx
 
 from thresher.errors import ArgumentError
 from thresher.formats import bitpack
+from thresher.graph.nodes import argument, value
+from thresher.machine.pricing import LinearRate, Prices, dtype_of
 from thresher.ops import Sample, define
 
 BITS = (2, 3, 4, 8)
@@ -113,12 +118,37 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     return [_sample(make, device, dtype, *case) for case in cases]
 
 
+def _price(model: Prices, node: fx.Node) -> float:
+    """A product that reads codes and scales, as many bits for each weight."""
+    x, scales, bits = node.args[0], argument(node, "scales"), argument(node, "bits")
+    inputs = model.size(value(x).shape[-1])
+    weights = inputs * model.size(value(node).shape[-1])
+    stored = bits + 32 * model.numel(scales) / max(weights, 1)
+    rows = model.numel(x) / max(inputs, 1)
+    return model.linear(rows, weights, dtype_of(x), f"wna16_linear.{bits}", bits=stored)
+
+
+def _rate(bits: int) -> LinearRate:
+    def weight(side: int) -> tuple[torch.Tensor, ...]:
+        codes = torch.randint(0, 1 << 30, (side, bitpack.words(side, bits)), dtype=torch.int32)
+        return codes, torch.rand(side, side // 64)
+
+    def run(bits: int, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return torch.ops.thresher.wna16_linear(x, codes, scales, None, None, bits, 64)
+
+    return LinearRate(f"wna16_linear.{bits}", weight, functools.partial(run, bits))
+
+
 @define(
     "wna16_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias,"
     " int bits, int group_size) -> Tensor",
     fake=_fake,
     inputs=_samples,
     tolerance=TOLERANCE,
+    providers=("cpu_cpp", "triton_gemv", "triton_gemm"),
+    price=_price,
+    plain="Its weights are codes, which each target stores in a form of its own.",
+    rates=[_rate(bits) for bits in (3, 4, 8)],
 )
 def wna16_linear(x, codes, scales, zeros, bias, bits, group_size):
     """x W^T + bias, W dequantised from low-bit codes; accumulated in at least fp32, returned in x's dtype.

@@ -9,10 +9,9 @@ import torch
 from torch import fx
 
 from thresher.errors import ThresherError
-from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
-from ..decompose import add_masks, decompose, op_name, own_nodes, windowed
+from ..decompose import add_masks, columns_wanted, decompose, losses, op_name, own_nodes
 from . import integers as onnx_integers
 from . import nvfp4 as onnx_nvfp4
 from . import tables as onnx_tables
@@ -49,7 +48,7 @@ class Parts:
 
         self.stage(f"translating the {name}")
         copy = program.copy()
-        _say_dense(copy, self.notes)
+        self.notes += [f"{count} {name} nodes: {loss}" for count, name, loss in losses(copy)]
         weights = Weights(copy, self.runtime, self.accuracy_level, notes=self.notes, functions=self.functions)
         for node in own_nodes(copy):
             if op_name(node) in _FORMS:
@@ -66,8 +65,9 @@ class Parts:
         elif self.runtime != "portable":
             group_query(weights)
             packed(weights)
-        columns = _columns(copy) if windowed(copy) else None
-        decompose(copy, additive=self.runtime == "tensorrt", columns=columns)
+        tokens = columns_wanted(copy)
+        columns = _columns(copy, tokens) if tokens is not None else None
+        decompose(copy, added_masks=self.runtime == "tensorrt", columns=columns)
         self.fields = list(copy.input_names)
         model = translate(copy, self.opset)
         prefix = "module."
@@ -76,25 +76,16 @@ class Parts:
         return model
 
 
-def _columns(program: Program) -> fx.Node:
-    """The tokens' columns as an input of a packed body, added when it has none."""
+def _columns(program: Program, tokens: Any) -> fx.Node:
+    """The tokens' columns, int64 [tokens], as an input of a packed body, added when it has none."""
     for place, name in zip(program.placeholders, program.input_names, strict=True):
         if name == "columns":
             return place
-    node = next(n for n in program.nodes() if op_name(n) == "varlen_attention" and n in own_nodes(program))
-    q, last = node.args[0], program.placeholders[-1]
+    last = program.placeholders[-1]
     with program.graph.inserting_after(last):
         place = program.graph.placeholder("columns")
     mode = program.fake_mode()
     with mode:
-        place.meta["val"] = torch.empty(value(q).shape[2], dtype=torch.int64)
+        place.meta["val"] = torch.empty(tokens, dtype=torch.int64)
     program.input_names.append("columns")
     return place
-
-
-def _say_dense(program: Program, notes: list[str]) -> None:
-    for name in ("sparse_down", "sparse_mlp"):
-        found = [n for n in own_nodes(program) if op_name(n) == name]
-        if found:
-            notes.append(f"{len(found)} {name} nodes compute densely: ONNX has no operator that skips neurons. "
-                         "The result is the same, the saving is not there.")  # fmt: skip

@@ -10,8 +10,8 @@ from torch import fx
 
 from thresher.formats import nvfp4 as nvfp4_format
 from thresher.graph.nodes import value
+from thresher.kernels.nvfp4.plain import round_activations
 
-from .. import plain_ops
 from .weights import Weights, symbolic
 
 FLOAT8E4M3FN, FLOAT4E2M1 = 17, 23  # numbers of onnx.TensorProto.DataType
@@ -40,7 +40,7 @@ def replace(node: fx.Node, weights: Weights) -> None:
     activations = given["activations"]
 
     def form(x: Any, bias: Any, input_scale: Any, *held: Any) -> Any:
-        rows, factor = plain_ops.round_activations(x, activations, input_scale)
+        rows, factor = round_activations(x, activations, input_scale)
         w = _dequantized(held, outputs, columns, fp4, torch.float32)
         y = torch.matmul(rows, w.t())
         y = y if activations != "nvfp4" else y * factor

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher import ops
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 from thresher.machine.devices import Device
+from thresher.machine.pricing import WIDTH, Price, Work, dtype_of, width_of
 
 aten = torch.ops.aten
 _VIEWS = {
@@ -35,17 +37,6 @@ _VIEWS = {
 _COSTLY = {"exp", "gelu", "silu", "tanh", "sigmoid", "softmax", "_softmax", "layer_norm", "rsqrt", "pow", "erf",
            "native_layer_norm", "sin", "cos", "rms_norm"}  # fmt: skip
 _LINEAR = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one operator does. flops: multiply-adds times two. bytes: weights and operands it must read and
-    write. launches: calls that no compiler can fuse away. elements: of fused elementwise code."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    launches: float = 0.0
-    elements: float = 0.0
 
 
 @dataclass
@@ -69,11 +60,12 @@ class CostModel:
 
     def node(self, node: fx.Node) -> float:
         """The expected seconds of one operator."""
-        name = _name(node)
         if node.target in _LINEAR:
             return self._linear_node(node)
-        if name in PRICES:
-            return PRICES[name](self, node)
+        name, own = _name(node), ops.of(node.target)
+        known = own.price if own is not None and own.price is not None else PRICES.get(name)
+        if known is not None:
+            return known(self, node)
         return self.work(self._any(node, name))
 
     def work(self, work: Work, dtype: str = "float32") -> float:
@@ -148,14 +140,14 @@ class CostModel:
         rows = self.numel(node) / max(columns, 1)
         if not isinstance(known, torch.Tensor) or known.dim() > 2:  # a product of two activations
             flops = 2 * self.numel(node) * self.size(value(x).shape[-1])
-            moved = WIDTH.get(dtype_of(node), 4) * (self.numel(x) + self.numel(weight) + self.numel(node))
+            moved = width_of(node) * (self.numel(x) + self.numel(weight) + self.numel(node))
             return self.work(Work(flops, moved, 1), dtype_of(node))
         return self.linear(rows, weights, dtype_of(node))
 
     def _any(self, node: fx.Node, name: str) -> Work:
         if name in _VIEWS or not isinstance(value(node), torch.Tensor):
             return Work()
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "thresher":
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == ops.NAMESPACE:
             moved = sum(self.numel(a) * value(a).element_size() for a in [*node.all_input_nodes, node]
                         if isinstance(value(a), torch.Tensor))  # fmt: skip
             return Work(bytes=moved, launches=1)
@@ -177,31 +169,17 @@ def _operands(node: fx.Node) -> tuple[Any, Any]:
     return node.args[0], node.args[1]
 
 
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1}
+CHEAP_SHARE = 0.25
+"""Of what a transcendental costs an element, for adds and copies that are fused with others."""
+
+PRICES: dict[str, Price] = {}
+"""Seconds of an operator that is not defined here, by its name; one of `thresher.ops.define` brings its own."""
 
 
-CHEAP_SHARE = (
-    0.25  # of what a transcendental costs an element, for adds and copies that are fused with others
-)
+def price(name: str) -> Callable[[Price], Price]:
+    """Register what an operator that is not Thresher's costs."""
 
-
-def dtype_of(node: Any) -> str:
-    known = value(node)
-    return str(known.dtype).removeprefix("torch.") if isinstance(known, torch.Tensor) else "float32"
-
-
-PRICES: dict[str, Callable[[CostModel, fx.Node], float]] = {}
-
-
-"""Seconds of an operator, by its name; a third-party pass adds its own operator's here."""
-
-
-def price(
-    name: str,
-) -> Callable[[Callable[[CostModel, fx.Node], float]], Callable[[CostModel, fx.Node], float]]:
-    """Register what an operator costs. Without it an operator of ours costs its operands' bytes and a call."""
-
-    def add(function: Callable[[CostModel, fx.Node], float]) -> Callable[[CostModel, fx.Node], float]:
+    def add(function: Price) -> Price:
         PRICES[name] = function
         return function
 

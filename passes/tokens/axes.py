@@ -15,13 +15,13 @@ from typing import Protocol
 from torch import fx
 
 from thresher.graph.program import Program
+from thresher.graph.token_labels import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, attends
 
-from .labels import BATCH, RULES, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, aten, attends, rule_for, sizes
+from .labels import aten, rule_for, sizes
 from .rules import regroup  # importing the rules registers them
 
 __all__ = [
     "BATCH",
-    "RULES",
     "SEQUENCE",
     "TOKENS",
     "Labels",

@@ -23,7 +23,7 @@ from thresher.graph.program import Program
 
 from ..extract import is_computed
 from ..structure.sdpa import attention
-from .axes import BATCH, RULES, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
+from .axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
 
 aten = torch.ops.aten
 
@@ -93,20 +93,6 @@ def needed(axes: TokenAxes, node: fx.Node, argument: fx.Node) -> Labels:
 def packed_attention() -> Any:
     """The operator of attention over packed sequences."""
     return torch.ops.thresher.varlen_attention.default
-
-
-def follow_packed_attention() -> None:
-    """Let `token_axes` follow tokens through attention over packed sequences."""
-
-    def rule(node: fx.Node, axes: TokenAxes) -> Labels:
-        expected = (BATCH, None, SEQUENCE, None)
-        if any(axes.get(a) != expected for a in node.args[:3]):
-            raise Stop("attends over another layout than [1, heads, tokens, head_dim]")
-        if node.args[7] != -1:
-            raise Stop("has a window, which counts tokens that would be gone")
-        return expected
-
-    RULES.setdefault(packed_attention(), rule)
 
 
 def check(program: Program, axes: TokenAxes) -> None:

@@ -1,4 +1,4 @@
-"""One rule per operator: where the batch and the sequence are in its result, or why it mixes positions.
+"""One rule per operator of PyTorch: where the batch and the sequence are in its result, or why it mixes positions.
 
 A rule is given a node, one of whose arguments is labelled, and gives the labels of its result (of each
 result, for several); it raises Stop with half a sentence where tokens would not stay apart.
@@ -15,21 +15,23 @@ import torch
 from torch import fx
 
 from thresher.graph.nodes import sequence_of, value
-
-from .labels import (
+from thresher.graph.token_labels import (
     BATCH,
     SEQUENCE,
     TOKENS,
     Labels,
     Stop,
     TokenAxes,
-    aten,
     attends,
+    first,
+    free,
     join,
+    only_first,
     pointwise,
-    rule_of,
-    sizes,
+    row_by_row,
 )
+
+from .labels import aten, rule_of, sizes
 
 rule_of(
     aten.to.dtype,
@@ -56,23 +58,6 @@ def _dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def _free(label: str | None, does: str) -> None:
-    if label is not None:
-        raise Stop(f"{does} the {label} dimension")
-
-
-def _first(node: fx.Node, labels: TokenAxes) -> Labels:
-    if node.args[0] not in labels:
-        raise Stop("takes the tokens anywhere but as its first argument")
-    return labels[node.args[0]]  # type: ignore[index]
-
-
-def _only_first(node: fx.Node, labels: TokenAxes) -> Labels:
-    if any(a in labels for a in node.all_input_nodes if a is not node.args[0]):
-        raise Stop("combines tokens with tokens")
-    return _first(node, labels)
-
-
 @rule_of(aten.embedding.default)
 def _embedding(node: fx.Node, labels: TokenAxes) -> Any:
     if node.args[0] in labels or node.args[1] not in labels:
@@ -80,17 +65,12 @@ def _embedding(node: fx.Node, labels: TokenAxes) -> Any:
     return (*labels[node.args[1]], None)  # type: ignore[index]
 
 
-@rule_of(aten.linear.default, aten.mm.default, aten.matmul.default, "thresher.hadamard.default")
+@rule_of(aten.linear.default, aten.mm.default, aten.matmul.default)
 def _linear(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _only_first(node, labels)
-    if (
-        isinstance(node.args[1], fx.Node)
-        and node.target is aten.matmul.default
-        and value(node.args[1]).dim() != 2
-    ):
+    only_first(node, labels)
+    if node.target is aten.matmul.default and value(node.args[1]).dim() != 2:
         raise Stop("multiplies by a matrix per row")
-    _free(of_x[-1], "sums over")
-    return (*of_x[:-1], None)
+    return row_by_row(node, labels)
 
 
 @rule_of(aten.addmm.default)
@@ -98,23 +78,23 @@ def _addmm(node: fx.Node, labels: TokenAxes) -> Any:
     bias, x, weight = node.args[:3]
     if bias in labels or weight in labels or x not in labels:
         raise Stop("combines tokens with tokens")
-    _free(labels[x][-1], "sums over")  # type: ignore[index]
+    free(labels[x][-1], "sums over")  # type: ignore[index]
     return (*labels[x][:-1], None)  # type: ignore[index]
 
 
 @rule_of(aten.layer_norm.default, aten.rms_norm.default)
 def _norm(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _only_first(node, labels)
+    of_x = only_first(node, labels)
     for label in of_x[len(of_x) - len(sequence_of(node.args[1])) :]:
-        _free(label, "normalises over")
+        free(label, "normalises over")
     return of_x
 
 
 @rule_of(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default, aten.glu.default)
 def _along(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _only_first(node, labels)
+    of_x = only_first(node, labels)
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
-    _free(of_x[dim], "works along")  # type: ignore[index]
+    free(of_x[dim], "works along")  # type: ignore[index]
     return of_x
 
 
@@ -122,7 +102,7 @@ def _along(node: fx.Node, labels: TokenAxes) -> Any:
        aten.var.dim, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.argmax.default, aten.any.dim,
        aten.all.dim, aten.logsumexp.default)  # fmt: skip
 def _reduce(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _only_first(node, labels)
+    of_x = only_first(node, labels)
     at = 2 if node.target in (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim) else 1
     given = node.args[at] if len(node.args) > at else node.kwargs.get("dim")
     dims = [given] if isinstance(given, int) else list(sequence_of(given))
@@ -130,7 +110,7 @@ def _reduce(node: fx.Node, labels: TokenAxes) -> Any:
         raise Stop("reduces over every dimension")
     gone = {_dim(d, len(of_x)) for d in dims}
     for d in gone:
-        _free(of_x[d], "reduces over")
+        free(of_x[d], "reduces over")
     if value(node).dim() == len(of_x):
         return of_x
     return tuple(label for d, label in enumerate(of_x) if d not in gone)
@@ -138,7 +118,7 @@ def _reduce(node: fx.Node, labels: TokenAxes) -> Any:
 
 @rule_of(aten.transpose.int, aten.t.default, aten.permute.default, aten.movedim.int)
 def _permute(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _first(node, labels)
+    of_x = first(node, labels)
     rank = len(of_x)
     if node.target is aten.permute.default:
         return tuple(of_x[d] for d in sequence_of(node.args[1]))
@@ -153,20 +133,20 @@ def _permute(node: fx.Node, labels: TokenAxes) -> Any:
 
 @rule_of(aten.unsqueeze.default)
 def _unsqueeze(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = list(_first(node, labels))
+    of_x = list(first(node, labels))
     of_x.insert(_dim(node.args[1], len(of_x) + 1), None)  # type: ignore[arg-type]
     return tuple(of_x)
 
 
 @rule_of(aten.squeeze.dim, aten.squeeze.dims, aten.select.int)
 def _drop(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _first(node, labels)
+    of_x = first(node, labels)
     dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
     gone = {_dim(d, len(of_x)) for d in dims}  # type: ignore[arg-type]
     if node.target is not aten.select.int:
         gone = {d for d in gone if sizes(node.args[0])[d] == 1}  # type: ignore[arg-type]
     for d in gone:
-        _free(of_x[d], "picks from")
+        free(of_x[d], "picks from")
     return tuple(label for d, label in enumerate(of_x) if d not in gone)
 
 
@@ -178,7 +158,7 @@ def _drop(node: fx.Node, labels: TokenAxes) -> Any:
     aten.constant_pad_nd.default,
 )
 def _cut(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _only_first(node, labels)
+    of_x = only_first(node, labels)
     if node.target is aten.constant_pad_nd.default:
         touched = [-1 - i // 2 for i, amount in enumerate(node.args[1]) if amount != 0]  # type: ignore[arg-type]
     else:
@@ -186,18 +166,18 @@ def _cut(node: fx.Node, labels: TokenAxes) -> Any:
         if not touched:
             touched = [0]
     for d in touched:
-        _free(of_x[d], "takes part of")
+        free(of_x[d], "takes part of")
     return of_x
 
 
 @rule_of(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.topk.default,
        aten.sort.default)  # fmt: skip
 def _several(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _only_first(node, labels)
+    of_x = only_first(node, labels)
     default, at = (-1, 2 if node.target is aten.topk.default else 1) if node.target in (
         aten.topk.default, aten.sort.default) else (0, 1 if node.target is aten.unbind.int else 2)  # fmt: skip
     dim = _dim(node.args[at] if len(node.args) > at else node.kwargs.get("dim", default), len(of_x))  # type: ignore[arg-type]
-    _free(of_x[dim], "divides")
+    free(of_x[dim], "divides")
     each = (
         tuple(label for d, label in enumerate(of_x) if d != dim) if node.target is aten.unbind.int else of_x
     )
@@ -206,7 +186,7 @@ def _several(node: fx.Node, labels: TokenAxes) -> Any:
 
 @rule_of(operator.getitem)
 def _getitem(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _first(node, labels)
+    of_x = first(node, labels)
     if not isinstance(of_x, list):
         raise Stop("indexes a tensor")
     return of_x[node.args[1]]  # type: ignore[index]
@@ -220,35 +200,35 @@ def _cat(node: fx.Node, labels: TokenAxes) -> Any:
     if node.target is aten.stack.default:
         parts = [(*p[:dim], None, *p[dim:]) for p in parts]
     joined = join(parts, rank)
-    _free(joined[dim], "concatenates along")
+    free(joined[dim], "concatenates along")
     return joined
 
 
 @rule_of(aten.expand.default, aten.repeat.default)
 def _expand(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = _first(node, labels)
+    of_x = first(node, labels)
     out = (None,) * (value(node).dim() - len(of_x)) + of_x
     if node.target is aten.repeat.default:
         for label, times in zip(out, node.args[1]):  # type: ignore[arg-type]
             if times != 1:
-                _free(label, "repeats")
+                free(label, "repeats")
     return out
 
 
 @rule_of(aten.repeat_interleave.self_int)
 def _repeat_each(node: fx.Node, labels: TokenAxes) -> Any:
     """Repeats every entry of one dimension: key heads for their queries, channels of a rotary table."""
-    of_x = _only_first(node, labels)
+    of_x = only_first(node, labels)
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if dim is None:
         raise Stop("repeats the flattened values")
-    _free(of_x[dim], "repeats")  # type: ignore[index]
+    free(of_x[dim], "repeats")  # type: ignore[index]
     return of_x
 
 
 @rule_of(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 def _reshape(node: fx.Node, labels: TokenAxes) -> Any:
-    return regroup(_first(node, labels), sizes(node.args[0]), sizes(node), labels)  # type: ignore[arg-type]
+    return regroup(first(node, labels), sizes(node.args[0]), sizes(node), labels)  # type: ignore[arg-type]
 
 
 def regroup(of_x: Labels, before: Sequence[int], after: Sequence[int], axes: TokenAxes) -> Labels:

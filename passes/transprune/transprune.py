@@ -31,7 +31,7 @@ from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..causal_mask import make_all_causal
 from ..structure.recover import Tower
 from ..tokens.axes import BATCH, SEQUENCE, Stop, TokenAxes, propagate
-from ..tokens.replay import check, follow_packed_attention
+from ..tokens.replay import check
 from ..tokens.segments import caller, caller_types, offsets_node
 from ..tokens.towers import largest_tower, layer_flops, no_layers
 from ..tokens.types import (
@@ -114,7 +114,6 @@ class TransPrune(Pass):
         offsets, counted = None, types
         if packed:
             offsets, counted = _packed(program, config, types)
-            follow_packed_attention()
         axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
         if packed and any(n in axes and value(n).dim() != 3 for n in program.outputs):
             raise Decline(

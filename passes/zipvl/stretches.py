@@ -20,7 +20,7 @@ from thresher.graph.sizes import example_of
 from ..structure.masks import read_masks
 from ..structure.recover import AttentionSite, LayerSite, Structure, Tower
 from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, propagate
-from ..tokens.replay import aten, follow_packed_attention, packed_attention
+from ..tokens.replay import aten, packed_attention
 from ..tokens.towers import tower_size
 from ..tokens.types import Decline
 
@@ -52,8 +52,6 @@ def find_stretches(program: Program, structure: Structure) -> list[Stretch]:
     """The stretches of the language model, in order; none where nothing was recovered. Raises Decline and Stop."""
     towers = max(_chains(structure), key=lambda c: sum(map(tower_size, c)), default=[])
     found = []
-    if program.packing is not None:
-        follow_packed_attention()
     for tower in towers:
         start = tower.layers[0].input
         if value(start).dim() != 3:

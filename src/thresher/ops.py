@@ -1,13 +1,14 @@
 """Operators of the `thresher::` namespace.
 
-An operator *is* its reference: a function in plain PyTorch, readable and slow. Everything else
-about it (schema, fake, an input generator, a tolerance) stands beside that reference, and every
-faster implementation is a provider that must agree with it. Calling `torch.ops.thresher.NAME`
-picks, per call, the first provider that this machine supports and that accepts these arguments;
-which one ran, and why a faster one did not, can be read back from the operator.
+An operator *is* its reference: a function in plain PyTorch, readable and slow. Everything else about it
+stands beside that reference: schema, fake, an input generator, a tolerance, and what others look up
+instead of knowing the operator by name (its price, how tokens go through it, its form in plain operators,
+how its speed is measured). Every faster implementation is a provider that must agree with it. Calling
+`torch.ops.thresher.NAME` picks, per call, the first provider that this machine supports and that accepts
+these arguments; which one ran, and why a faster one did not, can be read back from the operator.
 
     @define("scale_rows(Tensor x, Tensor s) -> Tensor", fake=lambda x, s: torch.empty_like(x),
-            inputs=_inputs, tolerance={torch.float32: 1e-6})
+            inputs=_inputs, tolerance={torch.float32: 1e-6}, tokens=row_by_row, plain=Plain())
     def scale_rows(x, s):
         return x * s[:, None]
 
@@ -26,7 +27,11 @@ from typing import Any
 
 import torch
 
+from . import op_signature, plain_form
 from .errors import ArgumentError, unknown_key
+from .graph.token_labels import Rule
+from .machine.pricing import Price, Rate
+from .plain_form import Plain
 
 NAMESPACE = "thresher"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -63,7 +68,10 @@ class Sample:
 
 @dataclass
 class Op:
-    """An operator: the reference that defines it, and the providers that must agree with it."""
+    """An operator: the reference that defines it, and the providers that must agree with it.
+
+    See `define` for what the fields hold; `preference` is its `providers`.
+    """
 
     name: str
     schema: str
@@ -71,6 +79,11 @@ class Op:
     fake: Callable[..., Any]
     inputs: Callable[[torch.device, torch.dtype], Sequence[Sample]]
     tolerance: Mapping[torch.dtype, float]
+    preference: tuple[str, ...] = ()
+    price: Price | None = None
+    tokens: Rule | None = None
+    plain: Plain | str = plain_form.NONE
+    rates: Sequence[Rate] = ()
     providers: list[Provider] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     _usable: dict[str, str | None] = field(default_factory=dict)
@@ -89,17 +102,36 @@ class Op:
         supported: Callable[[], str | None] = _always,
         supports_args: Callable[..., str | None] | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register an implementation; earlier registrations are preferred."""
+        """Register an implementation.
+
+        Those named in the definition are preferred in its order, then others as they come. Raises ArgumentError
+        unless it takes the schema's arguments: the same names in the same order, with the same defaults.
+        """
 
         def add(run: Callable[..., Any]) -> Callable[..., Any]:
             if any(p.name == name for p in self.providers):
                 raise ArgumentError(
                     "name", repr(name), "a provider name not yet used", "Choose another name."
                 )
+            where = f"provider {name!r} of thresher::{self.name}"
+            op_signature.check(where, run, self.overload._schema)
+            if supports_args is not None:
+                op_signature.check_count(f"supports_args of {where}", supports_args, self.overload._schema)
             self.providers.append(Provider(name, device, run, supported, supports_args))
+            self.providers.sort(key=self._rank)
             return run
 
         return add
+
+    def _rank(self, provider: Provider) -> int:
+        names = self.preference
+        return names.index(provider.name) if provider.name in names else len(names)
+
+    def plain_function(self) -> Callable[..., Any] | None:
+        """The operator as a function in plain ATen, or None where it has no such form."""
+        if isinstance(self.plain, str):
+            return None
+        return self.plain.run or self.reference
 
     def usable(self, provider: Provider) -> str | None:
         """Why this machine cannot run the provider, or None. The answer is kept."""
@@ -178,6 +210,11 @@ def define(
     fake: Callable[..., Any],
     inputs: Callable[[torch.device, torch.dtype], Sequence[Sample]],
     tolerance: Mapping[torch.dtype, float],
+    providers: Sequence[str] = (),
+    price: Price | None = None,
+    tokens: Rule | None = None,
+    plain: Plain | str = plain_form.NONE,
+    rates: Sequence[Rate] = (),
 ) -> Callable[[Callable[..., Any]], Op]:
     """Define `thresher::NAME` from its reference.
 
@@ -187,11 +224,22 @@ def define(
         them to `torch.library.opcheck` and to every provider.
     tolerance: largest relative L2 error of a provider against the reference in fp64 or fp32, per
         activation dtype. A dtype that is absent is not supported. Justify loosened numbers in a comment.
+    providers: names of its faster implementations, the preferred first; each registers itself (`Op.provider`).
+    price: seconds of a call for the cost model (`machine.pricing`); without one its operands' bytes and a call.
+    tokens: where the batch and the sequence are in its result (`graph.token_labels`); without one no pass follows
+        tokens through it.
+    plain: its form in plain ATen for exporters (`plain_form`), or a full sentence on why there is none.
+    rates: how `thresher doctor --calibrate` measures its speed, by the classes that `price` asks for.
+
+    Raises ArgumentError where a function does not fit the schema.
     """
 
     def register(reference: Callable[..., Any]) -> Op:
         name = schema.split("(", 1)[0].strip()
-        op = Op(name, schema, reference, fake, inputs, tolerance)
+        _check(schema, name, reference, fake, plain)
+        op = Op(
+            name, schema, reference, fake, inputs, tolerance, tuple(providers), price, tokens, plain, rates
+        )
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, op._dispatch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
@@ -200,6 +248,24 @@ def define(
         return op
 
     return register
+
+
+def _check(
+    schema: str, name: str, reference: Callable[..., Any], fake: Callable[..., Any], plain: Plain | str
+) -> None:
+    """Raise ArgumentError unless the functions of a definition take its schema's arguments."""
+    parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
+    op_signature.check(f"reference of thresher::{name}", reference, parsed)
+    op_signature.check_count(f"fake of thresher::{name}", fake, parsed)
+    if isinstance(plain, Plain) and plain.run is not None:
+        op_signature.check(f"plain of thresher::{name}", plain.run, parsed)
+
+
+def of(target: Any) -> Op | None:
+    """The operator that a node's target calls; None for others, those of no definition here among them."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:
+        return None
+    return _OPS.get(target._schema.name.partition("::")[2])
 
 
 def get(name: str) -> Op:

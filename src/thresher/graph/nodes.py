@@ -53,3 +53,16 @@ def module_types(node: fx.Node) -> list[str]:
 def sequence_of(argument: Any) -> Sequence[Any]:
     """A graph's list argument as a sequence, also when it is missing."""
     return argument if isinstance(argument, (list, tuple)) else ()
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """A call's argument by its name in the operator's schema. Left out: the schema's default, or `default` where
+    that is given or the schema has no such argument."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    for index, known in enumerate(target._schema.arguments):
+        if known.name == name:
+            if index < len(node.args):
+                return node.args[index]
+            return node.kwargs.get(name, known.default_value if default is None else default)
+    return default

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
-from ..formats import bitpack
 from ..report import progress
 from .devices import Device, Surface, guessed_cpu
+from .pricing import LinearRate
 
 ROWS = (1, 4, 16, 64, 256, 1024)
 SIDES = (192, 384, 768, 1536, 3072)  # of a square weight: from the caches' sizes to main memory's
@@ -58,19 +58,21 @@ def _cases(
     rows: Sequence[int], sides: Sequence[int], lengths: Sequence[int]
 ) -> Iterator[tuple[str, float, float, Make]]:
     """(kernel class, row of the grid, column of the grid, what makes the call to time)."""
+    rates = [rate for op in ops.all_ops() for rate in op.rates]
+    linears = {f"linear.{name}": _linear(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    linears |= {rate.kernel: functools.partial(_own, rate) for rate in rates if isinstance(rate, LinearRate)}
+    attentions: dict[str, Any] = {"attention.float32": _padded}
+    attentions |= {rate.kernel: rate.call for rate in rates if not isinstance(rate, LinearRate)}
     for side in sides:
         for row in rows:
             if row * side * side > _LARGEST:
                 continue
-            for kernel, make in _LINEARS.items():
-                if kernel.startswith("linear.") or kernel.split(".")[0] in {op.name for op in ops.all_ops()}:
-                    yield kernel, row, side * side, functools.partial(make, row, side)
-    packed = "varlen_attention" in {op.name for op in ops.all_ops()}
+            for kernel, make in linears.items():
+                yield kernel, row, side * side, functools.partial(make, row, side)
     for length in lengths:
         for width in WIDTHS:
-            yield "attention.float32", length, width, functools.partial(_padded, length, width)
-            if packed:
-                yield "varlen_attention.float32", length, width, functools.partial(_packed, length, width)
+            for kernel, call in attentions.items():
+                yield kernel, length, width, functools.partial(_per_million, call, length, width)
 
 
 def _linear(dtype: torch.dtype) -> Callable[[int, int], Callable[[], Any]]:
@@ -84,45 +86,10 @@ def _linear(dtype: torch.dtype) -> Callable[[int, int], Callable[[], Any]]:
     return make
 
 
-def _wna16(bits: int) -> Callable[[int, int], Callable[[], Any]]:
-    def make(rows: int, side: int) -> Callable[[], Any]:
-        x = torch.randn(rows, side)
-        words = bitpack.words(side, bits)
-
-        def weight() -> tuple[torch.Tensor, torch.Tensor]:
-            codes = torch.randint(0, 1 << 30, (side, words), dtype=torch.int32)
-            return codes, torch.rand(side, side // 64)
-
-        weights = _copies(weight)
-        return lambda: torch.ops.thresher.wna16_linear(x, *next(weights), None, None, bits, 64)
-
-    return make
-
-
-def _nvfp4(mode: str) -> Callable[[int, int], Callable[[], Any]]:
-    def make(rows: int, side: int) -> Callable[[], Any]:
-        x, scale = torch.randn(rows, side), torch.ones(())
-
-        def weight() -> tuple[torch.Tensor, torch.Tensor]:
-            codes = torch.randint(0, 256, (side, side // 2), dtype=torch.uint8)
-            return codes, torch.rand(side, side // 16).add(0.5).to(torch.float8_e4m3fn)
-
-        weights = _copies(weight)
-        return lambda: torch.ops.thresher.nvfp4_linear(x, *next(weights), scale, None, None, mode)
-
-    return make
-
-
-_LINEARS: dict[str, Callable[[int, int], Callable[[], Any]]] = {
-    "linear.float32": _linear(torch.float32),
-    "linear.bfloat16": _linear(torch.bfloat16),
-    "wna16_linear.3": _wna16(3),
-    "wna16_linear.4": _wna16(4),
-    "wna16_linear.8": _wna16(8),
-    "nvfp4_linear.exact": _nvfp4("exact"),
-    "nvfp4_linear.int16": _nvfp4("int16"),
-    "nvfp4_linear.int8": _nvfp4("int8"),
-}
+def _own(rate: LinearRate, rows: int, side: int) -> Callable[[], Any]:
+    """The timed call of an operator over weights of its own format."""
+    x, weights = torch.randn(rows, side), _copies(lambda: rate.weight(side))
+    return lambda: rate.run(x, *next(weights))
 
 
 def _copies(make: Callable[[], Any], total: float = 64e6) -> Iterator[Any]:
@@ -142,24 +109,18 @@ def _copies(make: Callable[[], Any], total: float = 64e6) -> Iterator[Any]:
 _HEADS = 12
 
 
-def _padded(length: int, width: int) -> Callable[[], Any]:
+def _padded(length: int, width: int) -> tuple[Callable[[], Any], float]:
+    """PyTorch's attention over four rows, and its FLOPs."""
     q, k, v = (torch.randn(4, _HEADS, length, width) for _ in range(3))
-    return _per_million(
-        lambda: F.scaled_dot_product_attention(q, k, v), 4 * 4 * _HEADS * length * length * width
-    )
+    flops = 4 * 4 * _HEADS * length * length * width
+    return lambda: F.scaled_dot_product_attention(q, k, v), flops
 
 
-def _packed(length: int, width: int) -> Callable[[], Any]:
-    q, k, v = (torch.randn(1, _HEADS, 4 * length, width) for _ in range(3))
-    ends = torch.arange(0, 4 * length + 1, length, dtype=torch.int32)
-    scale = width**-0.5
-    return _per_million(
-        lambda: torch.ops.thresher.varlen_attention(q, k, v, ends, length, scale, False, -1, 0.0),
-        4 * 4 * _HEADS * length * length * width,
-    )
-
-
-def _per_million(call: Callable[[], Any], flops: float) -> Callable[[], Any]:
+def _per_million(
+    make: Callable[[int, int], tuple[Callable[[], Any], float]], length: int, width: int
+) -> Callable[[], Any]:
+    """An attention's call, marked so that `_least` gives the seconds of a million of its FLOPs."""
+    call, flops = make(length, width)
     call.__dict__["share"] = flops / 1e6
     return call
 

@@ -6,7 +6,7 @@ import torch
 from thresher import ops
 from thresher.kernels import catalog
 from thresher.kernels.nvfp4 import linear as nvfp4
-from thresher.lowering import plain_ops
+from thresher.kernels.nvfp4 import plain
 
 catalog.load()
 NEVER_IN_A_GRAPH = {"nvfp4_quantize"}  # packs weights, before a program exists
@@ -17,13 +17,13 @@ QUANTIZED = {"nvfp4_linear", "wna16_linear"}  # have forms of each target's own
 
 
 def test_every_operator_has_a_form():
-    without = {op.name for op in ops.all_ops() if plain_ops.plain(op.name) is None}
+    without = {op.name for op in ops.all_ops() if op.plain_function() is None}
     assert without == QUANTIZED | NEVER_IN_A_GRAPH | REFUSED
 
 
-@pytest.mark.parametrize("op", [o for o in ops.all_ops() if plain_ops.plain(o.name)], ids=lambda o: o.name)
+@pytest.mark.parametrize("op", [o for o in ops.all_ops() if o.plain_function()], ids=lambda o: o.name)
 def test_agrees_with_the_reference(op):
-    form = plain_ops.plain(op.name)
+    form = op.plain_function()
     for sample in op.inputs(torch.device("cpu"), torch.float32):
         expected, actual = op.reference(*sample.args), form(*sample.args)
         if not isinstance(expected, tuple):
@@ -43,7 +43,7 @@ def test_activations_round_to_the_same_bits(activations, fixed):
     x[0] = 0.0
     scale = torch.tensor(3.0 / 2688) if fixed else None
     for expected, actual in zip(
-        nvfp4.round_activations(x, activations, scale), plain_ops.round_activations(x, activations, scale)
+        nvfp4.round_activations(x, activations, scale), plain.round_activations(x, activations, scale)
     ):
         assert torch.equal(expected, actual)
 
@@ -58,4 +58,4 @@ def test_every_e2m1_rounding_is_right():
     x = torch.cat([x, -x])
     from thresher.formats.nvfp4 import decode_e2m1, encode_e2m1
 
-    assert torch.equal(plain_ops.round_e2m1(x), decode_e2m1(encode_e2m1(x)))
+    assert torch.equal(plain.round_e2m1(x), decode_e2m1(encode_e2m1(x)))
