@@ -297,7 +297,7 @@ def _entry(session: Session, roles: Sequence[str]) -> Callable[..., list[Any]]:
     def call(*arguments: Any) -> list[Any]:
         live = parts.of({fqn: arguments[i] for i, fqn in weights})
         results = session([arguments[i] for i in inputs], live)
-        sessions.tell(session, results)
+        sessions.tell(session, results, live)
         return results
 
     return call

@@ -85,11 +85,7 @@ def save(
                 f"The model runs as {len(calls)} graphs, with Python code between them that cannot be saved. "
                 "Compile a model without graph breaks; TORCH_LOGS=graph_breaks names them."
             )
-        ((session, results),) = calls
-        live = {
-            **dict(what.model.named_parameters(remove_duplicate=False)),
-            **dict(what.model.named_buffers()),
-        }
+        session, results, live = calls[0].session, calls[0].results, calls[0].weights
         program = current(session.program, live)
         others, whole = {}, None
         if isinstance(session, CallSession):

@@ -43,7 +43,7 @@ def current(program: Program, live: Mapping[str, torch.Tensor]) -> Program:
     """The program with the model's weights as they are now, packed ones recomputed where needed."""
     copy = materialise(program).copy()
     names = list(copy.weights)
-    tensors, _ = Freshness(program, "check").tensors(names, _by_suffix(program, live))
+    tensors, _ = Freshness(program, "check").tensors(names, live)
     for name, tensor in zip(names, tensors, strict=True):
         copy.weights[name] = Weight(copy.weights[name].fqn, tensor)
         copy.graph_module._buffers[name] = tensor
@@ -67,9 +67,3 @@ def _counted(argument: Any, live: Mapping[str, torch.Tensor]) -> Any:
     if not isinstance(rule, Rule) or rule.program is None:
         return argument
     return Counted(dataclasses.replace(rule, program=current(rule.program, live)))
-
-
-def _by_suffix(program: Program, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The live tensors under the names the program uses for them."""
-    wanted = {f for w in program.weights.values() for f in (w.fqn, *w.source)}
-    return {name: live[name] for name in wanted if name in live}

@@ -5,20 +5,33 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 _RECENT: deque[weakref.ref[Any]] = deque(maxlen=64)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a session: what it returned, and the model's weights by FQN as they were passed to it."""
+
+    session: Any
+    results: list[Any]
+    weights: Mapping[str, torch.Tensor]
+
+
 class _Listeners(threading.local):
-    """A model is compiled in the thread that calls it: what other threads make meanwhile is not its own."""
+    """A model is compiled and called in one thread: what other threads do meanwhile is not its own."""
 
     def __init__(self) -> None:
         self.lists: list[list[Any]] = []
+        self.watchers: list[list[Call]] = []
 
 
 _LISTENERS = _Listeners()
-_WATCHERS: list[list[tuple[Any, list[Any]]]] = []
 
 
 def remember(session: Any) -> None:
@@ -32,22 +45,22 @@ def recent() -> list[Any]:
     return [s for s in (ref() for ref in _RECENT) if s is not None]
 
 
-def tell(session: Any, results: list[Any]) -> None:
-    """Called with what each call of a session returned."""
-    for watcher in _WATCHERS:
-        watcher.append((session, results))
+def tell(session: Any, results: list[Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Called with what each call of a session returned, and the weights it was given."""
+    for watcher in _LISTENERS.watchers:
+        watcher.append(Call(session, results, weights))
 
 
 class watch:
-    """`with watch() as calls:` gathers (session, results) of every call made meanwhile."""
+    """`with watch() as calls:` gathers every `Call` this thread makes meanwhile."""
 
-    def __enter__(self) -> list[tuple[Any, list[Any]]]:
-        self.calls: list[tuple[Any, list[Any]]] = []
-        _WATCHERS.append(self.calls)
+    def __enter__(self) -> list[Call]:
+        self.calls: list[Call] = []
+        _LISTENERS.watchers.append(self.calls)
         return self.calls
 
     def __exit__(self, *_: object) -> None:
-        _WATCHERS[:] = [w for w in _WATCHERS if w is not self.calls]
+        _LISTENERS.watchers = [w for w in _LISTENERS.watchers if w is not self.calls]
 
 
 class collect:

@@ -56,7 +56,8 @@ def name(
     add(recipe.to_dict())
     add(devices.of(torch.device("cpu")).to_dict())
     add([places.names, places.roles, [_sizes(f) for f in places.fakes], environment(places)])
-    add(_graph(gm))
+    tensors = [id(tensor) for _, tensor in places.weights.values()]
+    add([_graph(gm), [tensors.index(t) for t in tensors]])  # equal values are not yet one tensor
     for value in [*(t for _, t in places.weights.values()), *inputs]:
         _hash_value(value, digest)
     return digest.hexdigest()

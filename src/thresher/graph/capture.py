@@ -18,8 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..compat import source_name
 from ..errors import CaptureError
-from . import sharded
+from . import names, sharded
 from .dialect import canonicalise, verify
+from .nodes import name_modules
 from .program import Program, Weight
 
 _WRITES = "The model writes to {!r} in its forward; export it without that state."
@@ -106,6 +107,7 @@ def assemble(
         node.replace_all_uses_with(read)
         module.graph.erase_node(node)
     _name_constants(traced, program)
+    name_modules(module.graph)
     _place_reads_first(module.graph)
     canonicalise(program)
     verify(program)
@@ -117,7 +119,10 @@ def _name_constants(traced: fx.GraphModule, program: Program) -> None:
     for node in program.graph.nodes:
         if node.op == "get_attr" and str(node.target) not in program.weights:
             tensor = getattr(traced, str(node.target))
-            node.target = program.add_weight(Weight(f"constant.{node.target}", tensor))
+            fqn = names.unused(
+                f"constant.{node.target}", {w.fqn for w in program.weights.values()}.__contains__
+            )
+            node.target = program.add_weight(Weight(fqn, tensor))
 
 
 def _place_reads_first(graph: fx.Graph) -> None:
@@ -128,9 +133,6 @@ def _place_reads_first(graph: fx.Graph) -> None:
         if anchor is not None:
             anchor.append(node)
             anchor = node
-
-
-_PART = re.compile(r"(_parameters|_buffers|_modules)\[['\"]([^'\"]+)['\"]\]")
 
 
 def _input_name(expression: str, fallback: str) -> str:
@@ -154,24 +156,27 @@ def places_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Places:
     """Tell the weights from the inputs, by where Dynamo found them."""
     found = Places([], [], {}, [])
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    sources: dict[int, str] = {}  # of the weights
     for index, (node, example) in enumerate(zip(nodes, example_inputs, strict=True)):
         known = node.meta.get("example_value", example)
         found.fakes.append(known)
         argument = node.meta.get("grapharg")
         expression = source_name(argument.source) if argument is not None else node.name
-        parts = _PART.findall(expression)
         name = _input_name(expression, node.name) if "size()" not in expression else node.name
         found.names.append(name)
-        kind = parts[-1][0] if parts else ""
-        if isinstance(known, torch.Tensor) and kind in ("_parameters", "_buffers"):
-            fqn = ".".join(part for _, part in parts)
+        if isinstance(known, torch.Tensor) and names.is_weight(expression):
             real = sharded.local(argument.example if argument is not None else example)
-            found.weights[index] = (fqn, real if isinstance(real, torch.Tensor) else sharded.local(known))
-            found.roles.append(f"weight:{fqn}")
+            sources[index] = expression
+            found.weights[index] = ("", real if isinstance(real, torch.Tensor) else sharded.local(known))
+            found.roles.append("")
         elif sharded.is_object(known):
             found.roles.append(f"object:{name}")
         else:
             found.roles.append(f"input:{name}")
+    tensors = [found.weights[i][1] for i in sources]
+    for index, fqn in zip(sources, names.weight_names(list(sources.values()), list(map(id, tensors)))):
+        found.weights[index] = (fqn, found.weights[index][1])
+        found.roles[index] = f"weight:{fqn}"
     return found
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
+
+from . import names
 
 
 def writes(node: fx.Node) -> bool:
@@ -36,10 +37,27 @@ def module_fqn(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\[['\"][^\]]*['\"]\](\[\d+\])?\.?", "", path)  # a decorated forward: L['args'][0]
-    path = re.sub(r"\._modules\['([^']+)'\]|_modules\['([^']+)'\]", lambda m: "." + (m[1] or m[2]), path)
-    return path.replace("slf.", "").strip(".")
+    return names.path(str(list(stack.values())[-1][0]))
+
+
+def name_modules(graph: fx.Graph) -> None:
+    """Where modules of one graph have the same path below different beginnings, let their paths begin with those.
+
+    Two models of one class in a function are then `query.layers.0` and `document.layers.0`. `graph` is a traced
+    graph of ours; its nodes' `nn_module_stack` is replaced.
+    """
+    beginnings: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            path = str(list(stack.values())[-1][0])
+            beginnings.setdefault(names.path(path), set()).add(names.ROOT.match(path)[0])  # type: ignore[index]
+    if all(len(found) < 2 for found in beginnings.values()):
+        return
+    for node in graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {
+                k: (names.dotted(str(p)), *rest) for k, (p, *rest) in stack.items()
+            }
 
 
 def module_types(node: fx.Node) -> list[str]:
