@@ -15,7 +15,15 @@ from thresher.passes.calibrate import Calibration, Statistics
 
 from . import backend
 from .compat import isolated, without_fake_mode
-from .compiled import Compiled, check_model, compile_strictly, example, specialized_floats, unwrapped
+from .compiled import (
+    Compiled,
+    check_model,
+    check_plain,
+    compile_strictly,
+    example,
+    specialized_floats,
+    unwrapped,
+)
 from .errors import ArgumentError, ThresherError, unknown_key
 from .graph import capture
 from .graph.program import Program
@@ -126,6 +134,7 @@ def explain(
     Works without a GPU and for a model on the meta device, whose weights do not exist; the passes then
     cannot be verified, and those that read weights say so. The inputs are moved to the model's device.
     """
+    check_plain(model)
     args, kwargs = example(example_inputs)
     chosen = Recipe.of(recipe, **options)
     found = Explanation()
@@ -189,6 +198,7 @@ def calibrate(
         all of them must call, and all get what was gathered together. ThresherError when a pass cannot merge.
     Save the result and name the file where the model is compiled: `compile(..., stats="stats.safetensors")`.
     """
+    check_plain(model)
     calibration = Calibration(Recipe.of(recipe, **options))
     watched = torch.compile(model, backend=backend.watching(calibration), dynamic=True, **isolated())
     with torch.no_grad(), unwrapped(), specialized_floats():

@@ -54,6 +54,11 @@ def without_fake_mode() -> Any:
     return unset_fake_temporarily()
 
 
+def tracing() -> bool:
+    """Whether this thread is in the midst of a trace, by Dynamo or by what compiles its graphs."""
+    return torch._guards.TracingContext.try_get() is not None
+
+
 def trace_structured_json(name: str, payload: str) -> None:
     """Attach a JSON artifact to torch's structured trace, where tlparse shows it."""
     from torch._logging import trace_structured

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,25 +14,80 @@ import torch
 from thresher.runtime.session import Counters, Session
 
 from . import backend, generation, sessions
-from .compat import isolated, room_for_graphs, uncollected
+from .compat import isolated, room_for_graphs, tracing, uncollected
 from .errors import ArgumentError, ThresherError
 from .recipe import Recipe
 from .records.certificate import Certificate
 from .report import Report
 
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+          "_forward_pre_hooks_with_kwargs")  # fmt: skip
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks",
+           "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
+# What a library that wraps a module's forward (accelerate) sets on it is about the compiled one.
+_WRAPPERS = ("forward", "_original_forward", "_old_forward", "_hf_hook")
 
-class Compiled:
-    """A compiled model. Call it as the model; it runs without recording gradients.
 
-    Everything else (`config`, `device`, ...) is looked up on the model it was made from.
+class Compiled(torch.nn.Module):
+    """A compiled model, which stands where the model stood. Call it as the model; it records no gradients.
+
+    model, recipe: what was compiled and how; the weights are the model's own, not copies. sessions: what runs its graphs.
+
+    It is a module with the model's parameters, sub-modules, state dict and attributes, and an instance of its
+    class: setting an attribute sets the model's, and a method of the model's class runs with the compiled model as
+    `self`, so that what calls the model calls the compiled one. Hooks are its own and run around a call. Moved
+    or cast (`to`, `half`), it compiles again when it is next called, and so does a copy, or one read from a pickle
+    (of the model, the recipe and the hooks).
     """
 
-    def __init__(self, model: torch.nn.Module, call: Callable[..., Any], recipe: Recipe):
-        self.model, self.recipe = model, recipe
-        self._call = call
-        self.sessions: list[Session] = []
+    def __new__(cls, model: torch.nn.Module, *_: Any, **__: Any) -> Compiled:
+        return super().__new__(_of(model.forward.__func__) if inspect.ismethod(model.forward) else cls)
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        recipe: Recipe,
+        *,
+        dynamic: bool | None = None,
+        mode: str | None = None,
+        target: str = "inductor",
+    ):
+        super().__init__()
+        self.__dict__.update({name: getattr(model, name) for name in _SHARED})
+        self.__dict__.update(
+            model=model,
+            recipe=recipe,
+            sessions=[],
+            training=False,
+            _settings={"dynamic": dynamic, "mode": mode, "target": target},
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was compiled; the next call compiles."""
+        dynamic, mode, target = self._settings.values()
+        # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs
+        own = functools.partial(backend.thresher_backend)
+        call = torch.compile(
+            self.model,
+            backend=own,
+            dynamic=dynamic,
+            options={"recipe": self.recipe, "target": target, "mode": mode, "strict": True},
+            **isolated(),
+        )
+        self.__dict__.update(_call=call, sessions=[])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # inside another compiled function it is a call, not code
+            return _apart(super().__call__, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return _apart(self._run, *args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         with (
             sessions.collect() as made,
             torch.no_grad(),
@@ -50,7 +107,7 @@ class Compiled:
     @property
     def report(self) -> Report:
         """The report of the graph in which most sites were rewritten."""
-        return max(self.reports, key=lambda r: r.rewritten)
+        return self._first().report
 
     @property
     def certificates(self) -> list[Certificate]:
@@ -60,7 +117,15 @@ class Compiled:
     @property
     def certificate(self) -> Certificate:
         """The certificate of the graph in which most sites were rewritten."""
-        return max(self.sessions, key=lambda s: s.report.rewritten).certificate
+        return self._first().certificate
+
+    def _first(self) -> Session:
+        if not self.sessions:
+            raise ThresherError(
+                "Nothing is compiled yet: a copy, a model read from a file and one that was moved or cast compile when "
+                "they are called. Call it once."
+            )
+        return max(self.sessions, key=lambda s: s.report.rewritten)
 
     @property
     def counters(self) -> list[Counters]:
@@ -70,12 +135,124 @@ class Compiled:
         """As the model's own `generate` (transformers), with each step compiled; see `generation.generate`."""
         return generation.generate(self, self.model, *args, **kwargs)
 
+    # -- as a module ------------------------------------------------------------------------------------------------
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The model's class: `isinstance(compiled, PreTrainedModel)` is what pipelines and trainers ask. Dynamo looks
+        methods up in it, and would compile the model's own code."""
+        return type(self) if tracing() else type(self.model)
+
+    def train(self, mode: bool = True) -> Compiled:
+        """`train(False)` puts the model into eval mode. Raises ArgumentError for True."""
+        if mode:
+            raise ArgumentError(
+                "mode",
+                "True",
+                "False: a compiled model runs without recording gradients",
+                "Train its .model, which has the same weights, then call eval() and go on with this one.",
+            )
+        self.model.eval()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Compiled:
+        return self._of_class("to", *args, **kwargs)
+
+    def cuda(self, *args: Any, **kwargs: Any) -> Compiled:
+        return self._of_class("cuda", *args, **kwargs)
+
+    def half(self, *args: Any) -> Compiled:
+        return self._of_class("half", *args)
+
+    def float(self, *args: Any) -> Compiled:
+        return self._of_class("float", *args)
+
+    def _of_class(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of nn.Module as the model's class has it (transformers refuses to move some models)."""
+        return getattr(type(self.model), name)(self, *args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Compiled:
+        before = self._kinds()
+        self.model._apply(fn, recurse)
+        if self._kinds() != before:
+            self._forget()
+        return self
+
+    def _kinds(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(t.dtype, t.device) for t in (*self.model.parameters(), *self.model.buffers())]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.model._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.model._load_from_state_dict(*args)
+
+    def _get_name(self) -> str:
+        return f"Compiled{type(self.model).__name__}"
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        model = self.__dict__.get("model")
+        if model is None:  # while it is being made
+            raise AttributeError(name)
+        found = getattr(model, name)
+        if inspect.ismethod(found) and found.__self__ is model:
+            return types.MethodType(found.__func__, self)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _WRAPPERS or name in self.__dict__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self.model, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self.model)})
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        hooks = {name: self.__dict__[name].copy() for name in _HOOKS}
+        return _remade, (self.model, self.recipe, self._settings), hooks
+
+    def __setstate__(self, hooks: dict[str, Any]) -> None:
+        self.__dict__.update(hooks)
+
+
+@torch._dynamo.disable(reason="A model compiled by Thresher runs graphs of its own.")
+def _apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+@functools.lru_cache(maxsize=256)
+def _of(forward: Callable[..., Any]) -> type[Compiled]:
+    """The kind of Compiled whose `forward` has the signature of a model's: libraries read there what it takes."""
+
+    # no `__wrapped__`: who unwraps a forward must not arrive at the model's own
+    def compiled(self: Compiled, *args: Any, **kwargs: Any) -> Any:
+        return Compiled.forward(self, *args, **kwargs)
+
+    compiled.__name__, compiled.__doc__ = "forward", forward.__doc__
+    compiled.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return type("Compiled", (Compiled,), {"forward": compiled})
+
+
+def _remade(model: torch.nn.Module, recipe: Recipe, settings: dict[str, Any]) -> Compiled:
+    return Compiled(model, recipe, **settings)
 
 
 def check_model(model: Any) -> None:
-    """Raise unless `model` is a module in eval mode."""
+    """Raise unless `model` is a module in eval mode that is not compiled yet."""
+    check_plain(model)
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(
             "model", type(model).__name__, "a torch.nn.Module", "Use thresher.optimize for a function."
@@ -83,6 +260,14 @@ def check_model(model: Any) -> None:
     if model.training:
         raise ArgumentError(
             "model", "a model in training mode", "a model in eval mode", "Call model.eval() first."
+        )
+
+
+def check_plain(model: Any) -> None:
+    """Raise for a compiled model where the model itself is wanted."""
+    if isinstance(model, Compiled):
+        raise ArgumentError(
+            "model", "what thresher.compile made", "the model itself", "Pass the compiled model's .model."
         )
 
 
@@ -98,17 +283,7 @@ def compile_strictly(
     """Compile for one recipe, and raise where `torch.compile` would warn; see `thresher.compile` for the arguments."""
     check_model(model)
     args, kwargs = example(example_inputs)
-    # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs
-    own = functools.partial(backend.thresher_backend)
-    call = torch.compile(
-        model,
-        backend=own,
-        dynamic=dynamic,
-        mode=None,
-        options={"recipe": recipe, "target": target, "mode": mode, "strict": True},  # type: ignore[dict-item]
-        **isolated(),
-    )
-    compiled = Compiled(model, call, recipe)
+    compiled = Compiled(model, recipe, dynamic=dynamic, mode=mode, target=target)
     with uncollected():
         compiled(*args, **kwargs)
     if not compiled.sessions:

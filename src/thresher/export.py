@@ -27,7 +27,7 @@ from thresher.runtime.packing.plan import plan
 from thresher.runtime.session import Session
 
 from . import backend, sessions
-from .compiled import example
+from .compiled import check_model, example
 from .errors import ArgumentError, CaptureError, ThresherError
 from .files import check_writable
 from .graph import capture
@@ -141,6 +141,8 @@ def export_onnx(
 
     Raises ThresherError for what cannot be exported.
     """
+    if not isinstance(model, Program):
+        check_model(model)
     require_onnx()
     check_writable("path", Path(path))
     positional, named = example(args)

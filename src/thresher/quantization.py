@@ -30,6 +30,7 @@ from thresher.passes.rsq.quantizer.pieces import Batch
 
 from . import backend
 from .compat import isolated, without_fake_mode
+from .compiled import check_model
 from .errors import ArgumentError, ThresherError
 from .files import cache_dir
 from .graph import capture
@@ -94,10 +95,7 @@ def quantize(
     that is not one graph.
     """
     config = _config(recipe)
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError("model", type(model).__name__, "a torch.nn.Module", "Pass the model itself.")
-    if model.training:
-        raise ArgumentError("model", "a model in training mode", "eval mode", "Call model.eval() first.")
+    check_model(model)
     started = time.perf_counter()
     batches = list(_batches(data, tokenizer, sequences, length, batch_size, seed, config))
     if not batches:
