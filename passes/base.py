@@ -106,6 +106,8 @@ class Pass(abc.ABC):
     moves_tokens: ClassVar[bool] = False
     """Whether it packs tokens or leaves some out. A program that writes its tokens into tensors of its caller, such as a
     static cache, is then not for it: they have places there."""
+    sees_writes: ClassVar[bool] = False
+    """Whether such a pass tells by itself which of the program's writes are of tokens it moves, and leaves the rest be."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Calibration statistics that must be in the context; without them every site is a Miss."""
 

@@ -24,8 +24,13 @@ def candidates(rewriter: Pass, program: Program, context: Context) -> Sequence[M
     if not rewriter.per_rank and any("_c10d_functional" in str(n.target) for n in program.nodes()):
         return [Miss("the whole program", ONE_RANK.format(name=rewriter.name))]
     found = rewriter.match(program, context)
-    if not rewriter.moves_tokens or not program.updates:
+    if not rewriter.moves_tokens or rewriter.sees_writes or not program.updates:
         return found
-    names = ", ".join(dict.fromkeys(program.input_names[i] for i in program.updates.values()))
-    reason = WRITES.format(names=names, name=rewriter.name)
+    reason = of_writes(rewriter.name, program, list(program.updates))
     return [Miss(m.site, reason) if isinstance(m, Match) else m for m in found]
+
+
+def of_writes(name: str, program: Program, results: Sequence[int]) -> str:
+    """Why a pass leaves tokens where they are: the program writes these results to tensors of its caller."""
+    names = ", ".join(dict.fromkeys(program.input_names[program.updates[i]] for i in results))
+    return WRITES.format(names=names, name=name)

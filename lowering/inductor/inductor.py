@@ -32,7 +32,8 @@ class Inductor(Target):
 
     def lower(self, program: Program) -> Lowered:
         module, names = lift_weights(program)
-        write_updates(module.graph, program)
+        if program.packing is None:  # else they are results of the prologue, which the session writes
+            write_updates(module.graph, program)
         call = self._compile(module, program)
 
         def run(inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
@@ -61,7 +62,8 @@ class Inductor(Target):
                 "counts='exact'). Use counts='bucketed', or another mode of torch.compile."
             )
         inputs = fake_inputs(module)
-        stay = [*program.updates.values(), *range(len(program.placeholders), len(inputs))]
+        written = program.updates.values() if program.packing is None else ()
+        stay = [*written, *range(len(program.placeholders), len(inputs))]
 
         def inner(graph: fx.GraphModule, given: Sequence[Any], **options: Any) -> Any:
             # A CUDA graph copies inputs at each replay but for those that stay where they are: the weights, and what the

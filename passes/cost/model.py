@@ -115,7 +115,8 @@ class CostModel:
 
     def learn(self, program: Program) -> None:
         """Which symbols of a packed body stand for tokens, and how many there are; which inputs are written in place."""
-        self.updates = {program.outputs[i] for i in program.updates}
+        written = program.updates if program.packing is None else ()
+        self.updates = {program.outputs[i] for i in written}
         self._tokens = {}
         layout = program.packing
         if layout is None:

@@ -30,6 +30,7 @@ from thresher.graph.sizes import example_of
 from thresher.recipe import PassConfig
 
 from ..base import EXACT, Context, Match, Miss, Pass, register_pass
+from ..candidates import of_writes
 from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, propagate
 from .attention_sites import attention_sites
 from .cut import Decline, Found, cut, linears
@@ -89,7 +90,7 @@ class PrepackConfig(PassConfig):
 @register_pass
 class Prepack(Pass):
     name, order, config_type, effect = "prepack", 10, PrepackConfig, EXACT
-    per_rank, moves_tokens = True, True
+    per_rank, moves_tokens, sees_writes = True, True, True
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         moved = gather_early(program)
@@ -154,6 +155,10 @@ def find(program: Program, config: PrepackConfig) -> Found:
             )
         if site.softcap and config.form == "rows":
             raise Decline(f'The attention in {where} has a soft cap, which form="rows" cannot express.')
+    outputs = program.outputs
+    written = [i for i in program.updates if outputs[i] in axes or outputs[i] in axes.stopped]
+    if written:
+        raise Decline(of_writes("prepack", program, written))
     share = _packed_share(program, axes)
     if share < config.min_share:
         first = next(iter(axes.stopped.values()), "they do not see the tokens")

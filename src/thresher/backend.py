@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from thresher.kernels import catalog as operators
 from thresher.lowering.inductor.inductor import Inductor
@@ -35,8 +34,9 @@ from .cache.rewrite_cache import Entry, Kept, later_masks
 from .compat import without_fake_mode
 from .errors import ArgumentError, ThresherError
 from .graph import capture, sharded
-from .graph.nodes import module_fqn, value
+from .graph.nodes import value
 from .graph.program import Program
+from .left_alone import ThresherWarning, as_fault, cannot_rewrite, leave_alone
 from .machine import devices, memory
 from .op_checks import watch
 from .recipe import Recipe
@@ -50,10 +50,6 @@ TARGETS: dict[str, Callable[[Recipe, str | None], Target]] = {
     "inductor": lambda recipe, mode: Inductor(dict(recipe.inductor), mode),
     "reference": lambda recipe, mode: Reference(),
 }
-
-
-class ThresherWarning(UserWarning):
-    """Something was left as it was, and the message says what and why."""
 
 
 def thresher_backend(
@@ -78,17 +74,21 @@ def thresher_backend(
     recipe = given.pop("recipe") if isinstance(given.get("recipe"), Recipe) else None
     recipe = Recipe.of(recipe, **given) if recipe is not None else Recipe.of(given or None)
     try:
-        refuse = _cannot_rewrite(gm)
+        refuse = cannot_rewrite(gm)
         if refuse is not None:
             raise ThresherError(refuse)
         session, roles = build(gm, example_inputs, recipe, TARGETS[target](recipe, mode))
     except ThresherError as reason:
         if strict:
             raise
-        warnings.warn(f"thresher left this graph to plain Inductor: {reason}", ThresherWarning, stacklevel=2)
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(gm, list(example_inputs))  # type: ignore[return-value]
+        return leave_alone(gm, example_inputs, target, str(reason))
+    except torch._dynamo.exc.TorchDynamoException:
+        raise  # Dynamo's own, such as one that has it begin anew
+    except Exception as fault:
+        said = as_fault(fault)
+        if strict:
+            raise ThresherError(said) from fault
+        return leave_alone(gm, example_inputs, target, said)
     return _entry(session, roles)
 
 
@@ -105,7 +105,10 @@ def build(
     if kept is not None:
         session = _session_of(kept, recipe, target, inputs)
     else:
+        given = list(places.roles)
         program = capture.from_places(gm, places)
+        if places.roles != given:  # a buffer that the model writes to came to be an input
+            entry, inputs = None, real_inputs(gm, places.roles)
         if inputs is not None and program.updates and not apart:
             capture.refuse_shared_writes(program, inputs)
         with without_fake_mode(), torch.no_grad():
@@ -237,37 +240,6 @@ def watching(calibration: Calibration) -> Callable[..., Any]:
         return run
 
     return backend
-
-
-def _cannot_rewrite(gm: fx.GraphModule) -> str | None:
-    """Why a graph is not ours to rewrite: training, or tensors that are not plain ones."""
-    for node in gm.graph.nodes:
-        known = node.meta.get("example_value")
-        if node.op == "placeholder" and sharded.gathered(node):
-            return (
-                f"{node.name} belongs to FSDP, which gathers weights for a call and frees them behind it: what a pass packs "
-                "would have to outlive them. Shard with tensor parallelism instead."
-            )
-        wrapped = is_traceable_wrapper_subclass(known) and not sharded.is_sharded(known)
-        if node.op == "placeholder" and wrapped:
-            return (
-                f"{node.name} is a {type(known).__name__}, a tensor made of others, and passes read plain tensors. "
-                "Inductor compiles such a graph as it is."
-            )
-        if (
-            node.op == "placeholder"
-            and isinstance(known, torch.Tensor)
-            and known.requires_grad
-            and torch.is_grad_enabled()
-        ):
-            return "Gradients are being recorded. Call the model under torch.no_grad() or torch.inference_mode()."
-        if node.target is torch.nn.functional.dropout:
-            p, training = (list(node.args[1:3]) + [node.kwargs.get("p", 0.5), node.kwargs.get("training", True)])[:2] \
-                if len(node.args) >= 3 else (node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5),
-                                             node.kwargs.get("training", True))  # fmt: skip
-            if training and p:
-                return f"The model is in training mode (dropout is active in {module_fqn(node)}). Call model.eval() first."
-    return None
 
 
 def real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:

@@ -16,12 +16,14 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..compat import source_name
+from ..compat import is_fake, source_name
 from ..errors import CaptureError
 from . import names, sharded
 from .dialect import canonicalise, verify
-from .nodes import name_modules
+from .functional import Functional, has_writes
+from .nodes import module_fqn, name_modules
 from .program import Program, Weight
+from .vmapped import without_vmap
 
 _WRITES = "The model writes to {!r} in its forward; export it without that state."
 _GRAD_WRAPPERS = ("wrap_with_set_grad_enabled",)
@@ -63,11 +65,16 @@ class _Inliner(fx.Interpreter):
 
 def _trace(
     source: fx.GraphModule, fakes: Sequence[Any], whole: Callable[[Sequence[Any]], Sequence[Any]] = tuple
-) -> fx.GraphModule:
-    """Run a graph once more on fakes. whole: the graph's own arguments, from those that are traced."""
+) -> tuple[fx.GraphModule, list[int]]:
+    """Run a graph once more on fakes, twice where it writes to tensors.
+
+    whole: the graph's own arguments, from those that are traced. Gives the new graph, functional, and the arguments
+    whose new values stand behind its results, by number.
+    """
     mode = next((f.fake_mode for f in fakes if isinstance(f, torch._subclasses.fake_tensor.FakeTensor)), None)
     if mode is None:
         raise CaptureError("The graph has no tensor inputs, so there is nothing to rewrite.")
+    source = without_vmap(source, mode)
 
     def run(*args: Any) -> Any:
         with fx.traceback.preserve_node_meta():
@@ -79,7 +86,11 @@ def _trace(
             return tuple(flat)
 
     with mode, torch.no_grad():  # factories inside must give fakes of the same mode
-        return make_fx(run, pre_dispatch=True)(*fakes)
+        traced = make_fx(run, pre_dispatch=True)(*fakes)
+        if not has_writes(traced.graph):
+            return traced, []
+        functional = Functional(run)
+        return make_fx(functional, pre_dispatch=True)(*fakes), functional.written
 
 
 def assemble(
@@ -87,8 +98,15 @@ def assemble(
     names: Sequence[str],
     weights: dict[int, tuple[str, torch.Tensor]],
     notes: list[str],
+    written: Sequence[int] = (),
 ) -> Program:
-    """Turn the placeholders numbered in `weights` into get_attr nodes, and tidy."""
+    """Turn the placeholders numbered in `weights` into get_attr nodes, and tidy.
+
+    written: placeholders whose new values are the last results. CaptureError where one of them is a weight.
+    """
+    for index in written:
+        if index in weights:
+            raise CaptureError(_WRITES.format(weights[index][0]))
     module = fx.GraphModule(traced, traced.graph)
     program = Program(module, {}, [], notes=notes)
     attributes: dict[int, str] = {}
@@ -106,6 +124,9 @@ def assemble(
         read.meta = dict(node.meta)
         node.replace_all_uses_with(read)
         module.graph.erase_node(node)
+    numbers = [i for i in range(len(names)) if i not in weights]
+    first = len(program.outputs) - len(written)
+    program.updates = {first + i: numbers.index(index) for i, index in enumerate(written)}
     _name_constants(traced, program)
     name_modules(module.graph)
     _place_reads_first(module.graph)
@@ -119,6 +140,11 @@ def _name_constants(traced: fx.GraphModule, program: Program) -> None:
     for node in program.graph.nodes:
         if node.op == "get_attr" and str(node.target) not in program.weights:
             tensor = getattr(traced, str(node.target))
+            if is_fake(tensor):
+                raise CaptureError(
+                    f"The values of {node.name}, made in {module_fqn(node) or 'the model'} while its graph was traced, are "
+                    "not known: an operator there hides its result from the tracer."
+                )
             fqn = names.unused(
                 f"constant.{node.target}", {w.fqn for w in program.weights.values()}.__contains__
             )
@@ -144,7 +170,9 @@ def _input_name(expression: str, fallback: str) -> str:
 @dataclass(frozen=True)
 class Places:
     """What a Dynamo graph's arguments are: a name and a fake value for each, the weights among them by their
-    index, and for each `input:NAME`, `weight:FQN`, or `object:NAME` for a device mesh."""
+    index, and for each `input:NAME`, `weight:FQN`, or `object:NAME` for a device mesh.
+
+    A buffer that the model writes to is an input like any other, once `from_places` has seen the write."""
 
     names: list[str]
     fakes: list[Any]
@@ -193,9 +221,13 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Prog
 def from_places(gm: fx.GraphModule, places: Places) -> Program:
     """Capture a Dynamo graph whose arguments were told apart."""
     split = sharded.Local(places.fakes, list(places.weights))
+    traced, written = _trace(gm, split.parts, split.whole)
+    for old in (split.kept[new] for new in written):
+        if old in places.weights:
+            places.names[old] = places.weights.pop(old)[0]
+            places.roles[old] = f"input:{places.names[old]}"
     weights = {new: places.weights[old] for new, old in enumerate(split.kept) if old in places.weights}
-    traced = _trace(gm, split.parts, split.whole)
-    return assemble(traced, [places.names[i] for i in split.kept], weights, [])
+    return assemble(traced, [places.names[i] for i in split.kept], weights, [], written)
 
 
 def refuse_shared_writes(program: Program, inputs: Sequence[Any]) -> None:
@@ -240,7 +272,8 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
         fakes.append(node.meta["val"])
         if node.name in owners:
             weights[index] = (owners[node.name], state[owners[node.name]])
-    program = assemble(_trace(exported.graph_module, fakes), names, weights, [])
+    traced, changed = _trace(exported.graph_module, fakes)
+    program = assemble(traced, names, weights, [], changed)
     for number in program.updates.values():
         raise CaptureError(_WRITES.format(program.input_names[number]))
     return program

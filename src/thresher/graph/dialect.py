@@ -8,7 +8,7 @@ dropout, detach, aliases) and settles on one name where ATen has several (`view`
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,18 +35,6 @@ _ALIASES = {
     aten.resolve_neg.default,
     aten.type_as.default,
 }
-# And the result lies where that argument does, where dtype and device stay or all of it is sliced.
-_THE_SAME = {
-    aten.alias.default,
-    aten.detach.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten.type_as.default,
-    aten.slice.Tensor,
-}
-_COPIES = {aten.clone.default, aten.lift_fresh_copy.default}  # equal, and never in the argument's memory
 # Layout only; kept where the caller receives the result, dropped inside the graph.
 _LAYOUT = {aten.contiguous.default, aten.clone.default}
 _CASTS = {
@@ -170,96 +158,10 @@ def _settle_spelling(graph: fx.Graph) -> None:
             node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
 
 
-def _write_to_copies(program: Program) -> None:
-    """`scores += bias` becomes `scores = scores + bias` where nothing else sees the written memory.
-
-    A write to an input becomes one more result, its new value (`Program.updates`). A write to a weight, to memory that
-    another value still shows afterwards, or to an input that is handed back as well, stays, and `verify` names it.
-    """
-    graph = program.graph
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    inputs = {p: i for i, p in enumerate(program.placeholders) if not _handed_back(p)}
-    written: dict[int, fx.Node] = {}  # input -> its value so far
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
-        pure = getattr(getattr(aten, packet[:-1], None), overload, None) if packet.endswith("_") else None
-        place = _written(node.args[0] if node.args else None)
-        if (
-            pure is None
-            or pure._schema.is_mutable
-            or not isinstance(place, fx.Node)
-            or place.op == "get_attr"
-        ):
-            continue
-        number = inputs.get(place, next((i for i, n in written.items() if n is place), None))
-        if number is None and _shares_memory(place):
-            continue
-        before = [u for u in place.users if position[u] < position[node] and _shares_memory(u)]
-        if any(position[u] > position[node] for n in _sharing(before, but=node) for u in n.users):
-            continue
-        if value(place).dtype != value(node).dtype or not same_shape(value(place), value(node)):
-            continue
-        node.target = pure
-        at = position[node]
-        place.replace_all_uses_with(node, delete_user_cb=lambda user, at=at: position[user] > at)  # type: ignore[misc]
-        if number is not None:
-            written[number] = node
-    results = program.outputs
-    program.updates = {len(results) + i: number for i, number in enumerate(written)}
-    program.output_node.args = ((*results, *written.values()),)
-
-
-def _written(place: object) -> object:
-    """The value behind casts, aliases and slices that change nothing: they lie in its memory, element for element."""
-    while (
-        isinstance(place, fx.Node)
-        and place.target in _THE_SAME
-        and not any(given is True for given in (*place.args, *place.kwargs.values()))
-    ):
-        source = _identity_of(place)
-        if source is None:
-            break
-        place = source
-    return place
-
-
-def _handed_back(place: fx.Node) -> bool:
-    """Whether a result lies in an input's memory: its caller means the input, not a copy of it."""
-    return any(u.op == "output" for n in _sharing([place]) for u in n.users)
-
-
-def _sharing(nodes: Sequence[fx.Node], but: fx.Node | None = None) -> set[fx.Node]:
-    """These nodes, and all whose results may lie in their memory, but for those that have it from `but`."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += [u for u in node.users if u.op == "call_function" and u is not but and _shares_memory(u)]
-    return found
-
-
-def _shares_memory(node: fx.Node) -> bool:
-    """Whether a node's result may lie in one of its arguments' memory."""
-    if node.target in _COPIES:
-        return False
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return _shares_memory(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    schema = node.target._schema
-    may_alias = node.target in _RESHAPES or node.target in _ALIASES or node.target in _CASTS
-    return may_alias or any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
-
-
 def canonicalise(program: Program) -> Program:
     """Bring a freshly traced Program into the dialect, in place; returns it."""
     graph = program.graph
     _drop_meaningless(graph)
-    _write_to_copies(program)
     for node in list(graph.nodes):
         if node.op == "call_function" and (source := _identity_of(node)) is not None:
             node.replace_all_uses_with(source)

@@ -105,5 +105,5 @@ def test_a_model_that_writes_to_its_buffers_is_refused():
 
     from thresher.graph.capture import from_export
 
-    with pytest.raises(ThresherError, match=r"w_calls.*functional"):
+    with pytest.raises(ThresherError, match="writes to 'calls'"):
         from_export(torch.export.export(Counting(), (torch.randn(2),)))
