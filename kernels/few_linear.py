@@ -20,9 +20,10 @@ import torch
 from torch.nn import functional as F
 
 from thresher import ops
+from thresher.errors import ArgumentError
 from thresher.plain_form import Plain
 
-from . import native
+from . import arguments, native
 from .sparse import tune as sparse_tune
 
 MOST_TOKENS = 2
@@ -56,6 +57,18 @@ def _inputs(device, dtype):
     ]
 
 
+def check(x, weight, bias, relu) -> None:
+    """Raise ArgumentError unless the arguments fit together. Reads metadata only."""
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ArgumentError("x", arguments.given(x), "floating [..., in_features]", "Convert it first.")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+        accepted = f"{x.dtype} [out_features, {x.shape[-1]}]"
+        raise ArgumentError("weight", arguments.given(weight), accepted, "Pass the weight of x's own layer.")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0] or bias.dtype != x.dtype):
+        accepted = f"{x.dtype} [{weight.shape[0]}], or None"
+        raise ArgumentError("bias", arguments.given(bias), accepted, "Give one value an output feature.")
+
+
 @ops.define(
     "few_linear(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor",
     fake=_fake,
@@ -64,6 +77,7 @@ def _inputs(device, dtype):
     tolerance={torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3},
     providers=("cpu_cpp",),
     plain=Plain(),
+    check=check,
 )
 def few_linear(x, weight, bias, relu):
     y = F.linear(x, weight, bias)

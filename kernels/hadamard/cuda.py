@@ -104,5 +104,4 @@ def _accepts(x, signs, block):
 
 @defs.hadamard.provider("triton", device="cuda", supported=_supported, supports_args=_accepts)
 def _hadamard_triton(x, signs, block):
-    defs.check(x, signs, block)
     return launch(x.contiguous(), None if signs is None else signs.float().contiguous(), block)

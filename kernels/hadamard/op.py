@@ -81,6 +81,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     providers=("cpu_cpp", "triton"),
     tokens=row_by_row,
     plain=PLAIN,
+    check=check,
 )
 def hadamard(x, signs, block):
     """Each run of `block` columns of `x * signs` times the orthogonal Hadamard matrix of that order.
@@ -88,7 +89,6 @@ def hadamard(x, signs, block):
     x: floating [..., n]. signs: floating [n], each 1 or -1, or None. block: a divisor of n whose
     Hadamard matrix exists by construction. Computed in fp32 (fp64 for fp64), returned in x's dtype.
     """
-    check(x, signs, block)
     wide = torch.promote_types(x.dtype, torch.float32)
     signed = x.to(wide) if signs is None else x.to(wide) * signs.to(wide)
     blocks = signed.reshape(*x.shape[:-1], x.shape[-1] // block, block)

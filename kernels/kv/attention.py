@@ -14,51 +14,32 @@ from thresher.graph.nodes import argument, value
 from thresher.machine.pricing import Prices, dtype_of, width_of
 from thresher.ops import Sample, define
 
+from .. import arguments
 from ..varlen.attention import empty_result
 from ..varlen.plain import attend
 from . import plain
-from .format import as_pools, dequantize, quantize
+from .format import as_pools, check_pool, dequantize, quantize
 
 # All arithmetic is fp32 from the same codes; half types round q, the tail and the result only.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def check(q, pools, k_tail, v_tail, visible):
-    """Raise ArgumentError unless the tensors fit together; returns the pools. Reads metadata only."""
-    batch, heads, queries, dim = q.shape
-    for name, t in (("k_tail", k_tail), ("v_tail", v_tail)):
-        if t.dim() != 4 or t.shape[0] != batch or heads % t.shape[1] or t.dtype != q.dtype:
-            raise ArgumentError(
-                name,
-                f"{t.dtype} {tuple(t.shape)}",
-                f"{q.dtype} [{batch}, kv_heads, tokens, head_dim] with kv_heads a divisor of {heads}",
-                "Pass the tokens not quantized yet.",
-            )
-    if k_tail.shape[:3] != v_tail.shape[:3] or k_tail.shape[3] != dim or k_tail.shape[2] < queries:
-        raise ArgumentError(
-            "k_tail",
-            f"shape {tuple(k_tail.shape)}",
-            f"head_dim {dim} and at least the {queries} tokens that ask, as many as v_tail has",
-            "Append the new tokens to the tail before asking.",
-        )
-    found = as_pools(pools)
-    for pool in found:
-        if pool.k_codes.shape[:2] != k_tail.shape[:2] or pool.k_affine.shape[4] != dim:
-            raise ArgumentError(
-                "pools",
-                f"k_codes {tuple(pool.k_codes.shape)}, {pool.k_affine.shape[4]} channels",
-                f"[{batch}, {k_tail.shape[1]}, slots, ...] with {dim} channels",
-                "Pass pools of the same layer.",
-            )
-    slots = sum(pool.slots for pool in found) + k_tail.shape[2]
+def check(q, pools, k_tail, v_tail, visible, scale) -> None:
+    """Raise ArgumentError unless the tensors fit together; the ends of blocks are read on a CPU."""
+    arguments.queries(q, scale)
+    arguments.keys(q, k_tail=k_tail, v_tail=v_tail)
+    batch, heads, tail, width = v_tail.shape
+    if tail < q.shape[2]:
+        given = f"{tail} tokens"
+        accepted = f"at least the {q.shape[2]} tokens that ask"
+        raise ArgumentError("k_tail", given, accepted, "Append the new tokens to the tail before asking.")
+    slots = tail
+    for pool in as_pools(pools):
+        check_pool(pool, batch, heads, q.shape[3], width)
+        slots += pool.slots
     if visible is not None and (visible.shape != (batch, slots) or visible.dtype != torch.bool):
-        raise ArgumentError(
-            "visible",
-            f"{visible.dtype} {tuple(visible.shape)}",
-            f"bool [{batch}, {slots}]",
-            "Mark each slot.",
-        )
-    return found
+        accepted = f"bool [{batch}, {slots}]"
+        raise ArgumentError("visible", arguments.given(visible), accepted, "Mark each slot.")
 
 
 def sees(queries: int, slots: int, visible: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -121,6 +102,7 @@ def _price(model: Prices, node: fx.Node) -> float:
     providers=("cpu_cpp", "cpu_sdpa", "cuda_triton"),
     price=_price,
     plain=plain.ATTENTION,
+    check=check,
 )
 def kv_attention(q, pools, k_tail, v_tail, visible, scale):
     """Attention of the newest tokens over quantized pools and a full-precision tail.
@@ -132,7 +114,7 @@ def kv_attention(q, pools, k_tail, v_tail, visible, scale):
     visible: bool [B, slots] or None, false for padding. A query that sees nothing gives zeros.
     Result [B, Hq, m, Dv], stored token-major.
     """
-    found = check(q, pools, k_tail, v_tail, visible)
+    found = as_pools(pools)
     parts = [dequantize(pool) for pool in found] + [(k_tail.float(), v_tail.float())]
     k, v = (torch.cat(side, dim=2) for side in zip(*parts, strict=True))
     mask = sees(q.shape[2], k.shape[2], visible, q.device)

@@ -11,9 +11,9 @@ import ctypes
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import native
+from .. import arguments, native
 from . import attention as defs
-from .format import Pool, dequantize
+from .format import Pool, as_pools, dequantize
 
 _FEW = 16
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -47,7 +47,7 @@ def _refuse(q, *rest):
     "cpu_cpp", device="cpu", supported=lambda: native.load_error("kv_attention"), supports_args=_refuse
 )
 def _kv_attention_cpp(q, pools, k_tail, v_tail, visible, scale):
-    found = defs.check(q, pools, k_tail, v_tail, visible)
+    found = as_pools(pools)
     found = [Pool(*(t.contiguous() for t in pool)) for pool in found if pool.slots]
     k_tail, v_tail = (t if t.stride(-1) == 1 else t.contiguous() for t in (k_tail, v_tail))
     batch, heads, queries, dim = q.shape
@@ -74,10 +74,10 @@ def _kv_attention_cpp(q, pools, k_tail, v_tail, visible, scale):
     return defs.empty_result(q, v_tail).copy_(answer)
 
 
-@defs.kv_attention.provider("cpu_sdpa", device="cpu")
+@defs.kv_attention.provider("cpu_sdpa", device="cpu", supports_args=lambda *a: arguments.refuse_scale(a[-1]))
 def _kv_attention_sdpa(q, pools, k_tail, v_tail, visible, scale):
     """For many queries at once: keys and values are restored, and a matrix product does the rest."""
-    found = defs.check(q, pools, k_tail, v_tail, visible)
+    found = as_pools(pools)
     parts = [tuple(t.to(q.dtype) for t in dequantize(pool)) for pool in found if pool.slots]
     k, v = (torch.cat(side, dim=2) for side in zip(*parts, (k_tail, v_tail), strict=True))
     mask = defs.sees(q.shape[2], k.shape[2], visible, q.device)

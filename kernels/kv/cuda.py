@@ -67,6 +67,5 @@ def launch(q, pools, k_tail, v_tail, visible, scale):
 
 @defs.kv_attention.provider("cuda_triton", device="cuda", supported=supported, supports_args=_refuse)
 def _kv_attention_cuda(q, pools, k_tail, v_tail, visible, scale):
-    defs.check(q, pools, k_tail, v_tail, visible)
     with torch.cuda.device(q.device):
         return launch(q, pools, k_tail, v_tail, visible, scale)

@@ -24,6 +24,7 @@ import torch
 from thresher.errors import ArgumentError
 from thresher.ops import Sample, define
 
+from .. import arguments
 from . import plain
 
 BITS = (2, 4, 8)
@@ -61,6 +62,36 @@ def as_pools(tensors: Sequence[torch.Tensor]) -> list[Pool]:
     return [Pool(*tensors[i : i + 5]) for i in range(0, len(tensors), 5)]
 
 
+def check_pool(pool: Pool, batch: int, heads: int, dim: int, dim_v: int) -> None:
+    """Raise ArgumentError unless a pool's tensors are laid out as the module says; ends are read on a CPU."""
+    k_codes, k_affine, v_codes, v_affine, ends = pool
+    fix = "Pass pools of the same layer, as thresher::kv_quantize makes them."
+
+    def refuse(name: str, accepted: str) -> ArgumentError:
+        return ArgumentError("pools", f"{name} {arguments.given(getattr(pool, name))}", accepted, fix)
+
+    lead = (batch, heads)
+    accepted = f"uint8 [{batch}, {heads}, slots, {dim} * bits / 8] for 2, 4 or 8 bits"
+    if k_codes.dim() != 4 or k_codes.shape[:2] != lead or k_codes.dtype != torch.uint8:
+        raise refuse("k_codes", accepted)
+    slots, blocks, bits = (
+        k_codes.shape[2],
+        ends.shape[0] if ends.dim() else 0,
+        8 * k_codes.shape[3] // max(dim, 1),
+    )
+    if bits not in BITS or dim * bits != 8 * k_codes.shape[3]:
+        raise refuse("k_codes", accepted)
+    half = torch.float16
+    if k_affine.dtype != half or k_affine.shape != (*lead, blocks, 2, dim):
+        raise refuse("k_affine", f"float16 {(*lead, blocks, 2, dim)}")
+    if v_codes.dtype != torch.uint8 or v_codes.shape[:3] != k_codes.shape[:3] or v_codes.dim() != 4 \
+            or 8 * v_codes.shape[3] != dim_v * bits:  # fmt: skip
+        raise refuse("v_codes", f"uint8 [{batch}, {heads}, {slots}, {dim_v} * {bits} / 8]")
+    if v_affine.dtype != half or v_affine.shape != (*lead, slots, 2):
+        raise refuse("v_affine", f"float16 {(*lead, slots, 2)}")
+    arguments.rising("pools", ends, slots, fix, first=None)
+
+
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [..., D], each below 2^bits, as [..., D * bits / 8]."""
     parts = codes.unflatten(-1, (8 // bits, -1))
@@ -92,19 +123,19 @@ def _check(k: torch.Tensor, v: torch.Tensor, bits: int, block: int) -> None:
         raise ArgumentError("bits", bits, "2, 4 or 8", "Choose one of them.")
     if block < 1:
         raise ArgumentError("block", block, "at least 1 slot", "128 is usual.")
-    if k.dim() != 4 or v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+    if k.dim() != 4 or not k.is_floating_point():
         raise ArgumentError(
-            "v",
-            f"shape {tuple(v.shape)}",
-            f"[{', '.join(map(str, k.shape[:3]))}, head_dim] as k has",
-            "Keys and values must hold the same tokens.",
+            "k", arguments.given(k), "floating [batch, heads, tokens, head_dim]", "Give keys."
         )
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.dtype != k.dtype:
+        accepted = f"{k.dtype} [{', '.join(map(str, k.shape[:3]))}, head_dim] as k has"
+        raise ArgumentError("v", arguments.given(v), accepted, "Keys and values must hold the same tokens.")
     for name, t in (("k", k), ("v", v)):
-        if t.shape[3] % (8 // bits):
+        if not t.shape[3] or t.shape[3] % (8 // bits):
             raise ArgumentError(
                 name,
                 f"head_dim {t.shape[3]}",
-                f"a multiple of {8 // bits} at {bits} bits",
+                f"a multiple of {8 // bits} at {bits} bits, not 0",
                 "Use more bits for this layer.",
             )
 
@@ -149,6 +180,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     inputs=_samples,
     tolerance={torch.float32: 0.0, torch.float16: 0.0, torch.bfloat16: 0.0},
     plain=plain.QUANTIZE,
+    check=_check,
 )
 def kv_quantize(k, v, bits, block):
     """k_codes, k_affine, v_codes, v_affine of a new pool; its ends are `block_ends(N, block)`.
@@ -157,7 +189,6 @@ def kv_quantize(k, v, bits, block):
     Steps and lows are rounded to fp16 first and codes chosen against the rounded ones, so the error
     is at most half a step within the range. Values beyond fp16's range saturate.
     """
-    _check(k, v, bits, block)
     k, v = k.float(), v.float()
     steps, lows, codes = [], [], []
     for part in k.split(block, dim=2) if k.shape[2] else ():

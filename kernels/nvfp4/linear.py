@@ -30,7 +30,7 @@ from thresher.ops import Sample, define
 
 from . import cpu as nvfp4_cpu
 from . import cuda as nvfp4_cuda
-from .quantize import quantize
+from .quantize import MODES, SEARCHES, quantize
 
 ACTIVATIONS = ("exact", "int16", "int8", "nvfp4")
 INT_LIMITS = {"int8": 127.0, "int16": 32639.0}  # 32639 = 127 * 256 + 127: splits into two signed bytes
@@ -87,16 +87,21 @@ def _misfit(x, codes, block_scales, global_scale, input_scale, bias, activations
     if input_scale is not None and activations != "nvfp4":
         fix = 'Leave it out, or pass activations="nvfp4".'
         return ArgumentError("input_scale", f"a tensor with activations={activations!r}", "None", fix)
-    if bias is not None and tuple(bias.shape) != (codes.shape[0],):
-        fix = "Give one value an output feature."
-        return ArgumentError("bias", tuple(bias.shape), f"({codes.shape[0]},)", fix)
+    if bias is not None and (tuple(bias.shape) != (codes.shape[0],) or not bias.is_floating_point()):
+        fix, given = "Give one value an output feature.", f"{bias.dtype} {tuple(bias.shape)}"
+        return ArgumentError("bias", given, f"floating ({codes.shape[0]},)", fix)
     return None
 
 
-def _fake(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"):
+def check(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact") -> None:
+    """Raise ArgumentError unless the arguments fit together. Reads metadata only."""
     misfit = _misfit(x, codes, block_scales, global_scale, input_scale, bias, activations)
     if misfit is not None:
         raise misfit
+
+
+def _fake(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"):
+    check(x, codes, block_scales, global_scale, input_scale, bias, activations)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -159,6 +164,7 @@ def _rate(mode: str) -> LinearRate:
     price=_price,
     plain="Its weights are codes, which each target stores in a form of its own.",
     rates=[_rate(mode) for mode in ("exact", "int16", "int8")],
+    check=check,
 )
 def nvfp4_linear(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"):
     """x [..., K]; codes uint8 [N, 8B], B = ceil(K/16); block_scales E4M3 [N, B],
@@ -166,18 +172,12 @@ def nvfp4_linear(x, codes, block_scales, global_scale, input_scale=None, bias=No
 
     input_scale: fp32 [], only with activations="nvfp4"; bias [N]. Returns [..., N] in x's dtype.
     """
-    misfit = _misfit(x, codes, block_scales, global_scale, input_scale, bias, activations)
-    if misfit is not None:
-        raise misfit
     rows, factor = round_activations(x, activations, input_scale)
     y = rows @ _values(codes, block_scales).t() * (global_scale.reshape(()) * factor)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def _in_place(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"):
-    misfit = _misfit(x, codes, block_scales, global_scale, input_scale, bias, activations)
-    if misfit is not None:
-        return str(misfit)
     for name, tensor in (("codes", codes), ("block_scales", block_scales)):
         if not tensor.is_contiguous():
             return f"{name} is not contiguous; the kernel reads it in place and would have to copy it."
@@ -213,6 +213,16 @@ def _quantize_inputs(device: torch.device, dtype: torch.dtype) -> Sequence[Sampl
     ]
 
 
+def _check_weight(weight, mode="thresher", search="none") -> None:
+    if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        given = f"{weight.dtype} {tuple(weight.shape)}"
+        raise ArgumentError("weight", given, "float32, bfloat16 or float16 [N, K]", "Convert it first.")
+    if mode not in MODES:
+        raise unknown_key("mode", mode, MODES)
+    if search not in SEARCHES:
+        raise unknown_key("search", search, SEARCHES)
+
+
 def _quantize_fake(weight, mode="thresher", search="none"):
     n, blocks = weight.shape[0], -(-weight.shape[1] // BLOCK)
     codes = weight.new_empty((n, blocks * 8), dtype=torch.uint8)
@@ -225,6 +235,7 @@ def _quantize_fake(weight, mode="thresher", search="none"):
     inputs=_quantize_inputs,
     tolerance={torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 0.0},  # bytes are equal or wrong
     plain="It packs weights and has no place in an exported graph.",
+    check=_check_weight,
 )
 def nvfp4_quantize(weight, mode="thresher", search="none"):
     """weight [N, K] to what `nvfp4_linear` takes: codes uint8 [N, 8B], block scales as E4M3 bytes uint8

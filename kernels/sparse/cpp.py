@@ -56,6 +56,8 @@ def refuses(act: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | Non
     """Why the kernels cannot take this call, or None."""
     if act.dtype not in (torch.float32, torch.bfloat16):
         return f"The C++ kernel computes fp32 and bf16 activations, not {act.dtype}."
+    if not weight.numel():
+        return "The weight is empty."
     if not all(t is None or t.is_contiguous() for t in (weight, *others)):
         return "The C++ kernel reads contiguous weights, scales, biases and thresholds only."
     return None

@@ -46,7 +46,6 @@ def _limit(tau: float, bmax: int, act: torch.Tensor, weight: torch.Tensor, width
 
 @down_defs.sparse_down.provider("cpu_cpp", device="cpu", supported=_supported, supports_args=_accepts_down)
 def _down(act, weight, scale, bias, threshold, tau, bmax, site):
-    down_defs.check(act, weight, scale, bias, threshold)
     limit = _limit(tau, bmax, act, weight, 0)
     out, active = sparse_native.down(act, weight, scale, bias, threshold, limit) if limit >= 0 else (None, -1)
     if out is None:
@@ -57,7 +56,6 @@ def _down(act, weight, scale, bias, threshold, tau, bmax, site):
 
 @mlp_defs.sparse_mlp.provider("cpu_cpp", device="cpu", supported=_supported, supports_args=_accepts_mlp)
 def _mlp(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold, tau, bmax, site):
-    mlp_defs.check(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold)
     limit = _limit(tau, bmax, gate, weight, x.shape[-1])
     up = (up_weight, up_scale, up_bias, up_act)
     out, active = None, -1

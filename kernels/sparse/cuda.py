@@ -161,7 +161,6 @@ def _sparse(tau: float, bmax: int, act: torch.Tensor) -> bool:
 
 @down_defs.sparse_down.provider("triton", device="cuda", supported=_supported, supports_args=_accepts_down)
 def _down(act, weight, scale, bias, threshold, tau, bmax, site):
-    down_defs.check(act, weight, scale, bias, threshold)
     if _sparse(tau, bmax, act):
         return run_down(act, weight, scale, bias, threshold, site)
     site_counts.count(site, weight.shape[0], None)
@@ -170,7 +169,6 @@ def _down(act, weight, scale, bias, threshold, tau, bmax, site):
 
 @mlp_defs.sparse_mlp.provider("triton", device="cuda", supported=_supported, supports_args=_accepts_mlp)
 def _mlp(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold, tau, bmax, site):
-    mlp_defs.check(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold)
     up = (up_weight, up_scale, up_bias, up_act)
     if _sparse(tau, bmax, gate):
         return run_mlp(gate, x, *up, weight, scale, bias, threshold, site)

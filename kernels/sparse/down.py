@@ -58,8 +58,8 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.d
         codes = torch.stack((weight & 15, weight >> 4), -1).flatten(1).to(torch.int8) - 8
     rows, cols = codes.shape
     groups = scale.numel() // max(rows, 1)
-    wide = codes.float().view(rows, groups, -1) * scale.view(rows, groups, 1)
-    return wide.view(rows, cols).to(dtype)
+    wide = codes.float().reshape(rows, groups, cols // groups) * scale.reshape(rows, groups, 1)
+    return wide.reshape(rows, cols).to(dtype)
 
 
 def check_weight(
@@ -83,9 +83,9 @@ def check_weight(
         )
     if scale is not None:
         rows, cols = weight.shape[0], features_of(weight)
-        groups = scale.numel() // max(rows, 1)
+        groups = scale.shape[-1] if scale.dim() == 2 else 1
         uneven = groups == 0 or cols % groups or (weight.dtype == torch.uint8 and cols // groups % 2)
-        if scale.dtype != torch.float32 or scale.shape[0] != rows or uneven:
+        if scale.dtype != torch.float32 or scale.dim() not in (1, 2) or scale.shape[0] != rows or uneven:
             raise ArgumentError(
                 f"{name}'s scale",
                 f"{scale.dtype} {tuple(scale.shape)} for a weight of {(rows, cols)}",
@@ -116,6 +116,24 @@ def check_bias(bias: torch.Tensor | None, features: int, dtype: torch.dtype, nam
             f"{dtype} of shape [{features}]",
             "Convert the bias to the activations' dtype; one number for each output feature.",
         )
+
+
+def check_dispatch(name: str, act: torch.Tensor, tau: float) -> None:
+    """Raise ArgumentError unless activations can be dispatched at a union density of `tau`."""
+    if act.dim() < 1 or not act.is_floating_point():
+        raise ArgumentError(
+            name, f"{act.dtype} {tuple(act.shape)}", "floating [..., neurons]", "Convert it first."
+        )
+    if not tau <= 1.0:  # a NaN too
+        raise ArgumentError("tau", tau, "a share up to 1, or below 0 to measure", "Give the largest density.")
+
+
+def check(act, weight, scale, bias, threshold, tau, bmax, site) -> None:
+    """Raise ArgumentError unless the arguments of one call fit each other. Reads metadata only."""
+    check_dispatch("act", act, tau)
+    check_weight("weight", weight, scale, act.dtype, act.shape[-1])
+    check_threshold(threshold, act.shape[-1])
+    check_bias(bias, features_of(weight), act.dtype)
 
 
 def _fake(act, weight, scale, bias, threshold, tau, bmax, site):
@@ -211,14 +229,7 @@ def price(model: Prices, node: fx.Node, weights: float) -> float:
     providers=("cpu_cpp", "triton"),
     price=lambda model, node: price(model, node, model.numel(argument(node, "weight"))),
     plain=Plain(loss=DENSE),
+    check=check,
 )
 def sparse_down(act, weight, scale, bias, threshold, tau, bmax, site):
-    check(act, weight, scale, bias, threshold)
     return F.linear(kept(act, threshold), dequantized(weight, scale, act.dtype).t(), bias)
-
-
-def check(act, weight, scale, bias, threshold) -> None:
-    """Raise ArgumentError unless the tensors of one call fit each other."""
-    check_weight("weight", weight, scale, act.dtype, act.shape[-1])
-    check_threshold(threshold, act.shape[-1])
-    check_bias(bias, features_of(weight), act.dtype)

@@ -33,19 +33,27 @@ from . import down
 UP_ACTS = ("identity", "relu")
 
 
-def check(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold) -> None:
-    """Raise ArgumentError unless the tensors of one call fit each other."""
+def check(
+    gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold, tau, bmax, site
+) -> None:
+    """Raise ArgumentError unless the arguments of one call fit each other. Reads metadata only."""
+    down.check_dispatch("gate", gate, tau)
     neurons = gate.shape[-1]
     if up_act not in UP_ACTS:
         raise unknown_key("up_act", up_act, UP_ACTS)
-    if x.shape[:-1] != gate.shape[:-1] or x.dtype != gate.dtype or up_weight.shape[-1] != x.shape[-1]:
+    down.check_weight("up_weight", up_weight, up_scale, gate.dtype, neurons)
+    if (
+        x.dim() != gate.dim()
+        or x.shape[:-1] != gate.shape[:-1]
+        or x.dtype != gate.dtype
+        or up_weight.shape[-1] != x.shape[-1]
+    ):
         raise ArgumentError(
             "x",
             f"{x.dtype} {tuple(x.shape)}",
             f"{gate.dtype} {(*gate.shape[:-1], up_weight.shape[-1])}, what the gate was computed from",
             "Pass the MLP's input, with as many tokens as the gate.",
         )
-    down.check_weight("up_weight", up_weight, up_scale, gate.dtype, neurons)
     if up_scale is not None and up_scale.dim() != 1:
         raise ArgumentError(
             "up_scale", f"shape {tuple(up_scale.shape)}", "[F]", "Use one scale for each neuron."
@@ -122,10 +130,10 @@ def _price(model: Prices, node: fx.Node) -> float:
     providers=("cpu_cpp", "triton"),
     price=_price,
     plain=Plain(loss=down.DENSE),
+    check=check,
 )
 def sparse_mlp(
     gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold, tau, bmax, site
 ):
-    check(gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold)
     h = hidden(gate, x, up_weight, up_scale, up_bias, up_act, threshold)
     return F.linear(h, down.dequantized(weight, scale, gate.dtype).t(), bias)

@@ -9,26 +9,19 @@ from thresher.errors import ArgumentError
 from thresher.ops import Sample, define
 from thresher.plain_form import Plain
 
+from .. import arguments
 from ..varlen.attention import TOLERANCE, empty_result
 from ..varlen.plain import attend
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor) -> None:
-    for name, t in (("k", k), ("v", v)):
-        if t.dim() != 4 or t.shape[0] != q.shape[0] or t.shape[2] != q.shape[2] or q.shape[1] % t.shape[1]:
-            raise ArgumentError(
-                name,
-                f"shape {tuple(t.shape)}",
-                f"[{q.shape[0]}, kv_heads, {q.shape[2]}, head_dim] with kv_heads a divisor of {q.shape[1]}",
-                "Queries, keys and values must hold the same tokens.",
-            )
-    if index.dim() != 2 or index.shape[0] != q.shape[0] or index.dtype != torch.int64:
-        raise ArgumentError(
-            "index",
-            f"{index.dtype} {tuple(index.shape)}",
-            f"int64 [{q.shape[0]}, kept]",
-            "Take it from thresher::topk_sorted.",
-        )
+def _check(q, k, v, index, scale) -> None:
+    arguments.queries(q, scale)
+    batch, tokens = q.shape[0], q.shape[2]
+    arguments.keys(q, tokens, k=k, v=v)
+    fix = "Take it from thresher::topk_sorted."
+    if index.dim() != 2 or index.shape[0] != batch or index.dtype != torch.int64:
+        raise ArgumentError("index", arguments.given(index), f"int64 [{batch}, kept]", fix)
+    arguments.in_range("index", index, -1, tokens - 1, fix)
 
 
 def _pick(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -74,6 +67,7 @@ def _plain(q, k, v, index, scale):
     tolerance=TOLERANCE,
     providers=("cpu_sdpa", "cuda_sdpa"),
     plain=Plain(run=_plain),
+    check=_check,
 )
 def important_attention(q, k, v, index, scale):
     """Causal attention among the tokens in `index`; every other token's output is zero.
@@ -81,7 +75,6 @@ def important_attention(q, k, v, index, scale):
     q: [B, Hq, n, D]; k: [B, Hkv, n, D]; v: [B, Hkv, n, Dv]. Result [B, Hq, n, Dv], stored token-major.
     index: int64 [B, kept], rising, with -1 in places not used, all of them last.
     """
-    _check(q, k, v, index)
     causal = torch.ones(index.shape[1], index.shape[1], dtype=torch.bool, device=q.device).tril()
     picked = attend(_pick(q, index), _pick(k, index), _pick(v, index), scale, mask=causal)
     return _spread(picked, index, empty_result(q, v))
@@ -89,7 +82,6 @@ def important_attention(q, k, v, index, scale):
 
 def _important_attention_sdpa(q, k, v, index, scale):
     # Unused places are last, so causality alone keeps them out of every used place's view.
-    _check(q, k, v, index)
     picked = scaled_dot_product_attention(
         _pick(q, index),
         _pick(k, index),
@@ -101,5 +93,11 @@ def _important_attention_sdpa(q, k, v, index, scale):
     return _spread(picked, index, empty_result(q, v))
 
 
-important_attention.provider("cpu_sdpa", device="cpu")(_important_attention_sdpa)
-important_attention.provider("cuda_sdpa", device="cuda")(_important_attention_sdpa)
+def _refuse(q, k, v, index, scale) -> str | None:
+    return arguments.refuse_scale(scale)
+
+
+for _device in ("cpu", "cuda"):
+    important_attention.provider(f"{_device}_sdpa", device=_device, supports_args=_refuse)(
+        _important_attention_sdpa
+    )

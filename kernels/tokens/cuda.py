@@ -57,7 +57,6 @@ def launch_scores(q, k, probes, segments, scale):
 
 @scores.probe_scores.provider("cuda_triton", device="cuda", supported=supported, supports_args=_refuse_scores)
 def _probe_scores_cuda(q, k, probes, segments, scale):
-    scores.check_probes(q, k, probes, segments)
     with torch.cuda.device(q.device):
         return launch_scores(q, k, probes, segments, scale)
 
@@ -83,6 +82,5 @@ def launch_transition(x, fx):
     "cuda_triton", device="cuda", supported=supported, supports_args=_refuse_transition
 )
 def _token_transition_cuda(x, fx):
-    transitions.check_pair(x, fx)
     with torch.cuda.device(x.device):
         return launch_transition(x, fx)

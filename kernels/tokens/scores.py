@@ -19,42 +19,26 @@ from thresher.errors import ArgumentError
 from thresher.ops import Sample, define
 from thresher.plain_form import Plain
 
+from .. import arguments
 from . import plain
 
 # Sums of up to 64 probabilities in fp32, from dot products in fp32: half types only round inputs.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 5e-6, torch.bfloat16: 5e-6}
 
 
-def check_probes(
-    q: torch.Tensor, k: torch.Tensor, probes: torch.Tensor, segments: torch.Tensor | None
-) -> None:
-    """Raise ArgumentError unless the tensors fit together. Reads metadata only."""
-    if q.dim() != 4:
-        raise ArgumentError(
-            "q", f"shape {tuple(q.shape)}", "[batch, heads, probes, head_dim]", "Gather the rows."
-        )
-    batch, heads, rows, dim = q.shape
-    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]:
-        raise ArgumentError(
-            "k",
-            f"shape {tuple(k.shape)}",
-            f"[{batch}, kv_heads, keys, {dim}] with kv_heads a divisor of {heads}",
-            "Queries and keys must come from one layer.",
-        )
-    if probes.shape != (batch, rows) or probes.dtype not in (torch.int32, torch.int64):
-        raise ArgumentError(
-            "probes",
-            f"{probes.dtype} {tuple(probes.shape)}",
-            f"an integer position for each of the [{batch}, {rows}] rows",
-            "Take it from thresher::probe_positions.",
-        )
-    if segments is not None and segments.shape != (batch, k.shape[2]):
-        raise ArgumentError(
-            "segments",
-            f"shape {tuple(segments.shape)}",
-            f"[{batch}, {k.shape[2]}]",
-            "Give each key the number of its sequence, -1 for padding.",
-        )
+def check_probes(q, k, probes, segments, scale) -> None:
+    """Raise ArgumentError unless the tensors fit together; probe positions are read on a CPU."""
+    arguments.queries(q, scale)
+    arguments.keys(q, k=k)
+    batch, rows, keys = q.shape[0], q.shape[2], k.shape[2]
+    fix = "Take it from thresher::probe_positions."
+    if probes.shape != (batch, rows) or probes.dtype not in arguments.INTEGERS:
+        accepted = f"an integer position for each of the [{batch}, {rows}] rows"
+        raise ArgumentError("probes", arguments.given(probes), accepted, fix)
+    arguments.in_range("probes", probes, -1, keys - 1, fix)
+    if segments is not None and (segments.shape != (batch, keys) or segments.dtype not in arguments.INTEGERS):
+        fix = "Give each key the number of its sequence, -1 for padding."
+        raise ArgumentError("segments", arguments.given(segments), f"integers [{batch}, {keys}]", fix)
 
 
 def seen_by(probes: torch.Tensor, keys: int, segments: torch.Tensor | None) -> torch.Tensor:
@@ -117,6 +101,7 @@ def _score_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     tolerance=TOLERANCE,
     providers=("cuda_triton", "cpu_cpp", "cpu_stripes"),
     plain=Plain(),
+    check=check_probes,
 )
 def probe_scores(q, k, probes, segments, scale):
     """Attention each key receives from the probe rows, and how many of them see it.
@@ -132,7 +117,6 @@ def probe_scores(q, k, probes, segments, scale):
     ZipVL chooses by sums / seen (Eq. 9) and counts by sums (Eq. 6); instruction-guided attention is
     sums / number of rows.
     """
-    check_probes(q, k, probes, segments)
     wide = _wide(q.dtype)
     k = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     seen = seen_by(probes, k.shape[2], segments)
@@ -159,6 +143,28 @@ def _check_count(argument: str, count: int, least: int) -> None:
         raise ArgumentError(argument, count, f"at least {least}", "Ask for that many rows.")
 
 
+def _check_probing(starts, lengths, recent, spread, seed) -> None:
+    check_rows(starts, lengths)
+    _check_count("recent", recent, 1)
+    _check_count("spread", spread, 0)
+
+
+def _check_instruction(token_types, starts, lengths, count) -> None:
+    check_rows(starts, lengths)
+    _check_count("count", count, 1)
+    whole = not token_types.is_floating_point() and not token_types.is_complex()
+    if (
+        token_types.dim() != 2
+        or not token_types.shape[1]
+        or token_types.shape[0] != starts.shape[0]
+        or not whole
+    ):
+        accepted = f"integers [{starts.shape[0]}, tokens], one or more"
+        raise ArgumentError(
+            "token_types", arguments.given(token_types), accepted, "Give each token its kind."
+        )
+
+
 def _rows_samples(device, dtype, *rest):
     def one(label, starts, lengths):
         ints = [torch.tensor(t, device=device) for t in (starts, lengths)]
@@ -181,6 +187,7 @@ def _fake_probe_positions(starts, lengths, recent, spread, seed):
     inputs=lambda device, dtype: _rows_samples(device, dtype, 4, 3, 0),
     tolerance={torch.float32: 0.0},
     plain=plain.PROBE,
+    check=_check_probing,
 )
 def probe_positions(starts, lengths, recent, spread, seed):
     """Rows to probe: the last `recent` tokens of each sequence, and `spread` drawn from those before.
@@ -189,9 +196,6 @@ def probe_positions(starts, lengths, recent, spread, seed):
     on the seed and the sequence's own length alone, not on the batch or the slot. A sequence with
     less than one token a stretch gives each of its tokens once.
     """
-    check_rows(starts, lengths)
-    _check_count("recent", recent, 1)
-    _check_count("spread", spread, 0)
     lengths = lengths.long()[..., None]
     earlier = (lengths - recent).clamp_min(0)
     draw = torch.rand(spread, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
@@ -224,6 +228,7 @@ def _fake_instruction(token_types, starts, lengths, count):
     inputs=_instruction_samples,
     tolerance={torch.float32: 0.0},
     plain=Plain(),
+    check=_check_instruction,
 )
 def instruction_positions(token_types, starts, lengths, count):
     """The last `count` tokens behind a sequence's last image or video token.
@@ -231,8 +236,6 @@ def instruction_positions(token_types, starts, lengths, count):
     token_types: integers [B, n]; 0 text, 1 image, 2 video, -1 padding. Where nothing stands behind the
     image there is no instruction to read, and the last `count` tokens are taken as they are.
     """
-    check_rows(starts, lengths)
-    _check_count("count", count, 1)
     columns = torch.arange(token_types.shape[1], device=starts.device)
     begin = starts.long()[..., None]
     end = begin + lengths.long()[..., None]

@@ -28,7 +28,6 @@ def _refuse(q, *rest):
     supports_args=_refuse,
 )
 def _probe_scores_cpp(q, k, probes, segments, scale):
-    defs.check_probes(q, k, probes, segments)
     batch, heads, rows, width = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     q, k = q.float().contiguous(), k.float()
@@ -66,7 +65,6 @@ def _stripes(columns: torch.Tensor, segments: torch.Tensor | None, step: int) ->
 
 @defs.probe_scores.provider("cpu_stripes", device="cpu")
 def _probe_scores_cpu(q, k, probes, segments, scale):
-    defs.check_probes(q, k, probes, segments)
     batch, heads, _, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     group = heads // kv_heads

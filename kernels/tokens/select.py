@@ -13,13 +13,18 @@ import torch
 from thresher.errors import ArgumentError
 from thresher.ops import Sample, define
 
+from .. import arguments
 from . import plain
 
 _CLASS, _SCORE = 62, 30  # bits below the class, bits below the score: the rest holds the place
 _MAX_TOKENS = 1 << _SCORE
+_MOST_COUNT = (1 << 62) - 1
 
 
-def _check_flags(scores: torch.Tensor, **flags: torch.Tensor | None) -> None:
+def _check_flags(scores: torch.Tensor, dim: int, **flags: torch.Tensor | None) -> None:
+    if scores.dim() != dim or not scores.is_floating_point():
+        accepted = "floating [batch, tokens]" if dim == 2 else "floating [tokens]"
+        raise ArgumentError("scores", arguments.given(scores), accepted, "Give each token one score.")
     if scores.shape[-1] >= _MAX_TOKENS:
         raise ArgumentError(
             "scores", f"{scores.shape[-1]} tokens", f"fewer than {_MAX_TOKENS}", "Split the row."
@@ -46,6 +51,45 @@ def rank_keys(scores: torch.Tensor, protected: torch.Tensor | None, pad: torch.T
     if pad is not None:
         key = torch.where(pad, -(1 << _CLASS) - (1 << (_CLASS - 1)) - place, key)
     return key
+
+
+def _check_counts(counts: torch.Tensor, rows: int) -> None:
+    if counts.shape != (rows,) or counts.dtype not in arguments.INTEGERS:
+        accepted = f"integers [{rows}]"
+        raise ArgumentError("counts", arguments.given(counts), accepted, "Say for each row how many stay.")
+    arguments.in_range("counts", counts, 0, _MOST_COUNT, "Clamp the counts at 0.")
+
+
+def _check_tau(tau: float) -> None:
+    if not 0.0 < tau <= 1.0:
+        raise ArgumentError("tau", tau, "a share above 0, at most 1", "ZipVL uses .96 to .975.")
+
+
+def _check_topk(scores, protected, pad, k, counts) -> None:
+    _check_flags(scores, 2, protected=protected, pad=pad)
+    _check_k(k, scores.shape[1])
+    if counts is not None:
+        _check_counts(counts, scores.shape[0])
+
+
+def _check_segments(scores, protected, cu_seqlens, counts, k) -> None:
+    _check_flags(scores, 1, protected=protected)
+    _check_k(k, scores.shape[0])
+    arguments.rising("cu_seqlens", cu_seqlens, scores.shape[0], "Give each sequence's end, from 0 on.")
+    _check_counts(counts, cu_seqlens.shape[0] - 1)
+
+
+def _check_count(scores, protected, tau) -> None:
+    _check_tau(tau)
+    _check_flags(scores, 2, protected=protected)
+
+
+def _check_holding(sums, scores, protected, pad, tau) -> None:
+    _check_tau(tau)
+    _check_flags(scores, 2, protected=protected, pad=pad)
+    if sums.shape != scores.shape or not sums.is_floating_point() or not scores.numel():
+        accepted = f"floating {tuple(scores.shape)} as scores has, of one token or more"
+        raise ArgumentError("sums", arguments.given(sums), accepted, "Give each token its attention.")
 
 
 def _check_k(k: int, tokens: int) -> None:
@@ -83,6 +127,7 @@ def _topk_samples(device, dtype):
     inputs=_topk_samples,
     tolerance={torch.float32: 0.0},
     plain=plain.SORTED,
+    check=_check_topk,
 )
 def topk_sorted(scores, protected, pad, k, counts):
     """The k tokens of each row to keep, int64 [B, k], rising.
@@ -91,8 +136,6 @@ def topk_sorted(scores, protected, pad, k, counts):
     pad: bool [B, n] or None, kept only where nothing else is left.
     counts: int [B] or None: a row keeps only so many of its k; the places left over hold -1, last.
     """
-    _check_flags(scores, protected=protected, pad=pad)
-    _check_k(k, scores.shape[1])
     index = rank_keys(scores, protected, pad).topk(k, dim=1).indices
     if counts is None:
         return index.sort(1).values
@@ -132,6 +175,7 @@ def _segment_samples(device, dtype):
     inputs=_segment_samples,
     tolerance={torch.float32: 0.0},
     plain=plain.SEGMENTS,
+    check=_check_segments,
 )
 def topk_segments(scores, protected, cu_seqlens, counts, k):
     """The best `counts[s]` tokens of each packed sequence, in k places.
@@ -141,9 +185,7 @@ def topk_segments(scores, protected, cu_seqlens, counts, k):
     sequences stay whole and in order; places behind the last offset are filler and hold tokens that
     were not kept. Where the counts add up to more than k, later sequences lose their weakest.
     """
-    _check_flags(scores, protected=protected)
     tokens = scores.shape[0]
-    _check_k(k, tokens)
     place = torch.arange(tokens, device=scores.device)
     segment = torch.bucketize(place, cu_seqlens[1:], right=True, out_int32=True).long()
     by_key = rank_keys(scores, protected, None).argsort(descending=True)
@@ -182,6 +224,7 @@ def _count_samples(device, dtype):
     inputs=_count_samples,
     tolerance={torch.float32: 0.0},
     plain=plain.COUNT,
+    check=_check_count,
 )
 def adaptive_count(scores, protected, tau):
     """How many tokens hold a share tau of each row's attention, int64 [B] (ZipVL Eq. 6).
@@ -190,9 +233,6 @@ def adaptive_count(scores, protected, tau):
     down, protected ones first, until their sum reaches tau of the row's total; every protected
     token is counted. At least 1.
     """
-    if not 0.0 < tau <= 1.0:
-        raise ArgumentError("tau", tau, "a share above 0, at most 1", "ZipVL uses .96 to .975.")
-    _check_flags(scores, protected=protected)
     order = rank_keys(scores, protected, None).argsort(1, descending=True)
     mass = scores.double().gather(1, order).cumsum(1)
     short = mass < tau * mass[:, -1:]
@@ -231,6 +271,7 @@ def _holding_samples(device, dtype):
     inputs=_holding_samples,
     tolerance={torch.float32: 0.0},
     plain="Each call's data decide the size of its result, which an exported graph cannot say.",
+    check=_check_holding,
 )
 def tokens_holding(sums, scores, protected, pad, tau):
     """As few of each row's best tokens as hold a share tau of its attention, int64 [B, k], rising.
@@ -240,9 +281,6 @@ def tokens_holding(sums, scores, protected, pad, tau):
     protected, pad: as in `topk_sorted`. k is the largest count of a row, at least 2: what a call brings decides
     it, so a device is waited for, once. Places of rows that need fewer hold -1, last.
     """
-    if not 0.0 < tau <= 1.0:
-        raise ArgumentError("tau", tau, "a share above 0, at most 1", "ZipVL uses .96 to .975.")
-    _check_flags(scores, protected=protected, pad=pad)
     tokens = scores.shape[1]
     order = rank_keys(scores, protected, pad).argsort(1, descending=True)
     mass = sums.double().gather(1, order).cumsum(1)

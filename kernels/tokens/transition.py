@@ -14,6 +14,8 @@ two arithmetics, which give different rankings:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from thresher.errors import ArgumentError, unknown_key
@@ -28,7 +30,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
 
 def check_pair(x: torch.Tensor, fx: torch.Tensor) -> None:
     """Raise ArgumentError unless x and fx are alike. Reads metadata only."""
-    if x.shape != fx.shape or x.dim() < 1 or x.dtype != fx.dtype:
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ArgumentError("x", f"{x.dtype} {tuple(x.shape)}", "floating [..., d]", "Pass a block's input.")
+    if x.shape != fx.shape or x.dtype != fx.dtype:
         raise ArgumentError(
             "fx",
             f"{fx.dtype} {tuple(fx.shape)}",
@@ -62,34 +66,34 @@ def _fake_pair(x, fx):
     tolerance=TOLERANCE,
     providers=("cuda_triton", "cpu_cpp"),
     plain=Plain(),
+    check=check_pair,
 )
 def token_transition(x, fx):
     """Magnitude |fx| / |x| and cosine of (x, fx), each fp32 [...], over the last dimension of [..., d].
 
     A zero x gives a magnitude of |fx| / 1e-12; a zero vector on either side gives a cosine of 0.
     """
-    check_pair(x, fx)
     x, fx = x.float(), fx.float()
     size, change = x.norm(dim=-1), fx.norm(dim=-1)
     cosine = (x * fx).sum(-1) / (size * change).clamp_min(_TINY)
     return change / size.clamp_min(_TINY), cosine
 
 
-def _check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise unknown_key("mode", mode, MODES)
+def _check_scores(first: str, second: str) -> Callable[..., None]:
+    """The check of an operator over two scores of those names."""
 
+    def check(a: torch.Tensor, b: torch.Tensor, image: torch.Tensor, mode: str) -> None:
+        if mode not in MODES:
+            raise unknown_key("mode", mode, MODES)
+        for name, t in ((first, a), (second, b)):
+            if t.dim() != 2 or t.shape != a.shape or not t.is_floating_point():
+                accepted = "floating [batch, tokens], both alike"
+                raise ArgumentError(name, f"{t.dtype} {tuple(t.shape)}", accepted, "Pass one value a token.")
+        if image.shape != a.shape or image.dtype != torch.bool:
+            given = f"{image.dtype} {tuple(image.shape)}"
+            raise ArgumentError("image", given, f"bool {tuple(a.shape)}", "Mark the tokens of images.")
 
-def _check_rows(**tensors: torch.Tensor) -> None:
-    (_, first), *others = tensors.items()
-    for name, t in others:
-        if t.shape != first.shape or t.dim() != 2:
-            raise ArgumentError(
-                name,
-                f"shape {tuple(t.shape)}",
-                f"{tuple(first.shape)} as the others",
-                "Pass one value a token.",
-            )
+    return check
 
 
 def _image_samples(device, with_modes=MODES):
@@ -111,14 +115,13 @@ def _fake_rows(a, b, image, mode):
     inputs=lambda device, dtype: _image_samples(device),
     tolerance={torch.float32: 2e-6},
     plain=Plain(),
+    check=_check_scores("magnitude", "cosine"),
 )
 def transition_score(magnitude, cosine, image, mode):
     """Token transition variation of one block, fp32 [B, n]: softmax(direction) * magnitude on image tokens.
 
     image: bool [B, n]. Tokens outside the image score 0.
     """
-    _check_mode(mode)
-    _check_rows(magnitude=magnitude, cosine=cosine, image=image)
     magnitude, cosine = magnitude.float(), cosine.float()
     if mode == "paper":
         turn = (1 - cosine.abs()).masked_fill(~image, -torch.inf).softmax(-1)
@@ -133,14 +136,13 @@ def transition_score(magnitude, cosine, image, mode):
     inputs=lambda device, dtype: _image_samples(device),
     tolerance={torch.float32: 2e-6},
     plain=Plain(),
+    check=_check_scores("transition", "attention"),
 )
 def transprune_score(transition, attention, image, mode):
     """Transition variation (summed over layers) and instruction-guided attention as one score, fp32 [B, n].
 
     Tokens outside the image score 0.
     """
-    _check_mode(mode)
-    _check_rows(transition=transition, attention=attention, image=image)
     parts = [torch.where(image, t.float(), 0.0) for t in (transition, attention)]
     if mode == "paper":
         return (parts[0] + parts[1]) / 2

@@ -26,11 +26,15 @@ from thresher.graph.token_labels import BATCH, SEQUENCE, Labels, Stop, TokenAxes
 from thresher.machine.pricing import AttentionRate, Prices, dtype_of, width_of
 from thresher.ops import define
 
+from .. import arguments
+from ..derived import derived
 from .plain import PLAIN, PLAIN_MASKED, attend
 from .samples import masked_samples, samples
 
 # Both compute in fp32 and round once; providers for half types round the probabilities as well.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+_FROM_PLAN = "Take it from thresher.runtime.packing.plan.plan."
+_ANY = (1 << 62) - 1
 
 
 def empty_result(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -47,37 +51,16 @@ def bounds(cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
             "cu_seqlens",
             ends if len(ends) <= 9 else f"{len(ends)} offsets from {ends[0]} to {ends[-1]}",
             f"offsets that never fall, from 0 to the number of tokens ({tokens})",
-            "Take it from thresher.runtime.packing.plan.plan.",
+            _FROM_PLAN,
         )
     return ends
 
 
-def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    """Raise ArgumentError unless the tensors fit together. Reads metadata only."""
-    if q.dim() != 4 or q.shape[0] != 1:
-        raise ArgumentError("q", f"shape {tuple(q.shape)}", "[1, heads, tokens, head_dim]", "Pack it first.")
-    for name, t in (("k", k), ("v", v)):
-        if t.dim() != 4 or t.shape[0] != 1 or t.shape[2] != q.shape[2] or q.shape[1] % t.shape[1]:
-            raise ArgumentError(
-                name,
-                f"shape {tuple(t.shape)}",
-                f"[1, kv_heads, {q.shape[2]}, head_dim] with kv_heads a divisor of {q.shape[1]}",
-                "Queries, keys and values must hold the same packed tokens.",
-            )
-    if k.shape[1] != v.shape[1] or k.shape[3] != q.shape[3]:
-        raise ArgumentError(
-            "k",
-            f"shape {tuple(k.shape)}",
-            f"{v.shape[1]} heads as v has and head_dim {q.shape[3]} as q has",
-            "Pass the keys and values of one layer.",
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
-        raise ArgumentError(
-            "cu_seqlens",
-            f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}",
-            "int32 [segments + 1]",
-            "Take it from thresher.runtime.packing.plan.plan.",
-        )
+def check(q, k, v, cu_seqlens, max_len, scale, *rest) -> None:
+    """Raise ArgumentError unless the tensors fit together; offsets are read on a CPU."""
+    arguments.queries(q, scale, batch=1)
+    arguments.keys(q, q.shape[2], k=k, v=v)
+    arguments.rising("cu_seqlens", cu_seqlens, q.shape[2], _FROM_PLAN)
 
 
 def visible(length: int, causal: bool, window_left: int, device: torch.device) -> torch.Tensor | None:
@@ -138,6 +121,7 @@ def _timed(length: int, width: int) -> tuple[Callable[[], torch.Tensor], float]:
     tokens=_tokens,
     plain=PLAIN,
     rates=[AttentionRate("varlen_attention.float32", _timed)],
+    check=check,
 )
 def varlen_attention(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
     """Attention within each segment.
@@ -148,7 +132,6 @@ def varlen_attention(q, k, v, cu_seqlens, max_len, scale, causal, window_left, s
         the window counts columns, use `varlen_attention_masked`.
     softcap: 0 for none; else scores become softcap * tanh(scores / softcap).
     """
-    check_shapes(q, k, v, cu_seqlens)
     out = empty_result(q, v)
     ends = bounds(cu_seqlens, q.shape[2])
     for begin, end in segments(ends):
@@ -163,25 +146,37 @@ def segments(ends: list[int]) -> Iterator[tuple[int, int]]:
     return ((begin, end) for begin, end in pairwise(ends) if end > begin)
 
 
-def check_mask(q: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> None:
-    """Raise ArgumentError unless the mask and the token coordinates fit `q`. Reads metadata only."""
-    if mask.dim() != 4 or mask.shape[1] not in (1, q.shape[1]):
-        raise ArgumentError(
-            "mask",
-            f"shape {tuple(mask.shape)}",
-            f"[batch or 1, {q.shape[1]} or 1, queries, keys]",
-            "Pass the mask of the padded batch.",
-        )
+def check_masked(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale) -> None:
+    """As `check`, and the mask and the tokens' coordinates in it; those too are read on a CPU."""
+    check(q, k, v, cu_seqlens, max_len, scale)
+    heads, tokens = q.shape[1:3]
+    if mask.dim() != 4 or mask.shape[1] not in (1, heads):
+        accepted = f"[batch or 1, {heads} or 1, queries, keys]"
+        raise ArgumentError("mask", arguments.given(mask), accepted, "Pass the mask of the padded batch.")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise ArgumentError("mask", str(mask.dtype), "bool or a floating dtype", "Convert it first.")
     for name, index in (("rows", rows), ("cols", cols)):
-        if index.dim() != 1 or index.shape[0] != q.shape[2] or index.dtype not in (torch.int32, torch.int64):
-            raise ArgumentError(
-                name,
-                f"{index.dtype} {tuple(index.shape)}",
-                f"an integer index for each of the {q.shape[2]} tokens",
-                "Take it from thresher.runtime.packing.plan.plan.",
-            )
+        if index.dim() != 1 or index.shape[0] != tokens or index.dtype not in arguments.INTEGERS:
+            accepted = f"an integer index for each of the {tokens} tokens"
+            raise ArgumentError(name, arguments.given(index), accepted, _FROM_PLAN)
+    # One row of mask serves every row of the batch; a mask of nothing serves filler alone.
+    last_row = mask.shape[0] - 1 if mask.shape[0] != 1 else _ANY
+    arguments.in_range("rows", rows, -1, last_row if mask.numel() else -1, _FROM_PLAN)
+    arguments.in_range("cols", cols, 0, max(0, min(mask.shape[2:]) - 1), _FROM_PLAN)
+    if cols.device.type == "cpu":  # every layer brings the same tensors: looked at once
+        derived("coordinates", _check_coordinates, cols, rows, cu_seqlens)
+
+
+def _check_coordinates(cols: torch.Tensor, rows: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    """Raise unless each segment holds tokens of one row, in rising columns; filler may stand anywhere."""
+    begins = torch.zeros(rows.shape[0] + 1, dtype=torch.bool)
+    begins[cu_seqlens.long()] = True
+    falls = (rows[1:] >= 0) & (cols[1:] <= cols[:-1])
+    wrong = ~begins[1:-1] & ((rows[1:] != rows[:-1]) | falls)
+    if bool(wrong.any()):
+        at = int(wrong.int().argmax()) + 1
+        given = f"row {int(rows[at])}, column {int(cols[at])} at token {at}, inside a segment"
+        raise ArgumentError("rows and cols", given, "tokens of one row, in rising columns", _FROM_PLAN)
 
 
 @define(
@@ -193,6 +188,7 @@ def check_mask(q: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, cols: to
     providers=("cpu_cpp", "cpu_sdpa", "triton"),
     price=lambda model, node: _price(model, node, False),
     plain=PLAIN_MASKED,
+    check=check_masked,
 )
 def varlen_attention_masked(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
     """Attention within each segment under the padded batch's own mask, whatever it holds.
@@ -204,8 +200,6 @@ def varlen_attention_masked(q, k, v, mask, rows, cols, cu_seqlens, max_len, scal
     rows, cols: integers [T], the batch row and the column each packed token came from. A segment
         holds tokens of one row, columns rising. Row -1 marks filler, which sees only itself.
     """
-    check_shapes(q, k, v, cu_seqlens)
-    check_mask(q, mask, rows, cols)
     out = empty_result(q, v)
     for begin, end in segments(bounds(cu_seqlens, q.shape[2])):
         q_s, k_s, v_s = (t[:, :, begin:end] for t in (q, k, v))

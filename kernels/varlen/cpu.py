@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import native
+from .. import arguments, native
 from . import attention as defs
 
 _MIN_BLOCK = 128  # queries; smaller blocks spend their time in calls
@@ -38,7 +38,6 @@ def _native_supported() -> str | None:
     "cpu_cpp", device="cpu", supported=_native_supported, supports_args=_takes_fp32
 )
 def _varlen_cpp(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
-    defs.check_shapes(q, k, v, cu_seqlens)
     return _run_cpp(q, k, v, cu_seqlens, scale, causal, window_left, softcap)
 
 
@@ -46,14 +45,11 @@ def _varlen_cpp(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softca
     "cpu_cpp", device="cpu", supported=_native_supported, supports_args=_takes_fp32
 )
 def _varlen_masked_cpp(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
-    defs.check_shapes(q, k, v, cu_seqlens)
-    defs.check_mask(q, mask, rows, cols)
     mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
     return _run_cpp(q, k, v, cu_seqlens, scale, False, -1, 0.0, mask, rows, cols)
 
 
 def _run_cpp(q, k, v, cu_seqlens, scale, causal, window, softcap, mask=None, rows=None, cols=None):
-    defs.bounds(cu_seqlens, q.shape[2])
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     cu_seqlens, out = cu_seqlens.contiguous(), defs.empty_result(q, v)
     sizes = (cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1], q.shape[3], v.shape[3])
@@ -96,9 +92,12 @@ def _band(queries: int, keys: int, offset: int, causal: bool, window: int) -> to
     return seen if window < 0 else seen & (distance.abs() <= window)
 
 
-@defs.varlen_attention.provider("cpu_sdpa", device="cpu")
+def _scaled(q, k, v, cu_seqlens, max_len, scale, *rest) -> str | None:
+    return arguments.refuse_scale(scale)
+
+
+@defs.varlen_attention.provider("cpu_sdpa", device="cpu", supports_args=_scaled)
 def _varlen_cpu(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
-    defs.check_shapes(q, k, v, cu_seqlens)
     out = defs.empty_result(q, v)
     grouped = q.shape[1] != k.shape[1]
     bands: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -144,10 +143,10 @@ def _slice_mask(mask: torch.Tensor, row: int, cols: torch.Tensor) -> torch.Tenso
     return whole.index_select(2, cols).index_select(3, cols)
 
 
-@defs.varlen_attention_masked.provider("cpu_sdpa", device="cpu")
+@defs.varlen_attention_masked.provider(
+    "cpu_sdpa", device="cpu", supports_args=lambda *a: arguments.refuse_scale(a[-1])
+)
 def _varlen_masked_cpu(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
-    defs.check_shapes(q, k, v, cu_seqlens)
-    defs.check_mask(q, mask, rows, cols)
     out = defs.empty_result(q, v)
     grouped = q.shape[1] != k.shape[1]
     for begin, end in defs.segments(defs.bounds(cu_seqlens, q.shape[2])):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import optional_triton
+from .. import arguments, optional_triton
 from . import attention as defs
 from . import triton_kernels as kernels
 
@@ -49,7 +49,7 @@ def _torch_supports_args(q, k, v, cu_seqlens, max_len, scale, causal, window_lef
         return f"Head widths {q.shape[3]} and {v.shape[3]} are not one multiple of 8 up to {_WIDEST_HEAD}."
     if q.shape[2] == 0:
         return "There are no tokens."
-    return None
+    return arguments.refuse_scale(scale)
 
 
 def _batch_invariant() -> dict[str, int]:
@@ -68,7 +68,6 @@ def _batch_invariant() -> dict[str, int]:
 def _varlen_torch(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
     from torch.nn.attention.varlen import varlen_attn
 
-    defs.check_shapes(q, k, v, cu_seqlens)
     q, k, v = (_unit_stride(t[0].transpose(0, 1)) for t in (q, k, v))  # [T, heads, width]
     options: dict[str, Any] = dict(_batch_invariant())
     if q.shape[1] != k.shape[1] and "enable_gqa" in _torch_varlen_options():
@@ -131,7 +130,6 @@ def _triton_supports_args(q, k, v, *rest) -> str | None:
     "triton", device="cuda", supported=_triton_supported, supports_args=_triton_supports_args
 )
 def _varlen_triton(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
-    defs.check_shapes(q, k, v, cu_seqlens)
     return launch(q, k, v, cu_seqlens, max_len, scale, causal=causal, window=window_left, softcap=softcap)
 
 
@@ -139,8 +137,6 @@ def _varlen_triton(q, k, v, cu_seqlens, max_len, scale, causal, window_left, sof
     "triton", device="cuda", supported=_triton_supported, supports_args=_triton_supports_args
 )
 def _varlen_masked_triton(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
-    defs.check_shapes(q, k, v, cu_seqlens)
-    defs.check_mask(q, mask, rows, cols)
     return launch(q, k, v, cu_seqlens, max_len, scale, mask=mask, rows=rows, cols=cols)
 
 

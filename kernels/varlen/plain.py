@@ -32,7 +32,7 @@ def attend(
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
     weights = torch.softmax(scores, dim=-1)
     blind = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return (weights.masked_fill(blind, 0.0) @ v).to(q.dtype)

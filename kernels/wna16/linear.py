@@ -30,9 +30,12 @@ def check(x, codes, scales, zeros, bias, bits: int, group_size: int) -> None:
     """Raise ArgumentError unless the arguments fit together. Reads metadata only."""
     if bits not in BITS:
         raise ArgumentError("bits", bits, "2, 3, 4 or 8", "Quantize the weight to one of those widths.")
-    if not x.is_floating_point() or x.dim() < 1:
+    if not x.is_floating_point() or x.dim() < 1 or not x.shape[-1]:
         raise ArgumentError(
-            "x", f"{x.dtype} {tuple(x.shape)}", "floating [..., in_features]", "Convert it first."
+            "x",
+            f"{x.dtype} {tuple(x.shape)}",
+            "floating [..., in_features], one or more",
+            "Convert it first.",
         )
     inputs = x.shape[-1]
     if group_size not in GROUPS or (group_size > 0 and inputs % group_size):
@@ -63,8 +66,9 @@ def check(x, codes, scales, zeros, bias, bits: int, group_size: int) -> None:
             f"uint8 {grid}, or None for {1 << (bits - 1)}",
             "One a group.",
         )
-    if bias is not None and tuple(bias.shape) != (outputs,):
-        raise ArgumentError("bias", tuple(bias.shape), f"[{outputs}]", "One an output.")
+    if bias is not None and (tuple(bias.shape) != (outputs,) or not bias.is_floating_point()):
+        given = f"{bias.dtype} {tuple(bias.shape)}"
+        raise ArgumentError("bias", given, f"floating [{outputs}]", "One an output.")
 
 
 def dequantize(
@@ -149,6 +153,7 @@ def _rate(bits: int) -> LinearRate:
     price=_price,
     plain="Its weights are codes, which each target stores in a form of its own.",
     rates=[_rate(bits) for bits in (3, 4, 8)],
+    check=check,
 )
 def wna16_linear(x, codes, scales, zeros, bias, bits, group_size):
     """x W^T + bias, W dequantised from low-bit codes; accumulated in at least fp32, returned in x's dtype.
@@ -157,7 +162,6 @@ def wna16_linear(x, codes, scales, zeros, bias, bits, group_size):
     None for the symmetric zero point 2 ** (bits - 1). bias: [N] or None. group_size: 32, 64 or 128 columns
     share a scale (it divides K), or -1 for one scale a row.
     """
-    check(x, codes, scales, zeros, bias, bits, group_size)
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) @ dequantize(codes, scales, zeros, bits, x.shape[-1], wide).t()
     return (out if bias is None else out + bias.to(wide)).to(x.dtype)

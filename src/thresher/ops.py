@@ -8,7 +8,7 @@ how its speed is measured). Every faster implementation is a provider that must 
 these arguments; which one ran, and why a faster one did not, can be read back from the operator.
 
     @define("scale_rows(Tensor x, Tensor s) -> Tensor", fake=lambda x, s: torch.empty_like(x),
-            inputs=_inputs, tolerance={torch.float32: 1e-6}, tokens=row_by_row, plain=Plain())
+            inputs=_inputs, tolerance={torch.float32: 1e-6}, tokens=row_by_row, plain=Plain(), check=_check)
     def scale_rows(x, s):
         return x * s[:, None]
 
@@ -84,6 +84,7 @@ class Op:
     tokens: Rule | None = None
     plain: Plain | str = plain_form.NONE
     rates: Sequence[Rate] = ()
+    check: Callable[..., Any] | None = None
     providers: list[Provider] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     _usable: dict[str, str | None] = field(default_factory=dict)
@@ -195,6 +196,9 @@ class Op:
         return self._dispatch(*given)
 
     def _dispatch(self, *args: Any) -> Any:
+        _check_devices(self.name, args)
+        if self.check is not None:
+            self.check(*args)
         provider, _ = self.choose(*args)
         self.calls[provider.name] += 1
         result = provider.run(*args)
@@ -215,6 +219,7 @@ def define(
     tokens: Rule | None = None,
     plain: Plain | str = plain_form.NONE,
     rates: Sequence[Rate] = (),
+    check: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Define `thresher::NAME` from its reference.
 
@@ -230,16 +235,21 @@ def define(
         tokens through it.
     plain: its form in plain ATen for exporters (`plain_form`), or a full sentence on why there is none.
     rates: how `thresher doctor --calibrate` measures its speed, by the classes that `price` asks for.
+    check: takes a call's arguments and raises ArgumentError unless they belong together. It runs before every
+        provider and before the reference, so none of them need ask again: a kernel reads raw memory, and a
+        graph that was loaded may hold anything. Metadata is free to read; of tensors on a CPU it also reads
+        what is used as an index (`arguments.in_range`). What it lets through, the reference must compute.
 
     Raises ArgumentError where a function does not fit the schema.
     """
 
     def register(reference: Callable[..., Any]) -> Op:
         name = schema.split("(", 1)[0].strip()
-        _check(schema, name, reference, fake, plain)
+        _check(schema, name, reference, fake, plain, check)
         op = Op(
-            name, schema, reference, fake, inputs, tolerance, tuple(providers), price, tokens, plain, rates
-        )
+            name, schema, reference, fake, inputs, tolerance,
+            tuple(providers), price, tokens, plain, rates, check,
+        )  # fmt: skip
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, op._dispatch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
@@ -251,14 +261,17 @@ def define(
 
 
 def _check(
-    schema: str, name: str, reference: Callable[..., Any], fake: Callable[..., Any], plain: Plain | str
-) -> None:
+    schema: str, name: str, reference: Callable[..., Any], fake: Callable[..., Any], plain: Plain | str,
+    check: Callable[..., Any] | None,
+) -> None:  # fmt: skip
     """Raise ArgumentError unless the functions of a definition take its schema's arguments."""
     parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
     op_signature.check(f"reference of thresher::{name}", reference, parsed)
     op_signature.check_count(f"fake of thresher::{name}", fake, parsed)
     if isinstance(plain, Plain) and plain.run is not None:
         op_signature.check(f"plain of thresher::{name}", plain.run, parsed)
+    if check is not None:
+        op_signature.check_count(f"check of thresher::{name}", check, parsed)
 
 
 def of(target: Any) -> Op | None:
@@ -266,6 +279,20 @@ def of(target: Any) -> Op | None:
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:
         return None
     return _OPS.get(target._schema.name.partition("::")[2])
+
+
+def _check_devices(name: str, args: Sequence[Any]) -> None:
+    """Raise ArgumentError where a call's tensors are not on one device: its provider is chosen by the first."""
+    device = None
+    for arg in args:
+        for t in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if not isinstance(t, torch.Tensor):
+                continue
+            if device is None:
+                device = t.device
+            elif t.device != device:
+                raise ArgumentError(f"thresher::{name}", f"tensors on {device} and {t.device}",
+                                    "tensors on one device", "Move them together.")  # fmt: skip
 
 
 def get(name: str) -> Op:
