@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from thresher import ops
@@ -23,18 +24,22 @@ def provider_notes(program: Program) -> list[str]:
     found: Counter[tuple[str, str, str]] = Counter()
     with FakeTensorMode() as mode:
         for node in program.nodes():
-            target = node.target
-            if not isinstance(target, torch._ops.OpOverload) or target.namespace != ops.NAMESPACE:
+            op = ops.of(node.target)
+            if op is None:
                 continue
-            op = ops.get(target._schema.name.partition("::")[2])
             try:
-                provider, passed = op.choose(*(_example(a, mode) for a in node.args))
+                provider, passed = op.choose(*example_arguments(node, mode))
             except Exception as reason:  # an argument that has no example, say; the call itself will choose
                 found[op.name, "unknown", f"its arguments have no example ({reason})"] += 1
                 continue
             why = " ".join(f"Not {name}: {text}" for name, text in passed)
             found[op.name, provider.name, why] += 1
     return [_sentence(*key, calls) for key, calls in found.items()]
+
+
+def example_arguments(node: fx.Node, mode: FakeTensorMode) -> list[Any]:
+    """A call's arguments as fake tensors of the captured sizes, and constants."""
+    return [_example(a, mode) for a in node.args]
 
 
 def _example(argument: Any, mode: FakeTensorMode) -> Any:

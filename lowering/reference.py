@@ -9,14 +9,12 @@ import torch
 
 from thresher.graph.program import Program
 
-from .target import Lowered, Target, lift_weights
+from .target import Lowered, Runtime, Target, lift_weights
 
 
 class Reference(Target):
     name = "reference"
-
-    def supports(self, program: Program) -> str | None:
-        return None
+    fakes = "none"
 
     def lower(self, program: Program) -> Lowered:
         module, names = lift_weights(program)
@@ -27,3 +25,6 @@ class Reference(Target):
                 return list(forward(*inputs, *weights))
 
         return Lowered(self.name, names, run)
+
+
+RUNTIMES = (Runtime("reference", operators=True, lower=lambda options, mode: Reference()),)

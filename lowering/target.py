@@ -1,10 +1,14 @@
-"""What a target is: it says whether it can take a Program, and turns it into something that runs."""
+"""What a target is: what it can do, as a value (`Runtime`), and how a Program becomes something that runs (`Target`).
+
+A target is a module that offers `Runtime`s and a line for each in `lowering.catalog`. Whatever depends on the
+target asks for an ability and never for a name.
+"""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -28,17 +32,69 @@ class Lowered:
 
 
 class Target(abc.ABC):
-    """A way to run a Program."""
+    """A way to run a Program.
+
+    fakes: where lowering reads fake tensors, which programs out of a file or a cache have to be given first: "all"
+        nodes, the "ends" alone (inputs and weights, for a compiler that traces for itself), or "none".
+    """
 
     name: ClassVar[str]
-
-    @abc.abstractmethod
-    def supports(self, program: Program) -> str | None:
-        """Why this target cannot take the program, as a sentence, or None."""
+    fakes: ClassVar[str] = "all"
 
     @abc.abstractmethod
     def lower(self, program: Program) -> Lowered:
-        """Build it."""
+        """Build it. Raises ThresherError with the reason for a program that this target cannot take."""
+
+
+NATIVE, DECOMPOSED, FALLBACK, REFUSED = "native", "decomposed", "fallback", "refused"
+"""What becomes of a node: one operator of the target's; several of the same meaning; something that runs, and is
+slower or larger than meant; nothing."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a target takes one operator of ours by itself, in place of the operator's plain form.
+
+    account: for a node and the target, what becomes of it and why, the reason empty where it is native; None where
+        this call takes the plain form. put: replaces a node, with what the target's conversion shares; a node that it
+        leaves takes the plain form.
+    """
+
+    account: Callable[[fx.Node, Runtime], tuple[str, str] | None]
+    put: Callable[[fx.Node, Any], None]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a target can do.
+
+    name: what users call it.
+    operators: it runs whatever PyTorch does, our operators by their providers; else ATen, `forms` and plain forms.
+    outside: why packing and unpacking happen around the target and not within it, a full sentence; empty where it
+        can do both, or where `operators` leaves them to the session.
+    segments: it has attention operators of its own that skip what causality and packing hide.
+    added_masks: it fuses attention under masks that are added to the scores, and not under bool ones.
+    gpu: it means kernels for GPUs.
+    low_bit: which low-bit weights it multiplies by as they are: "nbits" (one product with integer codes),
+        "fp4" (E2M1 codes), "fp4_activations" (E2M1 codes, where activations are rounded to them too).
+    forms: by an operator's name, the target's own forms.
+    refuses: why it cannot take a node of plain ATen, a full sentence, or None.
+    lower: makes the Target that `thresher.compile` asks for, from the recipe's Inductor options and torch.compile's
+        mode; None for a target that only writes files.
+    peer: the `torch.compile` backend that a model runs by without Thresher, to compare with; None for eager alone.
+    """
+
+    name: str
+    operators: bool = False
+    outside: str = ""
+    segments: bool = False
+    added_masks: bool = False
+    gpu: bool = False
+    low_bit: frozenset[str] = frozenset()
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    refuses: Callable[[fx.Node], str | None] = lambda node: None
+    lower: Callable[[Mapping[str, Any], str | None], Target] | None = None
+    peer: str | None = None
 
 
 def lift_weights(program: Program) -> tuple[fx.GraphModule, list[str]]:

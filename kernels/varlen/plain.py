@@ -146,4 +146,6 @@ def _columns(node: fx.Node) -> Any:
 
 
 PLAIN = Plain(run=_varlen_attention, spell=_spell, says=SAYS, columns=_columns)
-PLAIN_MASKED = Plain(run=_varlen_attention_masked, spell=_spell_masked, says=SAYS)
+PLAIN_MASKED = Plain(
+    run=_varlen_attention_masked, spell=_spell_masked, says=f"{SAYS} The mask is the batch's own."
+)

@@ -24,9 +24,6 @@ from ..target import Lowered, Target, lift_weights
 class AOTInductor(Target):
     name = "aoti"
 
-    def supports(self, program: Program) -> str | None:
-        return unsupported(program)
-
     def lower(self, program: Program) -> Lowered:
         with tempfile.TemporaryDirectory() as folder:
             return load(package(program, Path(folder) / "compiled.pt2").read_bytes(), program)

@@ -24,11 +24,9 @@ class Inductor(Target):
     mode: torch.compile's mode, such as "max-autotune"."""
 
     name = "inductor"
+    fakes = "ends"
     options: Mapping[str, Any] = field(default_factory=dict)
     mode: str | None = None
-
-    def supports(self, program: Program) -> str | None:
-        return None
 
     def lower(self, program: Program) -> Lowered:
         module, names = lift_weights(program)

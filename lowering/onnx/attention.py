@@ -23,8 +23,9 @@ from torch import fx
 
 from thresher.graph.dialect import unrepeated
 from thresher.graph.nodes import value
+from thresher.kernels.varlen.plain import SAYS
 
-from ..decompose import op_name, own_nodes
+from ..target import DECOMPOSED, Runtime
 from .weights import Weights, symbolic
 
 aten = torch.ops.aten
@@ -41,54 +42,65 @@ UNRUN = (
 def group_query(weights: Weights) -> None:
     """Replace causal attention that the operator can compute, in place.
 
-    The CUDA operator takes half types only. It is written for `ort-cuda`, and not run by Thresher's tests.
+    The CUDA operator takes half types only. It is written for GPUs, and not run by Thresher's tests.
     """
     for node in weights.program.nodes(aten.scaled_dot_product_attention.default):
         q, k, v = cast(tuple[fx.Node, ...], node.args[:3])
         given = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:])) | dict(node.kwargs)
         if not _fits(given, *(value(n) for n in (q, k, v))):
             continue
-        if weights.runtime == "ort-cuda" and value(q).dtype == torch.float32:
+        if weights.runtime.gpu and value(q).dtype == torch.float32:
             continue
         form = functools.partial(_form, scale=given.get("scale"))  # type: ignore[arg-type]
         weights.replace(node, form, [q, unrepeated(k) or k, unrepeated(v) or v])
 
 
-def packed(weights: Weights) -> None:
-    """Replace packed attention, in place, where `no_packed` has no objection; names the functions it needs."""
-    for node in own_nodes(weights.program):
-        if op_name(node) != "varlen_attention" or no_packed(node, weights.runtime) is not None:
-            continue
-        q, k, v, cu_seqlens, _, scale, causal, _, softcap = cast(tuple[Any, ...], node.args)
-        attributes: dict[str, Any] = {"num_heads": int(value(q).shape[1]), "scale": float(scale)}
-        if by_multi_head(node, weights.runtime):
-            weights.note(UNRUN)
-            name = "PackedEncoderAttention"
-        else:
-            if not causal:
-                weights.note(f"{_BIDIRECTIONAL}.")
-            k, v = unrepeated(k) or k, unrepeated(v) or v
-            name = "PackedAttention"
-            attributes |= {
-                "kv_num_heads": int(value(k).shape[1]),
-                "causal": int(bool(causal)),
-                "softcap": float(softcap),
-            }
-        weights.functions.add(name)
-        form = functools.partial(_packed_form, name=name, attributes=attributes)
-        weights.replace(node, form, [q, k, v, cu_seqlens])
+def account(node: fx.Node, runtime: Runtime) -> tuple[str, str]:
+    """What becomes of one `varlen_attention` node in a file."""
+    kept = no_packed(node, runtime)
+    if kept is None and by_multi_head(node, runtime):
+        return DECOMPOSED, f"PackedMultiHeadAttention over packed tokens. {UNRUN}"
+    if kept is None:
+        why = "GroupQueryAttention, each packed sequence a row as long as the longest: no mask of all packed tokens."
+        return DECOMPOSED, why
+    why = f"{SAYS} The mask is added to the scores, which the target fuses." if runtime.added_masks else SAYS
+    return DECOMPOSED, f"{why} {kept}" if runtime.segments else why
 
 
-def by_multi_head(node: fx.Node, runtime: str) -> bool:
+def put(node: fx.Node, weights: Weights) -> None:
+    """Replace one `varlen_attention` node where `no_packed` has no objection; name the function it needs."""
+    if no_packed(node, weights.runtime) is not None:
+        return
+    q, k, v, cu_seqlens, _, scale, causal, _, softcap = cast(tuple[Any, ...], node.args)
+    attributes: dict[str, Any] = {"num_heads": int(value(q).shape[1]), "scale": float(scale)}
+    if by_multi_head(node, weights.runtime):
+        weights.note(UNRUN)
+        name = "PackedEncoderAttention"
+    else:
+        if not causal:
+            weights.note(f"{_BIDIRECTIONAL}.")
+        k, v = unrepeated(k) or k, unrepeated(v) or v
+        name = "PackedAttention"
+        attributes |= {
+            "kv_num_heads": int(value(k).shape[1]),
+            "causal": int(bool(causal)),
+            "softcap": float(softcap),
+        }
+    weights.functions.add(name)
+    form = functools.partial(_packed_form, name=name, attributes=attributes)
+    weights.replace(node, form, [q, k, v, cu_seqlens])
+
+
+def by_multi_head(node: fx.Node, runtime: Runtime) -> bool:
     """Whether a `varlen_attention` node that can be replaced becomes PackedMultiHeadAttention."""
-    return runtime == "ort-cuda" and not node.args[6]
+    return runtime.gpu and not node.args[6]
 
 
-def no_packed(node: fx.Node, runtime: str) -> str | None:
+def no_packed(node: fx.Node, runtime: Runtime) -> str | None:
     """Why a `varlen_attention` node keeps a mask of all packed tokens, or None."""
     q, k, v, _, _, _, causal, window, softcap = node.args
     kinds = [value(n) for n in (q, k, v)]
-    if not runtime.startswith("ort"):
+    if not runtime.segments:
         return "The operators that skip what packing hides are ONNX Runtime's own."
     if window >= 0:  # type: ignore[operator]
         return "ONNX Runtime's operator counts a sliding window in packed tokens, and the model counts padded columns."
@@ -98,11 +110,11 @@ def no_packed(node: fx.Node, runtime: str) -> str | None:
         )
     if len({k.shape[3] for k in kinds}) > 1 or kinds[0].shape[3] % 8:
         return "ONNX Runtime's operator takes one head width for all, a multiple of 8."
-    if runtime == "ort" and not causal and (older := _older_runtime()) is not None:
+    if not runtime.gpu and not causal and (older := _older_runtime()) is not None:
         return f"{_BIDIRECTIONAL}, and {older} is installed."
-    if runtime == "ort-cuda" and causal and kinds[0].dtype == torch.float32:
+    if runtime.gpu and causal and kinds[0].dtype == torch.float32:
         return "On CUDA GroupQueryAttention takes half types only, and PackedMultiHeadAttention has no causal form."
-    if runtime == "ort-cuda" and not causal and softcap:
+    if runtime.gpu and not causal and softcap:
         return "PackedMultiHeadAttention has no cap on its scores."
     return None
 

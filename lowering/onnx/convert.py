@@ -12,31 +12,29 @@ from thresher.errors import ThresherError
 from thresher.graph.program import Program
 
 from ..decompose import add_masks, columns_wanted, decompose, losses, op_name, own_nodes
-from . import integers as onnx_integers
-from . import nvfp4 as onnx_nvfp4
+from ..target import Runtime
 from . import tables as onnx_tables
-from .attention import group_query, packed
+from .attention import group_query
 from .translate import translate
 from .weights import Weights
-
-_FORMS = {"wna16_linear": onnx_integers.replace, "nvfp4_linear": onnx_nvfp4.replace}
 
 
 class Parts:
     """Converts the parts of one export; collects what they say.
 
-    stage: called with the name of what is being done, for whoever waits.
+    word: what the user calls the runtime. stage: called with the name of what is being done, for whoever waits.
     """
 
     def __init__(
         self,
-        runtime: str,
+        runtime: Runtime,
+        word: str,
         accuracy_level: int,
         opset: int,
         table_bits: int,
         stage: Callable[[str], None] = lambda _: None,
     ):
-        self.runtime, self.accuracy_level = runtime, accuracy_level
+        self.runtime, self.word, self.accuracy_level = runtime, word, accuracy_level
         self.opset, self.table_bits, self.stage = opset, table_bits, stage
         self.notes: list[str] = []
         self.functions: set[str] = set()
@@ -51,23 +49,23 @@ class Parts:
         self.notes += [f"{count} {name} nodes: {loss}" for count, name, loss in losses(copy)]
         weights = Weights(copy, self.runtime, self.accuracy_level, notes=self.notes, functions=self.functions)
         for node in own_nodes(copy):
-            if op_name(node) in _FORMS:
+            form = self.runtime.forms.get(op_name(node))
+            if form is not None:
                 try:
-                    _FORMS[op_name(node)](node, weights)
+                    form.put(node, weights)
                 except ValueError as reason:
                     raise ThresherError(
-                        f"{node.name} cannot be exported for {self.runtime}: {reason}."
+                        f"{node.name} cannot be exported for {self.word}: {reason}."
                     ) from None
         if self.table_bits:
             onnx_tables.shrink(weights)
-        if self.runtime == "tensorrt":
+        if self.runtime.added_masks:
             add_masks(copy)
-        elif self.runtime != "portable":
+        if self.runtime.segments:
             group_query(weights)
-            packed(weights)
         tokens = columns_wanted(copy)
         columns = _columns(copy, tokens) if tokens is not None else None
-        decompose(copy, added_masks=self.runtime == "tensorrt", columns=columns)
+        decompose(copy, added_masks=self.runtime.added_masks, columns=columns)
         self.fields = list(copy.input_names)
         model = translate(copy, self.opset)
         prefix = "module."

@@ -18,9 +18,9 @@ from thresher.graph.packed_layout import PackedLayout
 from thresher.graph.program import Program
 
 from .convert import Parts
+from .runtimes import BY_WORD
 from .write import Exported, write
 
-RUNTIMES = ("portable", "ort", "ort-cuda", "tensorrt")
 OPSET = 23  # the first with Attention, RMSNormalization and FLOAT4E2M1
 
 
@@ -59,20 +59,22 @@ def export(
     Raises ArgumentError for an unknown runtime, ThresherError for what cannot be exported.
     """
     require_onnx()
-    if runtime not in RUNTIMES:
-        raise unknown_key("runtime", runtime, RUNTIMES)
+    if runtime not in BY_WORD:
+        raise unknown_key("runtime", runtime, BY_WORD)
+    reader = BY_WORD[runtime]
     if accuracy_level not in (0, 1, 2, 3, 4):
         raise ArgumentError(
             "accuracy_level", accuracy_level, "0 to 4", "4 is fastest, 0 and 1 compute in fp32."
         )
-    if table_bits not in (0, 8) or (table_bits and not runtime.startswith("ort")):
+    if table_bits not in (0, 8) or (table_bits and "nbits" not in reader.low_bit):
         raise ArgumentError(
             "table_bits", f"{table_bits} for {runtime}", "0, or 8 for ort and ort-cuda", "Leave it out."
         )
     layout: PackedLayout | None = program.packing
-    if runtime == "tensorrt" and layout is not None and not body_only:
-        raise ArgumentError("body_only", body_only, "True for a packed program and TensorRT",
-                            "TensorRT has no NonZero: pack and unpack outside, as the runtime does.")  # fmt: skip
+    if reader.outside and layout is not None and not body_only:
+        raise ArgumentError(
+            "body_only", body_only, f"True for a packed program and {runtime}", f"Pass it. {reader.outside}"
+        )
     if (
         layout is not None
         and not body_only
@@ -82,7 +84,7 @@ def export(
         raise ArgumentError("recipe", given, "form 'flat' and outputs 'padded' with packing in the graph",
                             "Export the body alone with body_only=True, or leave those options out.")  # fmt: skip
     started = time.perf_counter()
-    parts = Parts(runtime, accuracy_level, opset, table_bits, stage)
+    parts = Parts(reader, runtime, accuracy_level, opset, table_bits, stage)
     from .graph import label_sizes
     from .packing import with_packing
 

@@ -8,12 +8,24 @@ import torch
 from torch import fx
 
 from thresher.formats import bitpack
-from thresher.graph.nodes import value
+from thresher.graph.nodes import argument, value
 
+from ..target import DECOMPOSED, NATIVE, Runtime
 from .weights import Weights, symbolic
 
 
-def replace(node: fx.Node, weights: Weights) -> None:
+def account(node: fx.Node, runtime: Runtime) -> tuple[str, str]:
+    """What becomes of one `wna16_linear` node, at the accuracy level that is fastest."""
+    bits, group = (argument(node, n) for n in ("bits", "group_size"))
+    reason = no_nbits(runtime, int(value(node.args[0]).shape[-1]), bits, group, 4)
+    if reason is None:
+        return NATIVE, ""
+    if "nbits" in runtime.low_bit:
+        return DECOMPOSED, f"DequantizeLinear and MatMul. {reason}"
+    return DECOMPOSED, "A blocked DequantizeLinear and MatMul, which engines fuse into one product."
+
+
+def put(node: fx.Node, weights: Weights) -> None:
     """Replace one `wna16_linear` node."""
     arguments: tuple[Any, ...] = node.args
     x, codes_node, scales_node, zeros_node, _, bits, group = arguments
@@ -25,18 +37,18 @@ def replace(node: fx.Node, weights: Weights) -> None:
     if reason is None:
         _nbits(node, weights, codes, scales, zeros, bits, group)
         return
-    if weights.runtime.startswith("ort"):
+    if "nbits" in weights.runtime.low_bit:
         weights.note(f"{node.name}: a blocked DequantizeLinear and not MatMulNBits. {reason}")
     _blocked(node, weights, codes, scales, zeros, bits, group)
 
 
-def no_nbits(runtime: str, inputs: int, bits: int, group: int, accuracy_level: int) -> str | None:
+def no_nbits(runtime: Runtime, inputs: int, bits: int, group: int, accuracy_level: int) -> str | None:
     """Why a weight does not become MatMulNBits, or None."""
-    if not runtime.startswith("ort"):
+    if "nbits" not in runtime.low_bit:
         return "It is an operator of ONNX Runtime alone."
     if group < 0 and inputs % 32:
         return f"It needs blocks of at least 16, and {inputs} inputs have one scale a row that 32 does not divide."
-    if bits in (2, 8) and accuracy_level != 4 and runtime == "ort":
+    if bits in (2, 8) and accuracy_level != 4 and not runtime.gpu:
         return f"Its CPU kernel at {bits} bits with fp32 accumulation is over ten times slower than fp32."
     return None
 

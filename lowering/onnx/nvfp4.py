@@ -9,28 +9,51 @@ import torch
 from torch import fx
 
 from thresher.formats import nvfp4 as nvfp4_format
-from thresher.graph.nodes import value
+from thresher.graph.nodes import argument, value
 from thresher.kernels.nvfp4.plain import round_activations
 
+from ..target import DECOMPOSED, FALLBACK, NATIVE, REFUSED, Runtime
 from .weights import Weights, symbolic
 
 FLOAT8E4M3FN, FLOAT4E2M1 = 17, 23  # numbers of onnx.TensorProto.DataType
 _BLOCK = nvfp4_format.BLOCK
 
 
-def replace(node: fx.Node, weights: Weights) -> None:
+_OPTIONS = ("input_scale", "bias", "activations")
+
+
+def account(node: fx.Node, runtime: Runtime) -> tuple[str, str]:
+    """What becomes of one `nvfp4_linear` node."""
+    if "fp4_activations" in runtime.low_bit:
+        if argument(node, "activations") != "nvfp4":
+            why = "TensorRT expands weight-only FP4 to half before the product, so the audit would refuse it."
+            return REFUSED, why
+        if argument(node, "input_scale") is None:
+            why = "TensorRT quantizes activations with a fixed tensor scale, and none was calibrated."
+            return REFUSED, why
+        return NATIVE, ""
+    if "fp4" in runtime.low_bit:
+        return (
+            DECOMPOSED,
+            "Two DequantizeLinear over FLOAT4E2M1 codes, as the standard's two-level scaling.",
+        )
+    return (
+        FALLBACK,
+        "ONNX Runtime reads no FLOAT4E2M1: codes are stored as int8, exact, 8.5 bits and not 4.5.",
+    )
+
+
+def put(node: fx.Node, weights: Weights) -> None:
     """Replace one `nvfp4_linear` node."""
-    given: dict[str, Any] = {"input_scale": None, "bias": None, "activations": "exact"}
-    given.update(zip(given, node.args[4:]))
-    given.update(node.kwargs)
+    given = {name: argument(node, name) for name in _OPTIONS}
     x, codes_node, scales_node, global_node = node.args[:4]
     codes = nvfp4_format.unpack(weights.tensor(codes_node))
     scales = weights.tensor(scales_node).view(torch.float8_e4m3fn)
     scale = weights.tensor(global_node).reshape(())
-    if weights.runtime == "tensorrt":
-        _tensorrt(node, weights, codes, scales, scale, **given)
+    if "fp4_activations" in weights.runtime.low_bit:
+        _dynamic(node, weights, codes, scales, scale, **given)
         return
-    fp4 = weights.runtime == "portable"
+    fp4 = "fp4" in weights.runtime.low_bit
     held = (
         _two_levels(node, weights, codes, scales, scale, torch.float32)
         if fp4
@@ -49,7 +72,7 @@ def replace(node: fx.Node, weights: Weights) -> None:
     weights.replace(node, form, [x, given["bias"], given["input_scale"], *held])
 
 
-def _tensorrt(
+def _dynamic(
     node: fx.Node,
     weights: Weights,
     codes: Any,

@@ -17,6 +17,7 @@ from thresher.graph.nodes import fake_like
 from thresher.graph.program import Program, Weight
 
 from ..decompose import trace_before
+from ..target import Runtime
 
 symbolic = torch.onnx.ops.symbolic
 
@@ -33,13 +34,13 @@ class Stored:
 class Weights:
     """What the forms that replace nodes share in one export.
 
-    runtime: one of `onnx.RUNTIMES`. accuracy_level: of `MatMulNBits`; 0 computes in fp32, 4 rounds activations to
+    runtime: what reads the file. accuracy_level: of `MatMulNBits`; 0 computes in fp32, 4 rounds activations to
     int8. stored: true types by weight attribute. notes: sentences for the record. functions: names of model-local
     functions the result needs.
     """
 
     program: Program
-    runtime: str
+    runtime: Runtime
     accuracy_level: int = 0
     stored: dict[str, Stored] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

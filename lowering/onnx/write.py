@@ -96,7 +96,7 @@ def write(model: Any, path: Path, names: list[str] | None, parts: Parts, started
         counts[key] = counts.get(key, 0) + 1
     return Exported(
         str(path),
-        parts.runtime,
+        parts.word,
         parts.opset,
         [v.name for v in model.graph.inputs],
         [v.name for v in model.graph.outputs],

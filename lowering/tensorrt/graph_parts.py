@@ -89,9 +89,6 @@ class TorchTensorRT(Target):
     def __init__(self, build: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]] | None = None):
         self._build = build
 
-    def supports(self, program: Program) -> str | None:
-        return None if self._build is not None else unavailable()
-
     def lower(self, program: Program) -> Lowered:
         build = self._build or _compiler()
         divided, parts, names = prepare(program)

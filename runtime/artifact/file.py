@@ -28,11 +28,12 @@ import torch
 
 import thresher
 from thresher import compat
-from thresher.errors import ArgumentError
+from thresher.errors import ArgumentError, unknown_key
 from thresher.graph.call_plan import refuse_data_decided, refuse_to_keep
 from thresher.graph.packed_layout import PackedLayout
 from thresher.graph.program import Program
 from thresher.kernels import catalog
+from thresher.lowering import catalog as targets
 from thresher.lowering.inductor import aoti
 from thresher.report import Report
 
@@ -122,13 +123,13 @@ def write(
 def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compiled: bool = False) -> Loaded:
     """Load a saved program. Nothing of the model's own code is needed, and none of the file's is run.
 
-    target: "inductor" or "reference"; "compiled" runs the machine code in the file and must be allowed.
+    target: "inductor", "reference" or another that lowers; "compiled" runs the machine code in the file and must be allowed.
     allow_compiled: the caller trusts the file enough to execute the machine code in it.
 
     Raises ArtifactError for a file that is truncated, altered, of another version, or for another machine.
     """
-    if target not in ("inductor", "reference", "compiled"):
-        raise ArgumentError("target", repr(target), "inductor, reference or compiled", "Choose one of them.")
+    if target != "compiled" and not targets.can_lower(target):
+        raise unknown_key("target", target, (*targets.lowering(), "compiled"))
     if target == "compiled" and not allow_compiled:
         raise ArgumentError(
             "target",

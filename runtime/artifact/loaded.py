@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from thresher.graph.program import Program
+from thresher.lowering import catalog
 from thresher.lowering.inductor import aoti
-from thresher.lowering.inductor.inductor import Inductor
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Lowered, Target
 from thresher.report import Report
 
 from ..call_session import CallSession, Key
 from ..session import Counters, Session
-from .fakes import materialise_for_compiler
+from .fakes import materialise, materialise_for_compiler
 from .signature import bind
 
 
@@ -89,11 +89,11 @@ class Loaded:
         return Result(zip(self.output_names, results, strict=True))
 
     def _lowering(self) -> Target:
-        if self.target == "reference":
-            return Reference()
         if self._code is not None:
             return _Compiled(self.program, self._code)
-        return OnFakes(Inductor())
+        lower = catalog.runtime(self.target, lowers=True).lower
+        assert lower is not None
+        return OnFakes.around(lower({}, None))
 
 
 class OnFakes(Target):
@@ -102,11 +102,14 @@ class OnFakes(Target):
     def __init__(self, target: Target):
         self._target, self.name = target, target.name  # type: ignore[misc]
 
-    def supports(self, program: Program) -> str | None:
-        return self._target.supports(program)
+    @classmethod
+    def around(cls, target: Target) -> Target:
+        """The target that takes such programs; one that reads no fake tensors does as it is."""
+        return target if target.fakes == "none" else cls(target)
 
     def lower(self, program: Program) -> Lowered:
-        return self._target.lower(materialise_for_compiler(program))
+        fill = materialise_for_compiler if self._target.fakes == "ends" else materialise
+        return self._target.lower(fill(program))
 
 
 class _Compiled(Target):
@@ -116,9 +119,6 @@ class _Compiled(Target):
 
     def __init__(self, body: Program, code: bytes):
         self._body, self._code = body, code
-
-    def supports(self, program: Program) -> str | None:
-        return None
 
     def lower(self, program: Program) -> Lowered:
         if program is self._body:

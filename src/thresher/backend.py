@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from thresher.kernels import catalog as operators
-from thresher.lowering.inductor.inductor import Inductor
+from thresher.lowering import catalog as targets
 from thresher.lowering.providers import provider_notes
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Target
@@ -32,7 +32,7 @@ from thresher.runtime.session import Session
 from . import sessions
 from .cache.rewrite_cache import Entry, Kept, later_masks
 from .compat import without_fake_mode
-from .errors import ArgumentError, ThresherError
+from .errors import ThresherError
 from .graph import capture, sharded
 from .graph.nodes import value
 from .graph.program import Program
@@ -46,11 +46,6 @@ from .report import Report
 operators.load()
 passes.load()
 
-TARGETS: dict[str, Callable[[Recipe, str | None], Target]] = {
-    "inductor": lambda recipe, mode: Inductor(dict(recipe.inductor), mode),
-    "reference": lambda recipe, mode: Reference(),
-}
-
 
 def thresher_backend(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None
@@ -58,17 +53,15 @@ def thresher_backend(
     """Compile a graph from Dynamo.
 
     options: a recipe (see `Recipe.of`): None, a preset's name under "recipe", or pass options by name.
-        "target" may be "inductor" (default) or "reference". "strict": raise instead of running a graph that
-        cannot be captured as plain Inductor does.
+        "target" may be "inductor" (default), "reference" or another that lowers (`lowering.catalog`). "strict": raise
+        instead of running a graph that cannot be captured as plain Inductor does.
     mode: torch.compile's mode, handed to Inductor.
     """
     given = dict(options) if isinstance(options, dict) else {} if options is None else {"recipe": options}
     target, strict = given.pop("target", "inductor"), given.pop("strict", False)
     mode = given.pop("mode", None) or mode
-    if target not in TARGETS:
-        raise ArgumentError(
-            "options['target']", repr(target), "one of " + ", ".join(TARGETS), "Use a target from that list."
-        )
+    lower = targets.runtime(target, "options['target']", lowers=True).lower
+    assert lower is not None
     if not any(isinstance(example, torch.Tensor) for example in example_inputs):
         return gm.forward  # arithmetic on sizes, between two graph breaks
     recipe = given.pop("recipe") if isinstance(given.get("recipe"), Recipe) else None
@@ -77,7 +70,7 @@ def thresher_backend(
         refuse = cannot_rewrite(gm)
         if refuse is not None:
             raise ThresherError(refuse)
-        session, roles = build(gm, example_inputs, recipe, TARGETS[target](recipe, mode))
+        session, roles = build(gm, example_inputs, recipe, lower(recipe.inductor, mode))
     except ThresherError as reason:
         if strict:
             raise
@@ -163,7 +156,7 @@ def _session_of(kept: Kept, recipe: Recipe, target: Target, inputs: Sequence[Any
 
         layout.reclassify = later_masks(kept.captured, again)
     plain = Reference()
-    lowering = target if isinstance(target, Reference) else OnFakes(target)
+    lowering = OnFakes.around(target)
     session = Session(kept.program, lowering, plain, kept.report, recipe.freshness)
     session.certificate, session.captured = kept.certificate, kept.captured
     return session

@@ -9,7 +9,8 @@ import zoo
 
 from thresher import backend
 from thresher.errors import ArgumentError, ThresherError
-from thresher.lowering.coverage import TARGETS, coverage
+from thresher.lowering.catalog import TARGETS
+from thresher.lowering.coverage import coverage
 from thresher.lowering.onnx import export as onnx
 from thresher.recipe import Recipe
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from thresher.lowering import catalog as targets
+
 from ..compat import isolated
 from ..compiled import Compiled, compile_strictly
 from ..errors import ArgumentError
@@ -64,7 +66,7 @@ def compare(
     target: str = "inductor",
     rounds: int = 5,
 ) -> tuple[list[Timed], dict[str, Compiled]]:
-    """Time eager, plain Inductor (with target="inductor") and each recipe on one batch, in one run.
+    """Time eager, what runs on the target without Thresher (Inductor) and each recipe on one batch, in one run.
 
     recipes: name -> anything `Recipe.of` takes. Fills each certificate's and report's `measured`.
     """
@@ -75,10 +77,11 @@ def compare(
     made: dict[str, Compiled] = {}
     with torch.no_grad():
         expected = model(**example_inputs)
-        if target == "inductor":
-            plain = torch.compile(model, **isolated())
-            built["inductor"] = _first(lambda: plain(**example_inputs))
-            calls["inductor"] = lambda: plain(**example_inputs)
+        peer = targets.runtime(target, lowers=True).peer
+        if peer is not None:
+            plain = torch.compile(model, backend=peer, **isolated())
+            built[peer] = _first(lambda: plain(**example_inputs))
+            calls[peer] = lambda: plain(**example_inputs)
         for name, spec in progress(recipes.items(), "compiling", len(recipes)):
             started = time.perf_counter()
             made[name] = compile_strictly(model, example_inputs, Recipe.of(spec), target=target)
@@ -88,7 +91,7 @@ def compare(
             n: difference(expected, call(), example_inputs.get("attention_mask")) for n, call in calls.items()
         }
         seconds = in_turns(calls, rounds)
-    baseline = seconds.get("inductor", seconds["eager"])
+    baseline = seconds[peer or "eager"]
     for name, compiled in made.items():
         _record(compiled, baseline / seconds[name])
     return [Timed(n, seconds[n], built[n], differences[n]) for n in calls], made

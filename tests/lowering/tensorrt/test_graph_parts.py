@@ -72,7 +72,7 @@ def test_short_stretches_stay_with_their_neighbours():
 
 def test_without_the_package_it_says_which(monkeypatch, body):
     monkeypatch.setattr(torch_tensorrt.importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in torch_tensorrt.TorchTensorRT().supports(body)
+    assert "not installed" in torch_tensorrt.unavailable()
     with pytest.raises(MissingDependencyError, match="torch-tensorrt"):
         torch_tensorrt.TorchTensorRT().lower(body)
 
