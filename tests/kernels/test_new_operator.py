@@ -69,7 +69,7 @@ def _weight(side):
     fake=lambda x, signs, scale, shift=0.0: x.new_empty((*x.shape[:-1], signs.shape[0])),
     inputs=_samples,
     tolerance={torch.float32: 1e-6},
-    providers=("quick", "quicker_elsewhere"),
+    providers=("quick",),
     price=_price,
     tokens=row_by_row,
     plain=Plain(run=_plain, spell=_spell, loss="It widens its weights: no exported operator reads signs."),
@@ -139,9 +139,7 @@ def test_a_family_in_a_folder_of_its_own_is_known_everywhere(op):
         runs_it = target in ("reference", "inductor", "aoti")
         assert [e.how for e in entries] == ["native" if runs_it else "fallback"] * 2, target
         assert runs_it or all("widens" in e.reason for e in entries)
-    assert provider_notes(program) == ["thresher::sign_linear runs twice on quick."] or "quick" in str(
-        provider_notes(program)
-    )
+    assert provider_notes(program) == ["thresher::sign_linear runs 2 times on quick."]
 
     plain = program.copy()
     decompose(plain)
@@ -163,7 +161,9 @@ def test_tokens_that_its_rule_stops_are_said_with_the_reason(op):
     assert "sums over the sequence dimension" in axes.stopped[program.nodes(op.overload)[0]]
 
 
-def test_providers_of_every_operator_are_those_that_its_definition_names():
-    """A provider's file that the folder's `__init__` forgot to import would be missed by nobody else."""
+def test_every_provider_that_a_definition_names_is_there():
+    """One whose file the folder's `__init__` forgot to import would be missed by nobody else."""
     for known in ops.all_ops():
-        assert [p.name for p in known.providers] == list(known.preference), known.name
+        assert [p.name for p in known.providers][: len(known.preference)] == list(known.preference), (
+            known.name
+        )
