@@ -4,10 +4,12 @@ A new method is one module with a config class and a Pass:
 
     @register_pass
     class Mine(Pass):
-        name, order, config_type = "mine", 35, MineConfig
+        name, config_type, after = "mine", MineConfig, ("transprune",)
 
         def match(self, program, context):            # -> one Match or Miss for each candidate site
         def rewrite(self, program, match, context):   # edits the program's graph
+
+`catalog.py` has the order in which passes run. Only `prepare` and `rewrite` edit; the pipeline holds passes to that.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Context:
     structure: the recovered transformer, shared by all passes of one pipeline stage (see structure.py).
     stats: calibration statistics by pass name, then by site; empty when there are none.
     inputs: example inputs for the program's placeholders as real tensors, or None in a dry run.
-    device: where the program will run. notes: sentences to show with the pass's report.
+    device: where the program will run. notes: sentences to show with the pass's report. What `match` puts there is
+        shown in any case; what `rewrite` puts there goes with its edits, and is dropped where these are not kept.
     predicted: time before over time after that the pass expects, by site; the cost model's own replaces it.
     cost: prices nodes and multiplications on the device (see cost.py); None without a cost model.
     counted: site -> name that its operator counts calls under.
@@ -93,7 +96,10 @@ class Pass(abc.ABC):
     """One rewrite. See the module's docstring."""
 
     name: ClassVar[str]
-    order: ClassVar[int]
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
+    """Names of passes behind and in front of which this one runs, where a recipe has them; of `catalog.PASS_MODULES`, and of
+    other packages. The passes of Thresher have their places in that tuple and say nothing here."""
     config_type: ClassVar[type[PassConfig]]
     effect: ClassVar[Effect] = EXACT
     conflicts: ClassVar[Mapping[str, str]] = {}
@@ -108,25 +114,29 @@ class Pass(abc.ABC):
     static cache, is then not for it: they have places there."""
     sees_writes: ClassVar[bool] = False
     """Whether such a pass tells by itself which of the program's writes are of tokens it moves, and leaves the rest be."""
-    needs: ClassVar[tuple[str, ...]] = ()
-    """Calibration statistics that must be in the context; without them every site is a Miss."""
 
     @abc.abstractmethod
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
-        """Look at every candidate site. Must not edit the program."""
+        """Look at every candidate site. Must not edit the program: ContractError from the pipeline."""
 
     @abc.abstractmethod
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         """Rewrite one matched site in place; dead nodes are removed afterwards."""
 
+    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+        """Sentences about these matches, which all were rewritten: what they save together, what they took along."""
+        return ()
+
     def prepare(self, program: Program, context: Context) -> Any:
         """Edit the program exactly, in place, before any pass of the recipe runs, because a pass that comes earlier
-        would take away what this one must see. What it returns arrives in `match` as `context.prepared`; None, the
-        default, where there is nothing to prepare."""
+        would take away what this one must see, or because its `match` must see it done. The edits stay also where this
+        pass then rewrites nothing. What it returns arrives in `match` as `context.prepared`; None, the default, where
+        there is nothing to prepare, and the program is then as it was."""
         return None
 
     def taps(self, program: Program, context: Context) -> Sequence[Any]:
-        """Where this pass needs to see data (`calibrate.Tap`); none for a pass that needs none."""
+        """Where this pass needs to see data (`calibrate.Tap`); none for a pass that needs none. Must not edit the
+        program, which was prepared."""
         return ()
 
     def budget(self, context: Context) -> float:
@@ -142,6 +152,13 @@ def register_pass(kind: type[Pass]) -> type[Pass]:
     if kind.name in PASSES and type(PASSES[kind.name]).__module__ != kind.__module__:
         raise ArgumentError(
             "name", repr(kind.name), "a pass name not yet taken", "Choose another name for the pass."
+        )
+    if isinstance(getattr(kind, "order", None), int):
+        raise ArgumentError(
+            f"{kind.__name__}.order",
+            kind.order,  # type: ignore[attr-defined]
+            "names of passes in `after` and `before`",
+            "Say which passes this one runs behind and in front of.",
         )
     register(kind.config_type)
     PASSES[kind.name] = kind()

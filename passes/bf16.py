@@ -52,7 +52,7 @@ class BF16Config(PassConfig):
 
 @register_pass
 class BF16(Pass):
-    name, order, config_type = "bf16", 70, BF16Config
+    name, config_type = "bf16", BF16Config
     per_rank = True
     effect = Effect(exact=False, budget=0.5)
 

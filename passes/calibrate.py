@@ -25,9 +25,12 @@ from torch import fx
 
 from thresher.errors import ArgumentError, ThresherError
 from thresher.graph.program import Program, weights_fingerprint
+from thresher.graph.snapshot import Snapshot
 from thresher.recipe import Recipe
 
-from .base import PASSES, Context
+from .base import PASSES, Context, Pass
+from .candidates import check_untouched
+from .order import ordered
 from .structure.recover import recover
 
 FORMAT = "thresher-statistics-1"
@@ -133,11 +136,14 @@ class Calibration:
 
     def watch(self, program: Program) -> Watched:
         """Find the taps of every pass. Raises ThresherError when no pass of the recipe needs data."""
+        fingerprint, program = weights_fingerprint(program), self._prepared(program)
         structure = functools.lru_cache(lambda: recover(program))
         readers: dict[fx.Node, list[Collector]] = {}
         for config in self.recipe.passes:
-            context = Context(self.recipe, config, structure=structure)
-            for tap in PASSES[config.name].taps(program, context):
+            context, before = Context(self.recipe, config, structure=structure), Snapshot(program)
+            taps = list(PASSES[config.name].taps(program, context))
+            check_untouched(config.name, "taps", before, program)
+            for tap in taps:
                 key = (config.name, tap.site)
                 if key not in self._collectors:
                     self._collectors[key] = tap.make()
@@ -147,8 +153,18 @@ class Calibration:
             raise ThresherError(
                 f"No pass of this recipe needs data from this model. The recipe runs: {names}."
             )
-        self._fingerprint = weights_fingerprint(program)
+        self._fingerprint = fingerprint
         return Watched(program, readers)
+
+    def _prepared(self, program: Program) -> Program:
+        """A copy as the passes that look at data have it when they come to match."""
+        program = program.copy()
+        for config in ordered(self.recipe):
+            rewriter = PASSES[config.name]
+            if type(rewriter).taps is not Pass.taps:
+                rewriter.prepare(program, Context(self.recipe, config, structure=lambda: recover(program)))
+        program.clean()
+        return program
 
     def run(self, watched: Watched, inputs: Sequence[Any], real: torch.Tensor | None) -> list[Any]:
         """One batch through a watched program. inputs: its placeholders' values. real: see Collector."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from thresher.errors import ContractError
 from thresher.graph.program import Program
+from thresher.graph.snapshot import Snapshot
 from thresher.report import Miss
 
 from .base import Context, Match, Pass
@@ -19,11 +21,30 @@ WRITES = (
 )
 
 
+def check_untouched(name: str, did: str, before: Snapshot, program: Program) -> None:
+    """Raise ContractError where the method `did` of a pass, which may only look, edited the program."""
+    edit = before.edit(program)
+    if edit is not None:
+        raise ContractError(
+            f"`{did}` of the pass {name!r} edited the program: {edit}. A pass edits in `rewrite`, or exactly in `prepare`."
+        )
+
+
 def candidates(rewriter: Pass, program: Program, context: Context) -> Sequence[Match | Miss]:
-    """What a pass matches, or for each of its sites the reason why it may not rewrite this program."""
+    """What a pass matches, or for each of its sites the reason why it may not rewrite this program.
+
+    Raises ContractError where `match` edits the program or gives something else than Match and Miss.
+    """
     if not rewriter.per_rank and any("_c10d_functional" in str(n.target) for n in program.nodes()):
         return [Miss("the whole program", ONE_RANK.format(name=rewriter.name))]
-    found = rewriter.match(program, context)
+    before = Snapshot(program)
+    found = list(rewriter.match(program, context))
+    check_untouched(rewriter.name, "match", before, program)
+    for one in found:
+        if not isinstance(one, (Match, Miss)):
+            raise ContractError(
+                f"`match` of the pass {rewriter.name!r} gave a {type(one).__name__}; it gives Match and Miss only."
+            )
     if not rewriter.moves_tokens or rewriter.sees_writes or not program.updates:
         return found
     reason = of_writes(rewriter.name, program, list(program.updates))

@@ -6,16 +6,16 @@ import importlib
 from importlib.metadata import entry_points
 
 PASS_MODULES: tuple[str, ...] = (
-    # one name a line, sorted
-    "bf16",
+    # one name a line, in the order in which they run, whatever the order in a recipe (see order.py)
+    "prepack",  # which tokens there are: padding goes first, for everything behind is then traced for fewer
     "causal_mask",
     "decode_attention",
-    "deft",
-    "nvfp4",
-    "prepack",
-    "rsq",
     "transprune",
     "zipvl",
+    "deft",  # which neurons, in the full-precision weights
+    "rsq",  # how the weights are stored
+    "nvfp4",
+    "bf16",  # takes what the others left
 )
 ENTRY_POINTS = "thresher.passes"
 

@@ -45,7 +45,7 @@ class CausalMaskConfig(PassConfig):
 
 @register_pass
 class CausalMask(Pass):
-    name, order, config_type, effect = "causal_mask", 15, CausalMaskConfig, EXACT
+    name, config_type, effect = "causal_mask", CausalMaskConfig, EXACT
     per_rank = True
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
@@ -72,11 +72,20 @@ def candidates(program: Program) -> list[tuple[fx.Node, str, str | None]]:
     return found
 
 
-def make_all_causal(program: Program) -> None:
-    """Replace every mask that is provably the plain causal one by `is_causal`."""
-    for node, _, reason in candidates(program):
-        if reason is None:
-            make_causal(node)
+def make_all_causal(program: Program) -> int:
+    """Replace every mask that is provably the plain causal one by `is_causal`; gives how many these were."""
+    causal = [node for node, _, reason in candidates(program) if reason is None]
+    for node in causal:
+        make_causal(node)
+    return len(causal)
+
+
+def prepare_causal(program: Program, context: Context) -> int | None:
+    """The preparation of a pass that reads causal attention; None where no mask was one."""
+    number = make_all_causal(program)
+    if number:
+        context.notes.append(f"the masks of {number} attentions are the plain causal one, and are not made.")
+    return number or None
 
 
 def make_causal(node: fx.Node) -> None:

@@ -38,7 +38,7 @@ class DecodeAttentionConfig(PassConfig):
 
 @register_pass
 class DecodeAttention(Pass):
-    name, order, config_type, effect = "decode_attention", 18, DecodeAttentionConfig, EXACT
+    name, config_type, effect = "decode_attention", DecodeAttentionConfig, EXACT
     per_rank = True
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:

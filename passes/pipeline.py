@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from thresher.errors import ArgumentError, CoverageError
+from thresher.errors import CoverageError
 from thresher.graph.dialect import verify
 from thresher.graph.program import Program
 from thresher.recipe import PassConfig, Recipe
@@ -25,6 +25,7 @@ from .base import EXACT, PASSES, Context, Match, Pass
 from .candidates import candidates
 from .cost.ledger import Gain, Ledger
 from .cost.model import CostModel
+from .order import ordered
 from .structure.recover import recover
 
 Compare = Callable[[Program, Program, Sequence[Any]], float]
@@ -54,12 +55,12 @@ class Pipeline:
     cost: CostModel | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
     _ledger: Ledger | None = None
+    _said: list[str] = field(default_factory=list)
 
     def run(self, program: Program) -> tuple[Program, Report]:
         report = Report(recipe=self.recipe.fingerprint(), notes=list(program.notes))
         self.fuel, captured = self.recipe.fuel, program
-        for config in ordered(self.recipe):
-            program = self._prepare(PASSES[config.name], config, program, report)
+        program = self.prepare(program, report)
         for config in ordered(self.recipe):
             program, account = self._apply(PASSES[config.name], config, program)
             report.passes.append(account)
@@ -69,6 +70,12 @@ class Pipeline:
             report.notes += list(dict.fromkeys(self.cost.notes))
         _require(self.recipe, report)
         return program, report
+
+    def prepare(self, program: Program, report: Report) -> Program:
+        """The program after what the recipe's passes prepare, in their order; notes about it go to the report."""
+        for config in ordered(self.recipe):
+            program = self._prepare(PASSES[config.name], config, program, report)
+        return program
 
     def _prepare(self, rewriter: Pass, config: PassConfig, before: Program, report: Report) -> Program:
         """Let a pass do early, and exactly, what it cannot do once others have run."""
@@ -95,18 +102,18 @@ class Pipeline:
 
     def _context(self, config: PassConfig, program: Program, account: PassReport) -> Context:
         return Context(
-            self.recipe,
-            config,
-            functools.lru_cache(lambda: recover(program)),
-            self.stats,
-            self.inputs,
-            self.device,
-            account.notes,
-            account.predicted,
-            account.counted,
-            self.cost,
-            self.prepared.get(config.name),
-            account.flops,
+            recipe=self.recipe,
+            config=config,
+            structure=functools.lru_cache(lambda: recover(program)),
+            stats=self.stats,
+            inputs=self.inputs,
+            device=self.device,
+            notes=account.notes,
+            predicted=account.predicted,
+            counted=account.counted,
+            cost=self.cost,
+            prepared=self.prepared.get(config.name),
+            flops=account.flops,
         )
 
     def _apply(self, rewriter: Pass, config: PassConfig, before: Program) -> tuple[Program, PassReport]:
@@ -134,7 +141,9 @@ class Pipeline:
         account.seconds = time.perf_counter() - started
         if not account.rewritten:
             account.flops = {}
+            account.counted = {}
             return before, account
+        account.notes += self._said
         self.claimed.update(claims)
         return after, account
 
@@ -156,7 +165,10 @@ class Pipeline:
         claims: dict[str, str] = {}
         avoid = avoid or {}
         self._ledger = Ledger(self.cost, after) if self.cost is not None else None
-        for site in candidates(rewriter, after, context):
+        done: list[Match] = []
+        found = candidates(rewriter, after, context)
+        self._said = context.notes = []  # from here on they are about edits, and go with them
+        for site in found:
             refused = site if isinstance(site, Miss) else self._refuse(rewriter, site)
             if refused is None and site.site in avoid:
                 refused = Miss(site.site, avoid[site.site])
@@ -167,11 +179,13 @@ class Pipeline:
                 continue
             assert isinstance(site, Match)
             rewriter.rewrite(after, site, context)
+            done.append(site)
             if self._ledger is not None:
                 self._ledger.note(after, site.site)
             account.rewritten.append(site.site)
             claims.update(dict.fromkeys(site.claims, rewriter.name))
             self.fuel -= 1
+        self._said += rewriter.about(done, context) if done else ()
         if before.packing is not None and account.rewritten:
             after.packing = dataclasses.replace(after.packing, rewritten=True)
         return after, account, claims
@@ -249,20 +263,6 @@ class Pipeline:
                     f"Together the passes changed an output by {report.error:.2e} of its largest value, more than the "
                     f"{report.budget:.0e} that their budgets sum up to, though each of them kept its own."
                 )
-
-
-def ordered(recipe: Recipe) -> list[PassConfig]:
-    """The recipe's passes in their declared order; raises when two cannot be combined."""
-    names = [c.name for c in recipe.passes]
-    for name in names:
-        if name not in PASSES:
-            raise ArgumentError(
-                "recipe", repr(name), f"one of {', '.join(sorted(PASSES))}", "Import the module that has it."
-            )
-        for other, reason in PASSES[name].conflicts.items():
-            if other in names:
-                raise ArgumentError("recipe", f"{name} with {other}", "passes that can be combined", reason)
-    return sorted(recipe.passes, key=lambda c: PASSES[c.name].order)
 
 
 def _require(recipe: Recipe, report: Report) -> None:

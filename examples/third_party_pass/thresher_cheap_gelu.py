@@ -32,7 +32,7 @@ class CheapGeluConfig(PassConfig):
 
 @register_pass
 class CheapGelu(Pass):
-    name, order, config_type = "cheap_gelu", 70, CheapGeluConfig
+    name, config_type = "cheap_gelu", CheapGeluConfig
     effect = Effect(exact=False, budget=1e-2)
 
     def budget(self, context):

@@ -83,16 +83,20 @@ class DeftConfig(PassConfig):
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What `rewrite` needs: the plan, a threshold if it is approximate, and the name the site counts under."""
+    """What `rewrite` needs: the plan, a threshold if it is approximate, and the name the site counts under.
+
+    note: what to say about the site once it is rewritten, or "".
+    """
 
     plan: Plan
     choice: Choice | None
     counted: str
+    note: str = ""
 
 
 @register_pass
 class Deft(Pass):
-    name, order, config_type, effect = "deft", 40, DeftConfig, EXACT
+    name, config_type, effect = "deft", DeftConfig, EXACT
     per_rank = True
 
     def budget(self, context: Context) -> float:
@@ -136,14 +140,14 @@ class Deft(Pass):
             if isinstance(choice, str):
                 found.append(Miss(fqn, choice))
                 continue
-            claims = [plan.mlp.down.weight_fqn]
+            claims, note = [plan.mlp.down.weight_fqn], ""
             if plan.gated and config.skip_up and config.bits == 16:
                 claims += [plan.mlp.up.linear.weight_fqn]
                 if plan.mlp.fused and not has_values(program.weights[plan.mlp.up.linear.weight].tensor):
-                    context.notes.append(f"{fqn}: its fused projection is split into gate and up.")
+                    note = f"{fqn}: its fused projection is split into gate and up."
             elif plan.why_down:
-                context.notes.append(f"{fqn} keeps its up projection dense. {plan.why_down}")
-            found.append(Match(fqn, Found(plan, choice, f"{fqn}@{prefix}"), tuple(claims)))
+                note = f"{fqn} keeps its up projection dense. {plan.why_down}"
+            found.append(Match(fqn, Found(plan, choice, f"{fqn}@{prefix}", note), tuple(claims)))
         return found
 
     def _choices(self, program: Program, plans: dict[str, Plan], context: Context) -> dict[str, Choice | str]:
@@ -176,14 +180,18 @@ class Deft(Pass):
                 )
             else:
                 result[fqn] = choice
-        kept = [c for c in chosen.values() if c.density <= 0.95]
-        if kept:
-            mean = sum(c.density for c in kept) / len(kept)
-            context.notes.append(
-                f"thresholds keep {mean:.0%} of the neurons of {len(kept)} MLPs (held-out tokens), at an error of "
-                f"{root_mean_square([c.error for c in chosen.values()]):.3f} of the MLPs' outputs."
-            )
         return result
+
+    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+        said = [m.data.note for m in done if m.data.note]
+        chosen = [m.data.choice for m in done if m.data.choice is not None]
+        if chosen:
+            mean = sum(c.density for c in chosen) / len(chosen)
+            said.append(
+                f"thresholds keep {mean:.0%} of the neurons of {len(chosen)} MLPs (held-out tokens), at an error of "
+                f"{root_mean_square([c.error for c in chosen]):.3f} of the MLPs' outputs."
+            )
+        return said
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         found: Found = match.data

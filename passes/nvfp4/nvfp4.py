@@ -31,6 +31,7 @@ from thresher.recipe import PassConfig
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..calibrate import Tap
 from ..keep import check_keep, kept_layers
+from ..savings import savings
 from ..structure.linears import find_linears
 from ..structure.recover import LinearSite, Structure
 from ..structure.sites import by_module, read_instead
@@ -94,15 +95,17 @@ class NVFP4Config(PassConfig):
 
 @dataclass(frozen=True)
 class Found:
-    """A linear's places in the graph, and the fixed tensor scale of its activations (fp32 []), if there is one."""
+    """A linear's places in the graph, the fixed tensor scale of its activations (fp32 []), if there is one, and how
+    many bytes its weight takes as it is."""
 
     sites: tuple[LinearSite, ...]
-    input_scale: torch.Tensor | None = None
+    input_scale: torch.Tensor | None
+    bytes_before: int
 
 
 @register_pass
 class NVFP4(Pass):
-    name, order, config_type = "nvfp4", 60, NVFP4Config
+    name, config_type = "nvfp4", NVFP4Config
     per_rank = True
     effect = Effect(exact=False, budget=0.5)
     extends = frozenset({"rsq"})
@@ -145,12 +148,13 @@ class NVFP4(Pass):
         for site in fit:
             if site not in found:
                 scale = stats[site.fqn]["amax"] / 2688 if config.input_scale == "calibrated" else None
-                origins = program.weights[site.weight].origins
-                found[site] = Match(site.fqn, Found(places[site], scale), claims=origins)
-        context.notes.extend(
-            _size_notes(program, [m.data.sites[0] for m in found.values() if isinstance(m, Match)])
-        )
+                held = program.weights[site.weight]
+                bytes_now = held.tensor.numel() * held.tensor.element_size()
+                found[site] = Match(site.fqn, Found(places[site], scale, bytes_now), claims=held.origins)
         return [*(found[s] for s in places), *find_linears(program)[1]]
+
+    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+        return savings([(m.data.bytes_before, packed_bytes(m.data.sites[0])) for m in done])
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         first, config = match.data.sites[0], context.config
@@ -231,6 +235,11 @@ def packed_weights(held: Weight, transposed: bool, config: NVFP4Config) -> list[
     ]
 
 
+def packed_bytes(site: LinearSite) -> int:
+    """What a linear's weight takes in NVFP4: half a byte a value, a byte for each 16 of a row, a scale of 4 bytes."""
+    return site.out_features * -(-site.in_features // 16) * 9 + 4
+
+
 class _Shared:
     """Three tensors that are computed together and asked for one by one, once each."""
 
@@ -249,14 +258,3 @@ class _Shared:
             if now != self._sources or index not in self._left:
                 self._left, self._sources = dict(enumerate(self._make(*sources))), now
             return self._left.pop(index)
-
-
-def _size_notes(program: Program, sites: Sequence[LinearSite]) -> list[str]:
-    tensors = [program.weights[s.weight].tensor for s in sites]
-    before = sum(t.numel() * t.element_size() for t in tensors)
-    after = sum(s.out_features * -(-s.in_features // 16) * 9 + 4 for s in sites)
-    if not before:
-        return []
-    return [
-        f"the weights of {len(sites)} linears take {after / 1e6:.3g} MB instead of {before / 1e6:.3g} MB."
-    ]

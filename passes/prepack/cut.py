@@ -42,8 +42,8 @@ def linears(program: Program) -> list[tuple[fx.Node, int]]:
     """Each linear with the number of elements of its weight."""
     found = []
     for node in program.nodes(aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
-        weight = next((program.weight(a) for a in reversed(node.all_input_nodes) if program.weight(a)), None)
-        found.append((node, weight.tensor.numel() if weight is not None else 0))
+        held = (program.weight(a) for a in node.all_input_nodes)  # a bias among them is smaller
+        found.append((node, max((w.tensor.numel() for w in held if w is not None), default=0)))
     return found
 
 

@@ -25,7 +25,7 @@ _ALIKE = {aten.linear.default, aten.to.dtype, aten._to_copy.default, aten.tanh.d
 
 def gather_early(program: Program) -> int:
     """Move selections in front of what they can pass; returns how many linears got shorter."""
-    moved, dead = 0, set[fx.Node]()  # what is replaced stays in the graph, unread, for its accountants
+    moved, dead = 0, set[fx.Node]()  # what is replaced stays in the graph, unread, until it is cleaned
     for node in program.nodes(*_SELECTS):
         while (source := _passable(node, dead)) is not None:
             moved += source.target is aten.linear.default

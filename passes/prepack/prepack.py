@@ -89,13 +89,17 @@ class PrepackConfig(PassConfig):
 
 @register_pass
 class Prepack(Pass):
-    name, order, config_type, effect = "prepack", 10, PrepackConfig, EXACT
+    name, config_type, effect = "prepack", PrepackConfig, EXACT
     per_rank, moves_tokens, sees_writes = True, True, True
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+    def prepare(self, program: Program, context: Context) -> int | None:
+        """Select positions before the head also where nothing is packed: it is exact and never costs anything."""
         moved = gather_early(program)
         if moved:
             context.notes.append("the positions that are read are selected before the LM head, not after it.")
+        return moved or None
+
+    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         try:
             return [Match(WHOLE, find(program, context.config))]
         except Decline as reason:

@@ -24,6 +24,7 @@ from thresher.graph.nodes import value
 from thresher.graph.program import Program, Weight
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
+from ..savings import savings
 from ..structure.linears import find_linears
 from ..structure.recover import LinearSite, Structure
 from ..structure.sites import by_module, read_instead
@@ -53,18 +54,18 @@ class _Rotation:
 
 @dataclass(frozen=True)
 class Found:
-    """A linear's places in the graph and its tensors (see `rsq_codes.to_tensors`)."""
+    """A linear's places in the graph, its tensors (see `codes.to_tensors`), and its weight's bytes before and after."""
 
     sites: tuple[LinearSite, ...]
     tensors: Mapping[str, torch.Tensor]
+    sizes: tuple[int, int]
     rotation: _Rotation | None = field(repr=False)
 
 
 @register_pass
 class RSQ(Pass):
-    name, order, config_type = "rsq", 50, RSQConfig
+    name, config_type = "rsq", RSQConfig
     effect = Effect(exact=False, budget=1.0)
-    needs = ("rsq",)
 
     def budget(self, context: Context) -> float:
         return context.config.budget
@@ -103,9 +104,7 @@ class RSQ(Pass):
             return _prepared(program, structure, stats, context)
         plan = make_plan(program, structure, config)
         rotation = _Rotation(plan)
-        context.notes.extend(plan.notes)
         found: list[Match | Miss] = list(dict.fromkeys(plan.missed))
-        size_before = size_after = 0
         for site in plan.quantise:
             tensors = stats.get(site.fqn)
             reason = mismatch(plan.edits[site], tensors)
@@ -114,21 +113,20 @@ class RSQ(Pass):
                 continue
             assert tensors is not None
             held = program.weights[site.weight]
-            found.append(Match(site.fqn, Found((site,), tensors, rotation), claims=(held.fqn,)))
-            size_before += held.tensor.numel() * held.tensor.element_size()
-            size_after += sum(t.numel() * t.element_size() for n, t in tensors.items() if n in _STORED)
-        if size_before:
-            context.notes.append(
-                f"the weights of {sum(isinstance(m, Match) for m in found)} linears take {size_after / 1e6:.1f} MB "
-                f"instead of {size_before / 1e6:.1f} MB."
+            found.append(
+                Match(site.fqn, Found((site,), tensors, _sizes(held, tensors), rotation), claims=(held.fqn,))
             )
         return found
+
+    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+        return savings([m.data.sizes for m in done])
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         data: Found = match.data
         if data.rotation is not None and not data.rotation.done:
             rsq_rewrite.rotate(program, data.rotation.plan)
             data.rotation.done = True
+            context.notes.extend(data.rotation.plan.notes)
         held = program.weights[data.sites[0].weight]
         names = {n: program.add_weight(w) for n, w in _weights(data.sites[0], data.tensors, held).items()}
         for site in data.sites:
@@ -181,13 +179,19 @@ def _prepared(
             reason = "It was not there when the program was rotated."
         if reason is None:
             assert tensors is not None
-            found.append(Match(name, Found(sites, tensors, None), claims=held.origins))
+            found.append(Match(name, Found(sites, tensors, _sizes(held, tensors), None), claims=held.origins))
         else:
             found.append(Miss(name, reason))
     return found
 
 
 _STORED = ("codes", "scales", "zeros", "block_scales", "global_scale")
+
+
+def _sizes(held: Weight, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Bytes of a linear's weight, and of the codes that replace it."""
+    after = sum(t.numel() * t.element_size() for n, t in tensors.items() if n in _STORED)
+    return held.tensor.numel() * held.tensor.element_size(), after
 
 
 def _weights(site: LinearSite, tensors: Mapping[str, torch.Tensor], held: Weight) -> dict[str, Weight]:

@@ -28,7 +28,7 @@ from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
-from ..causal_mask import make_all_causal
+from ..causal_mask import prepare_causal
 from ..structure.recover import Tower
 from ..tokens.axes import BATCH, SEQUENCE, Stop, TokenAxes, propagate
 from ..tokens.replay import check
@@ -75,12 +75,15 @@ class Found:
 
 @register_pass
 class TransPrune(Pass):
-    name, order, config_type = "transprune", 20, TransPruneConfig
+    name, config_type = "transprune", TransPruneConfig
     moves_tokens = True
     effect = Effect(exact=False, budget=float("inf"))
 
     def budget(self, context: Context) -> float:
         return context.config.budget
+
+    def prepare(self, program: Program, context: Context) -> int | None:
+        return prepare_causal(program, context)
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         if context.config.choice is not None and not any(context.config.choice) and not context.config.always:
@@ -88,8 +91,6 @@ class TransPrune(Pass):
         fed = embeddings_fed(program)
         if fed and not context.structure().layers:
             return [Match("the graph that puts image features in", fed)]
-        make_all_causal(program)
-        program.clean()
         tower = largest_tower(context.structure())
         if tower is None:
             return no_layers(context.structure())
@@ -138,10 +139,16 @@ class TransPrune(Pass):
                 f" every row, of which a multiple of {config.bucket} must go."
             )
         _expect(context, tower, stages, drops, example_of(value(start).shape[1]))
-        context.notes += [note for after, _ in stages if (note := _past_windows(tower, config.policy, after))]
-        context.notes.append(f"{types.describe()}; tokens left out behind layer " + ", ".join(
-            f"{after}: {drop}" for (after, _), drop in zip(stages, drops)) + ".")  # fmt: skip
         return Match(_site(tower, stages), Found(tower, types, axes, stages, drops, offsets, counted, tables))
+
+    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+        said: list[str] = []
+        for found in (m.data for m in done if isinstance(m.data, Found)):
+            past = (_past_windows(found.tower, context.config.policy, after) for after, _ in found.stages)
+            said += [note for note in past if note]
+            said.append(f"{found.types.describe()}; tokens left out behind layer " + ", ".join(
+                f"{after}: {drop}" for (after, _), drop in zip(found.stages, found.drops)) + ".")  # fmt: skip
+        return said
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         if isinstance(match.data, dict):

@@ -32,7 +32,7 @@ from thresher.graph.sizes import allow_decided_by_data, example_of
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..calibrate import Tap
-from ..causal_mask import make_all_causal
+from ..causal_mask import prepare_causal
 from ..structure.recover import LayerSite
 from ..tokens.axes import Stop
 from ..tokens.segments import caller, caller_types
@@ -63,15 +63,17 @@ class Plan:
 
 @register_pass
 class ZipVL(Pass):
-    name, order, config_type = "zipvl", 22, ZipVLConfig
+    name, config_type = "zipvl", ZipVLConfig
     moves_tokens = True
     effect = Effect(exact=False, budget=float("inf"))
 
     def budget(self, context: Context) -> float:
         return context.config.budget
 
+    def prepare(self, program: Program, context: Context) -> int | None:
+        return prepare_causal(program, context)
+
     def taps(self, program: Program, context: Context) -> Sequence[Tap]:
-        make_all_causal(program)
         tower = largest_tower(context.structure())
         found = []
         for layer in tower.layers if tower else ():
@@ -84,8 +86,6 @@ class ZipVL(Pass):
         return found
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
-        make_all_causal(program)
-        program.clean()
         config = context.config
         try:
             stretches = find_stretches(program, context.structure())

@@ -30,8 +30,8 @@ class DialectError(ThresherError):
     """A graph holds something the dialect does not allow; names the node and the rule."""
 
 
-class VerificationError(ThresherError):
-    """A rewrite changed the result by more than its declared budget."""
+class ContractError(ThresherError):
+    """A pass did what a pass may not do, such as editing the program where it may only look; names the pass."""
 
 
 class CoverageError(ThresherError):
@@ -39,7 +39,7 @@ class CoverageError(ThresherError):
 
 
 class StaleWeightsError(ThresherError):
-    """A weight was replaced or edited after it was packed, and `freshness="check"` forbids using it."""
+    """A weight was replaced or edited after another was computed from it, and that one cannot be computed anew."""
 
 
 class MissingDependencyError(ThresherError, ImportError):

@@ -24,14 +24,16 @@ from typing import Any
 
 import torch
 
-from thresher.passes.base import PASSES, Match, Miss, Pass
-from thresher.passes.pipeline import ROLLED_BACK
+from thresher.passes.base import PASSES, Pass
+from thresher.passes.calibrate import Calibration
+from thresher.passes.pipeline import ROLLED_BACK, Pipeline
 
 from . import api, backend
-from .errors import ArgumentError, ThresherError
+from .errors import ArgumentError, ContractError, ThresherError
 from .graph.nodes import value
 from .graph.program import Program
 from .recipe import CONFIGS, Recipe
+from .report import Report
 
 FORBIDDEN = ("thresher.kernels", "thresher.lowering", "thresher.runtime")
 
@@ -87,11 +89,13 @@ def check_pass(
     options: Mapping[str, Any] | bool = True,
     *,
     rewrites: bool = True,
+    stats: str | Path | None = None,
 ) -> None:
     """Check one registered pass; raise an AssertionError that lists what is wrong.
 
     models: (model in eval mode, keyword inputs) pairs; the tiny transformer by default.
     options: of the pass, as in a recipe. rewrites: at least one site of the models must be rewritten.
+    stats: the file of calibration statistics that the pass reads, for one that needs data.
     """
     if name not in PASSES:
         raise ArgumentError(
@@ -100,7 +104,8 @@ def check_pass(
     problems = _declaration(PASSES[name])
     if problems:
         raise AssertionError(_message(name, problems))
-    recipe, did = Recipe.of({name: options}), 0
+    extra = {} if stats is None else {"stats": str(stats)}
+    recipe, did = Recipe.of({name: options, **extra}), 0
     for model, inputs in models if models is not None else [tiny_model()]:
         found, more = _on_model(PASSES[name], recipe, model, inputs)
         did += found
@@ -126,8 +131,11 @@ def _declaration(rewriter: Pass) -> list[str]:
         default = config()
     except TypeError as reason:
         return [*problems, f"{config.__name__} needs a default for every option: {reason}."]
-    if not isinstance(rewriter.order, int) or not rewriter.effect.budget >= 0:
-        problems.append("`order` must be an int and `effect.budget` a number from 0.")
+    for field in ("after", "before"):
+        if not all(isinstance(n, str) and len(n) > 1 for n in getattr(rewriter, field)):
+            problems.append(f"`{field}` must be a tuple of passes' names, such as ('deft',).")
+    if not rewriter.effect.budget >= 0:
+        problems.append("`effect.budget` must be a number from 0.")
     recipe = Recipe.of({rewriter.name: dataclasses.asdict(default)})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "r.toml"
@@ -149,23 +157,26 @@ def _on_model(
     rewriter: Pass, recipe: Recipe, model: torch.nn.Module, inputs: Mapping[str, Any]
 ) -> tuple[int, list[str]]:
     problems: list[str] = []
-    dry = api.explain(model, inputs, recipe)
+    dry = api.explain(model, inputs, "none")
     if dry.refused:
         return 0, [f"The model was not captured: {dry.refused[0]}"]
-    for program, first in zip(dry.before, dry.after):
-        if _rewritten(program, recipe).text() != _rewritten(program, recipe).text():
+    none = dataclasses.replace(recipe, fuel=0)
+    for program in dry.before:
+        try:
+            first = _rewritten(program, recipe)
+            _tapped(program, recipe)
+        except ContractError as reason:
+            return 0, [*problems, str(reason)]
+        if first.text() != _rewritten(program, recipe).text():
             problems.append(
                 "Rewriting the same program twice gives two programs; a rewrite must be deterministic."
             )
+        if _prepared(program, recipe).text() != _rewritten(program, none).text():
+            problems.append(
+                "It changed the program though no site was rewritten (fuel=0): edit in `rewrite` only."
+            )
         problems += [f"The new node {n.name} has no fake value in meta['val']."
                      for n in first.nodes() if isinstance(n.target, torch._ops.OpOverload) and value(n) is None]  # fmt: skip
-    for program in dry.before:
-        problems += _purity(rewriter, recipe, program)
-    none = dataclasses.replace(recipe, fuel=0)
-    if any(program.text() != _rewritten(program, none).text() for program in dry.before):
-        problems.append(
-            "It changed the program though no site was rewritten (fuel=0): edit in `rewrite` only."
-        )
     try:
         compiled = api.compile(model, inputs, recipe, target="reference")
     except ThresherError as reason:
@@ -188,18 +199,20 @@ def _rewritten(program: Program, recipe: Recipe) -> Program:
         return backend.run_pipeline(program, recipe, None)[0]
 
 
-def _purity(rewriter: Pass, recipe: Recipe, program: Program) -> list[str]:
-    """`match` may look and must not touch."""
-    from thresher.passes.base import Context
-    from thresher.passes.structure.recover import recover
+def _prepared(program: Program, recipe: Recipe) -> Program:
+    """The program as the passes of a recipe prepare it, without a check of the results."""
+    with torch.no_grad():
+        return Pipeline(recipe).prepare(program, Report(recipe.fingerprint()))
 
-    copy = program.copy()
-    before = copy.text()
-    context = Context(recipe, recipe.config(rewriter.name), structure=lambda: recover(copy))
-    found = rewriter.match(copy, context)
-    problems = [] if copy.text() == before else ["`match` edited the program."]
-    wrong = [type(f).__name__ for f in found if not isinstance(f, (Match, Miss))]
-    return problems + ([f"`match` gave {', '.join(wrong)}; it gives Match and Miss only."] if wrong else [])
+
+def _tapped(program: Program, recipe: Recipe) -> None:
+    """Let the passes say where they need data. Raises ContractError where they edit a program meanwhile."""
+    try:
+        Calibration(recipe).watch(program)
+    except ContractError:
+        raise
+    except ThresherError:  # no pass needs data
+        return
 
 
 def _is_sentence(text: str) -> bool:

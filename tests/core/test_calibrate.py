@@ -33,7 +33,7 @@ class LookConfig(PassConfig):
 
 
 class Look(base.Pass):
-    name, order, config_type = "look", 99, LookConfig
+    name, config_type = "look", LookConfig
 
     def taps(self, program, context):
         return [Tap(m.fqn, m.hidden, CountReal) for m in context.structure().mlps]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import thresher
 from thresher import testing
 from thresher.errors import ArgumentError
 from thresher.passes import base
@@ -25,7 +26,7 @@ class SoundConfig(PassConfig):
 class Sound(base.Pass):
     """Multiplies every MLP's result by one."""
 
-    name, order, config_type = "sound", 90, SoundConfig
+    name, config_type = "sound", SoundConfig
     amount = 0.0
 
     def match(self, program, context):
@@ -44,6 +45,12 @@ class Edits(Sound):
         found = super().match(program, context)
         self.rewrite(program, found[0], context)
         return found
+
+
+class Taps(Sound):
+    def taps(self, program, context):
+        self.rewrite(program, self.match(program, context)[0], context)
+        return ()
 
 
 class Grunts(Sound):
@@ -99,7 +106,9 @@ def test_a_sound_pass_conforms(registered):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (Edits, "`match` edited the program"),
+        (Edits, "`match` of the pass 'sound' edited the program: it added the node mul"),
+        (Taps, "`taps` of the pass 'sound' edited the program"),
+        (Strange, "gave a str; it gives Match and Miss only"),
         (Grunts, "no full sentence: 'no'"),
         (Twice, "named twice"),
         (Exceeds, "breaks its declared budget"),
@@ -130,12 +139,79 @@ def test_an_unknown_pass_is_refused():
         testing.check_pass("nobody")
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("prepack", True), ("deft", {"min_bytes": 0}), ("nvfp4", {"min_weights": 0, "budget": 1.0, "keep": ()})],
-)
-def test_the_built_in_passes_conform(name, options):
-    testing.check_pass(name, options=options)
+class Last(testing.TinyTransformer):
+    """Reads the last token's logits, as decoding does."""
+
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, attention_mask)[:, -1]
+
+
+class Causal(testing.TinyTransformer):
+    """A causal mask that is spelt out, and no padding."""
+
+    def forward(self, input_ids):
+        seen = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()[None, None]
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, seen)
+        return torch.nn.functional.linear(self.norm(x), self.embed.weight)
+
+
+class OneQuery(torch.nn.Module):
+    """A decoding step's attention over a padded cache."""
+
+    def forward(self, q, k, v, mask):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+def padded():
+    return testing.tiny_model()[1]
+
+
+def image():
+    ids = torch.arange(2 * 24).reshape(2, 24) % 61 + 2
+    ids[:, 2:10] = 60
+    return {"input_ids": ids}
+
+
+def cache():
+    make = torch.Generator().manual_seed(0)
+    found = {
+        n: torch.randn(2, h, t, 8, generator=make) for n, h, t in (("q", 4, 1), ("k", 2, 9), ("v", 2, 9))
+    }
+    return {**found, "mask": torch.arange(9).expand(2, 1, 1, 9) >= torch.tensor([4, 0])[:, None, None, None]}
+
+
+PRUNE = {"stages": ((1, 0.5),), "min_image_tokens": 1, "bucket": 1, "min_saving": 0.0, "image_token_id": 60}
+ZIP = {"keep": 0.5, "recent": 2, "spread": 2, "sinks": 1, "bucket": 1, "min_saving": 0.0}
+CONFORM = {  # a model on which the pass has something to do, and something to get wrong
+    "prepack": (Last, padded, True),
+    "causal_mask": (Causal, image, True),
+    "decode_attention": (OneQuery, cache, True),
+    "transprune": (Causal, image, PRUNE),
+    "zipvl": (Causal, image, ZIP),
+    "deft": (Last, padded, {"min_bytes": 0}),
+    "rsq": (testing.TinyTransformer, padded, {"budget": 1.0}),
+    "nvfp4": (Last, padded, {"min_weights": 0, "budget": 1.0, "keep": ()}),
+    "bf16": (Last, padded, {"min_weights": 0, "emulate": True}),
+}
+
+
+def test_every_built_in_pass_is_checked():
+    from thresher.passes.catalog import PASS_MODULES
+
+    assert set(CONFORM) == set(PASS_MODULES)
+
+
+@pytest.mark.parametrize("name", CONFORM)
+def test_the_built_in_passes_conform(name, tmp_path):
+    kind, inputs, options = CONFORM[name]
+    torch.manual_seed(0)
+    model, batch, stats = kind().eval(), inputs(), None
+    if name == "rsq":
+        data = [{k: v.repeat(4, 1) for k, v in batch.items()}]
+        stats = thresher.quantize(model, data, thresher.RSQ(bits=4)).save(tmp_path / "rsq.safetensors")
+    testing.check_pass(name, [(model, batch)], options, stats=stats)
 
 
 def test_the_example_package(monkeypatch):

@@ -19,6 +19,7 @@ import thresher
 from thresher import backend
 from thresher.errors import ArgumentError, ThresherError
 from thresher.passes.base import PASSES
+from thresher.passes.catalog import PASS_MODULES
 from thresher.recipe import Recipe
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "composition.md"
@@ -90,7 +91,7 @@ def check(outcome, names: tuple[str, ...]) -> None:
         assert all(n in str(outcome) for n in names), f"the refusal does not name both: {outcome}"
         return
     _, report = outcome
-    assert [p.name for p in report.passes] == sorted(names, key=lambda n: PASSES[n].order)
+    assert [p.name for p in report.passes] == sorted(names, key=PASS_MODULES.index)
     for account in report.passes:
         assert account.rolled_back is None, account.rolled_back
         assert account.rewritten or account.missed, f"{account.name} looked at no site"

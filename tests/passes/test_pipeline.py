@@ -9,7 +9,7 @@ import zoo
 
 import thresher
 from thresher import backend
-from thresher.errors import ArgumentError, CoverageError
+from thresher.errors import ArgumentError, ContractError, CoverageError
 from thresher.passes import base
 from thresher.passes.pipeline import bisect
 from thresher.recipe import CONFIGS, PassConfig, Recipe
@@ -27,7 +27,7 @@ class ScaleConfig(PassConfig):
 
 
 class Scale(base.Pass):
-    name, order, config_type = "scale", 91, ScaleConfig
+    name, config_type = "scale", ScaleConfig
 
     def match(self, program, context):
         sites = [
@@ -55,7 +55,7 @@ class AgainConfig(PassConfig):
 
 
 class Again(Scale):
-    name, order, config_type = "again", 92, AgainConfig
+    name, config_type, after = "again", AgainConfig, ("scale",)
 
     def rewrite(self, program, match, context):
         pass
@@ -152,3 +152,82 @@ def test_compile_raises_where_coverage_is_missing():
     model, inputs = zoo.ZOO["llama"].build()
     with pytest.raises(CoverageError):
         thresher.compile(model, inputs, scale=True, require={"scale": 1.0}, target="reference")
+
+
+class TestNotes:
+    """What a pass says about edits goes with the edits; what it says when it matched is shown in any case."""
+
+    @pytest.fixture(autouse=True)
+    def speaking(self, monkeypatch):
+        silent = Scale.match, Scale.rewrite
+
+        def match(self, program, context):
+            context.notes.append("looked")
+            return silent[0](self, program, context)
+
+        def rewrite(self, program, match, context):
+            context.notes.append(f"scaled {match.site}")
+            silent[1](self, program, match, context)
+
+        monkeypatch.setattr(Scale, "match", match)
+        monkeypatch.setattr(Scale, "rewrite", rewrite)
+        monkeypatch.setattr(Scale, "about", lambda self, done, context: [f"{len(done)} MLPs are scaled."])
+
+    def test_of_a_pass_that_is_kept(self):
+        notes = run(Recipe.of(scale=True))[2]["scale"].notes
+        assert notes == [
+            "looked",
+            "scaled model.layers.0.mlp",
+            "scaled model.layers.1.mlp",
+            "2 MLPs are scaled.",
+        ]
+
+    def test_of_a_site_that_the_fuel_does_not_reach(self):
+        notes = run(Recipe.of(scale=True, fuel=1))[2]["scale"].notes
+        assert notes == ["looked", "scaled model.layers.0.mlp", "1 MLPs are scaled."]
+
+    @pytest.mark.parametrize("options", [{"scale": {"factor": 2.0}}, {"scale": True, "fuel": 0}])
+    def test_of_a_pass_that_is_rolled_back_or_rewrites_nothing(self, options):
+        account = run(Recipe.of(options))[2]["scale"]
+        assert not account.rewritten and account.notes == ["looked"]
+
+
+class TestPreparation:
+    """An exact edit before all passes; it stays, and its note with it, also where its pass declines."""
+
+    @pytest.fixture(autouse=True)
+    def preparing(self, monkeypatch):
+        def prepare(self, program, context):
+            out = context.structure().mlps[0].output
+            with program.graph.inserting_after(out):
+                made = program.graph.call_function(aten.mul.Tensor, (out, self.amount))
+            made.meta = dict(out.meta)
+            out.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+            context.notes.append("scaled once more")
+            return 1
+
+        monkeypatch.setattr(Scale, "prepare", prepare)
+        monkeypatch.setattr(Scale, "amount", 1.0, raising=False)
+
+    def test_it_stays_where_nothing_is_rewritten(self):
+        before, after, report = run(Recipe.of(scale=True, fuel=0))
+        assert len(after.nodes(aten.mul.Tensor)) == len(before.nodes(aten.mul.Tensor)) + 1
+        assert "scaled once more" in report.notes and not report["scale"].notes
+
+    def test_what_is_not_exact_is_taken_back_with_its_note(self, monkeypatch):
+        monkeypatch.setattr(Scale, "amount", 2.0)
+        before, after, report = run(Recipe.of(scale=True, fuel=0))
+        assert after.text() == before.text() and "scaled once more" not in report.notes
+        assert any("What scale prepares" in note and "taken back" in note for note in report.notes)
+
+
+def test_a_match_that_edits_is_an_error_that_names_the_pass(monkeypatch):
+    def match(self, program, context):
+        program.nodes(aten.linear.default)[0].replace_all_uses_with(program.nodes(aten.linear.default)[1])
+        return []
+
+    monkeypatch.setattr(Scale, "match", match)
+    with pytest.raises(
+        ContractError, match=r"`match` of the pass 'scale' edited the program: it changed the node"
+    ):
+        run(Recipe.of(scale=True))

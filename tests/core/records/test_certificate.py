@@ -29,7 +29,7 @@ class DoubleConfig(PassConfig):
 class Double(base.Pass):
     """Adds almost nothing to every MLP's hidden value, and a lot at the site named `bad`."""
 
-    name, order, config_type = "double", 95, DoubleConfig
+    name, config_type = "double", DoubleConfig
 
     def budget(self, context):
         return context.config.budget

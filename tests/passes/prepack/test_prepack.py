@@ -6,6 +6,9 @@ import torch
 import zoo
 from captures import dynamo, of_zoo
 
+import thresher
+from thresher import testing
+from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Gather, Packing, PlanField, Scatter
 from thresher.kernels import catalog
 from thresher.passes.base import Context, Miss
@@ -264,3 +267,30 @@ def test_the_mask_may_have_another_name():
     )
     assert isinstance(matched(program)[0], Miss)
     assert not isinstance(matched(program, mask="keep")[0], Miss)
+
+
+def test_the_packed_share_counts_weights_and_not_biases():
+    """The head, read at one position only, stays outside, and is much smaller than the layers."""
+
+    class Last(testing.TinyTransformer):
+        def forward(self, input_ids, attention_mask):
+            return super().forward(input_ids, attention_mask)[:, -1]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = thresher.explain(Last().eval(), testing.tiny_model()[1], prepack={"min_share": 0.85})
+    assert found.report["prepack"].rewritten, found.report["prepack"].missed
+    assert any("selected before the LM head" in note for note in found.report.notes)
+
+
+def test_what_is_selected_early_is_said_where_it_was_done_though_nothing_is_packed():
+    class Last(testing.TinyTransformer):
+        def forward(self, input_ids, attention_mask):
+            return super().forward(input_ids, attention_mask)[:, -1]
+
+    one = {k: v[:1] for k, v in testing.tiny_model()[1].items()}  # one row: packing declines
+    found = thresher.explain(Last().eval(), one, prepack=True)
+    assert not found.report["prepack"].rewritten and not found.report["prepack"].notes
+    heads = [p.nodes(aten.linear.default)[-1] for p in (found.before[0], found.after[0])]
+    assert [value(h).dim() for h in heads] == [3, 2]
+    assert any("selected before the LM head" in note for note in found.report.notes)
