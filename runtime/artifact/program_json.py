@@ -6,6 +6,7 @@ them. What every other node gives is found again by running the graph on fake te
 
 from __future__ import annotations
 
+import keyword
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 
 from thresher.errors import ThresherError
+from thresher.graph import pure_ops
 from thresher.graph.nodes import module_fqn, value
 from thresher.graph.program import Program, Weight
 
@@ -74,10 +76,15 @@ def encode(program: Program, hold: Callable[[torch.Tensor], int]) -> dict[str, A
 
 
 def decode(data: dict[str, Any], tensors: list[torch.Tensor]) -> Program:
-    """The program, without fake tensors on its nodes: enough to run it; see `fakes.materialise`."""
+    """The program, without fake tensors on its nodes: enough to run it; see `fakes.materialise`.
+
+    torch writes a graph as Python and runs that, names as they are: a name that is none would be code. Raises
+    ArtifactError for one, and for a call of anything but an operator that computes (`pure_ops`).
+    """
     module, graph = fx.GraphModule(torch.nn.Module(), fx.Graph()), fx.Graph()
     weights: dict[str, Weight] = {}
     for name, entry in data["weights"].items():
+        _identifier(name), _line(entry["fqn"])
         tensor = tensors[entry["tensor"]]
         weights[name] = Weight(entry["fqn"], tensor)
         module.register_buffer(name, tensor, persistent=False)
@@ -86,29 +93,63 @@ def decode(data: dict[str, Any], tensors: list[torch.Tensor]) -> Program:
         if kind == "output":
             graph.output(tuple(_read(a, made) for a in rest[0]))
             break
-        name = rest[0]
+        name = _identifier(rest[0])
         if kind == "placeholder":
             node = graph.placeholder(name)
             node.meta["saved"] = rest[1]
         elif kind == "weight":
+            if rest[1] not in weights:
+                raise ArtifactError(
+                    f"The file's node {name} reads the weight {rest[1]!r}, which it does not hold."
+                )
             node = graph.create_node("get_attr", rest[1], name=name)
         else:
             _, target, args, kwargs, place = rest
-            node = graph.create_node(
-                "call_function",
-                find_target(target),
-                tuple(_read(a, made) for a in args),
-                {k: _read(v, made) for k, v in kwargs.items()},
-                name,
-            )
+            function = find_target(target)
+            given = tuple(_read(a, made) for a in args)
+            named = {_identifier(k): _read(v, made) for k, v in kwargs.items()}
+            if reason := pure_ops.call_refusal(function, given, named):
+                raise ArtifactError(f"The file's node {name} calls {target!r}, which {reason}.")
+            node = graph.create_node("call_function", function, given, named, name)
             if place:
-                node.meta["nn_module_stack"] = {place: (place, "")}
+                node.meta["nn_module_stack"] = {_line(place): (place, "")}
         made[name] = node
     module.graph = graph
     updates = dict(data.get("updates", ()))
-    program = Program(module, weights, list(data["inputs"]), notes=list(data["notes"]), updates=updates)
+    program = Program(
+        module, weights, list(map(_line, data["inputs"])), notes=list(data["notes"]), updates=updates
+    )
+    _check_updates(program)
+    for name, facts in data["symbols"].items():
+        _identifier(name), _identifier(facts.get("source", name))
     program.graph_module.meta.update(symbols=data["symbols"], fixed_linears=data.get("fixed_linears", True))
     return program
+
+
+def _identifier(name: Any) -> str:
+    """A name that may stand in the code torch makes of a graph. Raises ArtifactError."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ArtifactError(f"The file names a part of its graph {name!r}, which is no name.")
+    return name
+
+
+def _line(text: Any) -> str:
+    """A name for people, which may stand in a comment or a report. Raises ArtifactError."""
+    if not isinstance(text, str) or not text.isprintable():
+        raise ArtifactError(f"The file calls something {text!r}, which does not fit in one line.")
+    return text
+
+
+def _check_updates(program: Program) -> None:
+    """Raise ArtifactError unless each value that is written to an input is a result, and has one input of its own."""
+    results, places = len(program.outputs), len(program.input_names)
+    for result, place in program.updates.items():
+        if not (type(result) is type(place) is int and 0 <= result < results and 0 <= place < places):
+            raise ArtifactError(
+                f"The file writes its result {result!r} to its input {place!r}; it has {results} and {places}."
+            )
+    if len(set(program.updates.values())) < len(program.updates):
+        raise ArtifactError("The file writes to one of its inputs twice.")
 
 
 def _has_fixed_linears(program: Program) -> bool:
@@ -155,6 +196,8 @@ def relations(program: Program) -> list[str]:
 def target_name(target: Any) -> str:
     """A node's target as text. Raises ArtifactError for one that cannot be found again by name."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace in NAMESPACES:
+        if reason := pure_ops.refusal(target):
+            raise ArtifactError(f"The program calls {target}, which {reason}, so that no file may hold it.")
         return str(target)
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
@@ -177,6 +220,10 @@ def find_target(name: str) -> Callable[..., Any]:
         raise ArtifactError(
             f"The file calls the operator {name!r}, which this torch {torch.__version__} and this Thresher do "
             "not have. Load it with the versions named in its manifest."
+        )
+    if reason := pure_ops.refusal(found):
+        raise ArtifactError(
+            f"The file calls {name!r}, which {reason}. It was altered, or not written by Thresher."
         )
     return found
 
