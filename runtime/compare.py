@@ -46,7 +46,7 @@ def relative_difference(before: Program, after: Program, inputs: Sequence[Any], 
     if layout is not None and before.packing is None:
         after, inputs = _packing_always(after, layout), _with_padding(inputs, layout)
     (expected, kept), (actual, kept_after) = _run(before, inputs, plain), _run(after, inputs, plain)
-    mask = _mask(before, inputs) if layout is None else None
+    mask = before.real_tokens(inputs) if layout is None else None
     disturbed = None
     if layout is not None and layout.epilogue is not None:
         disturbed = run_plainly(before, _other_pads(inputs, layout), plain)
@@ -119,14 +119,6 @@ def _real_tokens(tensor: torch.Tensor, where: Scatter, real: torch.Tensor) -> to
     if where.batch == where.sequence:
         return tensor.movedim(where.sequence, 0)[real.flatten()]
     return tensor.movedim((where.batch, where.sequence), (0, 1))[real]
-
-
-def _mask(program: Program, inputs: Sequence[Any]) -> torch.Tensor | None:
-    """bool [batch, sequence], False at pads; None for a program without an attention mask of that form."""
-    for name, given in zip(program.input_names, inputs):
-        if name == "attention_mask" and isinstance(given, torch.Tensor) and given.dim() == 2:
-            return given != 0
-    return None
 
 
 def _other_pads(inputs: Sequence[Any], layout: PackedLayout) -> list[Any]:

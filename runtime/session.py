@@ -83,7 +83,7 @@ class Session:
             body = self._lowered_body()
             return body.run(inputs, self._live(body, self._fresh, weights))
         self._check_mask(inputs, layout)
-        lengths, holed = survey(inputs[layout.mask])
+        lengths, holed = survey(inputs[layout.mask], layout.mask_name)
         reason = self._why_padded(lengths, holed, inputs[layout.mask].shape[1], layout)
         if reason is None:
             packing = make_plan(inputs[layout.mask], lengths, layout.packing)
@@ -150,7 +150,7 @@ class Session:
         mask, tokens = inputs[layout.mask], inputs[layout.tokens]
         if mask.shape != tokens.shape[:2]:
             raise ArgumentError(
-                "attention_mask",
+                layout.mask_name,
                 f"shape {tuple(mask.shape)}",
                 f"{tuple(tokens.shape[:2])}, the shape of the tokens",
                 "Pass the mask the tokenizer returned with these tokens.",

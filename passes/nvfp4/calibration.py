@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from thresher.formats.nvfp4 import dequantized
 from thresher.graph.program import Program
 from thresher.report import Miss
 
 from ..structure.recover import LinearSite
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class InputStatistics:
@@ -49,14 +48,6 @@ class InputStatistics:
     def result(self) -> dict[str, torch.Tensor]:
         total = torch.zeros(0) if self.total is None else self.total / max(1, self.rows)
         return {"amax": self.amax, "square_mean": total.cpu()}
-
-
-def dequantized(codes: torch.Tensor, block_scales: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
-    """fp32 [N, 16B] from what `thresher::nvfp4_quantize` returns."""
-    table = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=codes.device)
-    values = table[torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()]
-    scales = block_scales.view(torch.float8_e4m3fn).float() * tensor_scale
-    return values * scales.repeat_interleave(16, -1)
 
 
 def sensitivity(

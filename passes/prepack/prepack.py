@@ -27,7 +27,7 @@ from thresher.graph.nodes import module_fqn, value
 from thresher.graph.packed_layout import Packing, Visibility
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
-from thresher.recipe import PassConfig
+from thresher.recipe import MASK_NAME, PassConfig
 
 from ..base import EXACT, Context, Match, Miss, Pass, register_pass
 from ..candidates import of_writes
@@ -61,7 +61,7 @@ class PrepackConfig(PassConfig):
     """
 
     name = "prepack"
-    mask: str = "attention_mask"
+    mask: str = MASK_NAME
     min_share: float = 0.5
     min_gain: float = 1.0
     form: str = "flat"

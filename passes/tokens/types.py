@@ -87,7 +87,7 @@ def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequ
         for place, name in zip(program.placeholders, program.input_names)
         if isinstance(value(place), torch.Tensor) and [example_of(s) for s in value(place).shape] == sizes
     }
-    padding = named.get("attention_mask")
+    padding = named.get(program.mask_name)
     if config.image_span is not None:
         return Types("span", span=tuple(config.image_span), padding=padding)
     ours = given_tokens.known(inputs or ())

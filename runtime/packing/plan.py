@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from thresher.errors import ArgumentError
+from thresher.recipe import MASK_NAME
 
 from .binpack import Bins
 
@@ -120,16 +121,16 @@ def row_lengths(mask: torch.Tensor) -> list[int]:
     return survey(mask)[0]
 
 
-def survey(mask: torch.Tensor) -> tuple[list[int], bool]:
+def survey(mask: torch.Tensor, name: str = MASK_NAME) -> tuple[list[int], bool]:
     """Real tokens of each row of a [B, S] padding mask, and whether some row has pads between them.
 
-    Waits for the device: the one wait of a call.
+    Waits for the device: the one wait of a call. name: what errors call the mask.
 
     Raises ArgumentError for a mask of another shape or dtype or with values other than 0 and 1.
     """
     if mask.dim() != 2 or mask.dtype.is_complex:
         raise ArgumentError(
-            "attention_mask",
+            name,
             f"{mask.dtype} of shape {tuple(mask.shape)}",
             "bool, integer or floating [batch, sequence]",
             "Pass the mask the tokenizer returned, not one expanded for attention.",
@@ -140,7 +141,7 @@ def survey(mask: torch.Tensor) -> tuple[list[int], bool]:
     *lengths, begun, bad = torch.cat([counts, runs.reshape(1), strange.reshape(1)]).tolist()
     if bad:
         raise ArgumentError(
-            "attention_mask",
+            name,
             f"{bad} values other than 0 and 1",
             "1 at real tokens and 0 at padding",
             "Additive masks and segment ids are not padding masks; pass mask.ne(0) if nonzero means real.",

@@ -148,6 +148,7 @@ def explain(
         try:
             program, roles = capture.from_dynamo(gm, inputs)
             program.forget_weights(without_values)
+            program.mask_name = chosen.mask_name
             with without_fake_mode(), torch.no_grad():
                 lengths = backend.real_lengths(program, backend.real_inputs(gm, roles))
                 after, report = backend.run_pipeline(program, chosen, None, lengths)

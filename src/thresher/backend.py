@@ -146,6 +146,7 @@ def _session(rewritten: Program, program: Program, recipe: Recipe, target: Targe
 def _session_of(kept: Kept, recipe: Recipe, target: Target, inputs: Sequence[Any] | None) -> Session:
     """What runs a program from the cache."""
     other = dataclasses.replace(recipe, require=(), verify=False)
+    kept.captured.mask_name = recipe.mask_name
     lengths = real_lengths(kept.captured, inputs)
     layout = kept.program.packing
     if layout.reclassify is not None:
@@ -178,6 +179,7 @@ def run_pipeline(
 
     lengths: real tokens of each row, for the cost model; from the inputs' mask when there are inputs.
     """
+    program.mask_name = recipe.mask_name
     known = [value(p) for p in program.placeholders]
     device = next((v.device for v in known if isinstance(v, torch.Tensor)), torch.device("cpu"))
     pipeline = Pipeline(
@@ -196,10 +198,8 @@ def run_pipeline(
 
 def real_lengths(program: Program, inputs: Sequence[Any] | None) -> list[int] | None:
     """Real tokens of each row, where the inputs have a mask that says so."""
-    for name, given in zip(program.input_names, inputs or ()):
-        if name == "attention_mask" and isinstance(given, torch.Tensor) and given.dim() == 2:
-            return [int(n) for n in (given != 0).sum(1)]
-    return None
+    real = None if inputs is None else program.real_tokens(inputs)
+    return None if real is None else [int(n) for n in real.sum(1)]
 
 
 def _compare(before: Program, after: Program, inputs: Sequence[Any]) -> float:
@@ -220,14 +220,13 @@ def watching(calibration: Calibration) -> Callable[..., Any]:
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         program, roles = capture.from_dynamo(gm, example_inputs)
+        program.mask_name = calibration.recipe.mask_name
         with without_fake_mode():
             watched = calibration.watch(program)
-        masks = [i for i, n in enumerate(program.input_names) if n == "attention_mask"]
 
         def run(*args: Any) -> Any:
             inputs = [a for a, role in zip(args, roles) if role.startswith("input:")]
-            mask = inputs[masks[0]] if masks else None
-            real = mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+            real = program.real_tokens(inputs)
             return program.settle(calibration.run(watched, inputs, real), inputs)
 
         return run

@@ -59,6 +59,8 @@ def register(config: type[PassConfig]) -> type[PassConfig]:
 
 
 FRESHNESS = ("check", "repack", "trust")
+MASK_NAME = "attention_mask"
+"""What models call the input that marks real tokens, unless an option says another name."""
 
 # What a preset switches on; docs/recipes.md says for whom each is. `exact` is what a bare `backend="thresher"`
 # means: rewrites that need no calibration data and change nothing but rounding. 0.97 allows for the cost
@@ -120,6 +122,11 @@ class Recipe:
         for config in self.passes:
             option_types.check(f"{config.name} option", config)
             config.validate()
+
+    @property
+    def mask_name(self) -> str:
+        """What the caller calls the input that marks real tokens, from the pass that has the option `mask`."""
+        return next((c.mask for c in self.passes if hasattr(c, "mask")), MASK_NAME)
 
     def config(self, name: str) -> PassConfig | None:
         return next((c for c in self.passes if c.name == name), None)

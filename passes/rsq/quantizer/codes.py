@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from thresher.formats import bitpack
+from thresher.formats import bitpack, nvfp4
 
 from ..config import SCALE_DTYPES, RSQConfig
 from .gptq import Quantized
@@ -65,11 +65,7 @@ def to_tensors(found: Quantized, rows: Rows, config: RSQConfig, bits: int) -> di
 def values(tensors: Tensors) -> torch.Tensor:
     """fp32 [N, K]: the weight that the tensors stand for."""
     if "block_scales" in tensors:
-        table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-        codes = torch.stack((tensors["codes"] & 15, tensors["codes"] >> 4), -1).flatten(-2).long()
-        signed = table[codes & 7] * torch.where(codes >= 8, -1.0, 1.0)
-        scales = tensors["block_scales"].view(torch.float8_e4m3fn).float() * tensors["global_scale"]
-        return signed * scales.repeat_interleave(16, -1)
+        return nvfp4.dequantized(tensors["codes"], tensors["block_scales"], tensors["global_scale"])
     codes = bitpack.unpack(tensors["codes"], int(tensors["bits"]), int(tensors["inputs"])).float()
     scales = tensors["scales"].float()
     rows, groups = scales.shape

@@ -13,14 +13,12 @@ from typing import Protocol
 import torch
 
 from thresher.errors import ArgumentError
+from thresher.formats.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, decode_e2m1
 
 # The clip search minimises sum |error|^2.5, between squared error and the outliers' interest; GPTQ takes 2.4, which
 # costs a power where this costs a root. Shares of the range: coarse first, then around the best one.
 _CLIP_COARSE = tuple(range(95, 20, -5))
 _CLIP_FINE = (-4, -3, -2, -1, 1, 2, 3, 4)
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E4M3_MAX = 448.0
-_NVFP4_BLOCK = 16
 # Multipliers of the scale that puts a block's largest weight on 6; 1.5 puts it on 4, with closer neighbours.
 _NVFP4_SEARCH = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5)
 
@@ -146,12 +144,12 @@ class NVFP4Grid:
 
     search: bool = True
     tensor_scale: float = 0.0
-    group: int = _NVFP4_BLOCK
+    group: int = BLOCK
 
     def bind(self, weight: torch.Tensor) -> NVFP4Grid:
         """The grid with the tensor scale of this weight."""
         largest = float(weight.abs().max()) if weight.numel() else 0.0
-        return NVFP4Grid(self.search, largest / (6 * _E4M3_MAX) or 1.0, self.group)
+        return NVFP4Grid(self.search, largest / (E2M1_MAX * E4M3_MAX) or 1.0, self.group)
 
     def fit(self, columns: torch.Tensor) -> Parameters:
         """(E4M3 scale * tensor scale,), fp32 [N], for fp32 columns [N, 16]."""
@@ -169,7 +167,7 @@ class NVFP4Grid:
 
     def _scale(self, wanted: torch.Tensor) -> Parameters:
         # 2^-9 is the least E4M3 number: a scale of zero would lose the block.
-        stored = (wanted / self.tensor_scale).clamp(2.0**-9, _E4M3_MAX).to(torch.float8_e4m3fn)
+        stored = (wanted / self.tensor_scale).clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
         return Parameters((stored.float() * self.tensor_scale,))
 
     def _error(self, columns: torch.Tensor, parameters: Parameters) -> torch.Tensor:
@@ -189,8 +187,7 @@ class NVFP4Grid:
 
     def decode(self, codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         """The values of E2M1 codes times the scale."""
-        table = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=codes.device)
-        return table[codes.long()] * parameters[0]
+        return decode_e2m1(codes) * parameters[0]
 
     def stored_scales(self, scales: torch.Tensor) -> torch.Tensor:
         """float8_e4m3fn, from fitted scales [N, groups] of this bound grid; exact."""

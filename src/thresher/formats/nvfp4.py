@@ -58,6 +58,12 @@ def decode_e2m1(codes: torch.Tensor) -> torch.Tensor:
     return table[codes.long()]
 
 
+def dequantized(codes: torch.Tensor, block_scales: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
+    """fp32 [N, 16B]: what packed codes (uint8 [N, 8B]), E4M3 scales (uint8 or float8 [N, B]) and a scale (fp32 []) mean."""
+    scales = block_scales.view(torch.float8_e4m3fn).float() * tensor_scale
+    return decode_e2m1(unpack(codes)) * scales.repeat_interleave(BLOCK, -1)
+
+
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """[..., K] codes to [..., K/2] bytes, even k in the low nibble. K must be even."""
     if codes.shape[-1] % 2:

@@ -145,6 +145,11 @@ class PackedLayout:
     extras: tuple[Scatter | Passed, ...] = ()
     rewritten: bool = False
 
+    @property
+    def mask_name(self) -> str:
+        """What the caller calls the input that marks real tokens."""
+        return self.padded.input_names[self.mask]
+
     def windowed(self) -> bool:
         """Whether some attention counts distances, which holes in a row would falsify."""
         return any(v.window >= 0 for v in self.visibilities.values())

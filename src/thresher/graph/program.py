@@ -19,6 +19,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from thresher.compat import has_values, lazy_module
+from thresher.recipe import MASK_NAME
 
 from .nodes import fake_like, value, writes
 
@@ -71,6 +72,7 @@ class Program:
     calls: set by passes whose rewrite depends on what a call brings: a `CallPlan`.
     updates: results that are not the caller's but new values of tensors the caller gave and the model writes to, such
         as a static cache: result -> placeholder, both by number. Whoever runs the program copies them there.
+    mask_name: what the caller calls the input that marks real tokens.
     """
 
     graph_module: fx.GraphModule
@@ -80,6 +82,7 @@ class Program:
     notes: list[str] = field(default_factory=list)
     calls: Any = None
     updates: dict[int, int] = field(default_factory=dict)
+    mask_name: str = MASK_NAME
 
     @property
     def graph(self) -> fx.Graph:
@@ -93,6 +96,21 @@ class Program:
     @property
     def placeholders(self) -> list[fx.Node]:
         return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def padding_mask(self) -> fx.Node | None:
+        """The input that marks real tokens, [batch, sequence]; None without one of that name and rank."""
+        for place, name in zip(self.placeholders, self.input_names):
+            known = value(place)
+            if name == self.mask_name and isinstance(known, torch.Tensor) and known.dim() == 2:
+                return place
+        return None
+
+    def real_tokens(self, inputs: Sequence[Any]) -> torch.Tensor | None:
+        """bool [batch, sequence], False at pads, from the placeholders' values; None without a padding mask."""
+        place = self.padding_mask
+        given = None if place is None else inputs[self.placeholders.index(place)]
+        return given != 0 if isinstance(given, torch.Tensor) and given.dim() == 2 else None
 
     @property
     def outputs(self) -> list[fx.Node | None]:

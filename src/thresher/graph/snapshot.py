@@ -40,7 +40,7 @@ class Snapshot:
             if weight is not self._weights[name][0] or tensor is not self._weights[name][1]:
                 return f"it replaced the weight {weight.fqn}"
         for what, is_now, was_then in zip(
-            ("inputs", "packing", "calls", "updates"), _rest(program), self._rest
+            ("inputs", "packing", "calls", "updates", "mask_name"), _rest(program), self._rest
         ):
             if is_now != was_then:
                 return f"it changed the program's {what}"
@@ -52,4 +52,10 @@ def _nodes(program: Program) -> list[tuple[Any, ...]]:
 
 
 def _rest(program: Program) -> tuple[Any, ...]:
-    return list(program.input_names), id(program.packing), id(program.calls), dict(program.updates)
+    return (
+        list(program.input_names),
+        id(program.packing),
+        id(program.calls),
+        dict(program.updates),
+        program.mask_name,
+    )

@@ -87,9 +87,9 @@ def compare(
             made[name] = compile_strictly(model, example_inputs, Recipe.of(spec), target=target)
             built[name] = time.perf_counter() - started
             calls[name] = lambda name=name: made[name](**example_inputs)  # type: ignore[misc]
-        differences = {
-            n: difference(expected, call(), example_inputs.get("attention_mask")) for n, call in calls.items()
-        }
+        named = (compiled.recipe.mask_name for compiled in made.values())
+        mask = next((example_inputs[n] for n in named if n in example_inputs), None)
+        differences = {n: difference(expected, call(), mask) for n, call in calls.items()}
         seconds = in_turns(calls, rounds)
     baseline = seconds[peer or "eager"]
     for name, compiled in made.items():

@@ -8,9 +8,10 @@ import zoo
 import thresher
 from thresher import backend
 from thresher.errors import ArgumentError
+from thresher.formats.nvfp4 import dequantized
 from thresher.graph.program import Weight
 from thresher.kernels.nvfp4.quantize import quantize
-from thresher.passes.nvfp4.calibration import InputStatistics, dequantized, sensitivity
+from thresher.passes.nvfp4.calibration import InputStatistics, sensitivity
 from thresher.passes.nvfp4.nvfp4 import NVFP4Config
 from thresher.recipe import Recipe
 
