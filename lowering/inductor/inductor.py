@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from thresher.errors import ThresherError
+from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import decided_by_data
 
 from ..target import Lowered, Target, fake_inputs, lift_weights
 from . import direct_calls, few_tokens, isa_probe
+from . import repeats as repeated
+from .layered import Layered
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
 class Inductor(Target):
     """options: Inductor's configuration for this program, by name, as `torch.compile(options=...)` takes it.
-    mode: torch.compile's mode, such as "max-autotune"."""
+    mode: torch.compile's mode, such as "max-autotune". layered: compile layers that are alike once."""
 
     name = "inductor"
     fakes = "ends"
     options: Mapping[str, Any] = field(default_factory=dict)
     mode: str | None = None
+    layered: bool = True
 
     def lower(self, program: Program) -> Lowered:
         module, names = lift_weights(program)
@@ -41,9 +50,6 @@ class Inductor(Target):
         return Lowered(self.name, names, run)
 
     def _compile(self, module: fx.GraphModule, program: Program) -> Any:
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-        # compile_fx and not torch.compile: the latter, called while Dynamo is at work, silently runs eager
         mode = program.fake_mode()
         if mode is None:
             raise ThresherError("The program has no fake tensors, so its shapes are unknown to Inductor.")
@@ -59,20 +65,22 @@ class Inductor(Target):
                 f"A CUDA graph has fixed sizes, and in {node} each call's data decide how many tokens attend (zipvl's "
                 "counts='exact'). Use counts='bucketed', or another mode of torch.compile."
             )
-        inputs = fake_inputs(module)
         written = program.updates.values() if program.packing is None else ()
-        stay = [*written, *range(len(program.placeholders), len(inputs))]
+        stays = [i in written or i >= len(program.placeholders) for i in range(len(fake_inputs(module)))]
 
-        def inner(graph: fx.GraphModule, given: Sequence[Any], **options: Any) -> Any:
-            # A CUDA graph copies inputs at each replay but for those that stay where they are: the weights, and what the
-            # model writes to. Inductor learns that from Dynamo's notes on a graph of Dynamo's own, which ours is not.
-            # A graph whose weights have moved all the same is recorded anew.
-            if len(given) == len(inputs):
-                options["static_input_idxs"] = stay
-            return compile_fx_inner(graph, given, **options)
+        def compile(graph: fx.GraphModule, stays: Sequence[bool]) -> Any:
+            return _compile(graph, stays, mode, config)
 
-        with tracing(TracingContext(mode)), torch.no_grad():
-            return compile_fx(module, inputs, inner_compile=inner, config_patches=config)
+        graphs = config.get("triton.cudagraphs") or config.get("max_autotune")
+        repeats = (
+            None if graphs or not self.layered else repeated.find(module.graph, len(program.placeholders))
+        )
+        if repeats is not None:
+            try:
+                return Layered(module.graph, repeats, stays, compile)
+            except KeyError as symbol:
+                _log.info("compiled as one program: only data decide %s", symbol)
+        return compile(module, stays)
 
     def _config(self) -> dict[str, Any]:
         from torch._inductor import list_mode_options
@@ -81,14 +89,65 @@ class Inductor(Target):
         return {**modes, **{name.replace("-", "_"): given for name, given in self.options.items()}}
 
 
+def _compile(module: fx.GraphModule, stays: Sequence[bool], mode: Any, config: Mapping[str, Any]) -> Any:
+    """Inductor's code for a graph. stays: for each input, whether it lies in the same place at every call."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    # compile_fx and not torch.compile: the latter, called while Dynamo is at work, silently runs eager
+    inputs, made = fake_inputs(module), []
+
+    def inner(graph: fx.GraphModule, given: Sequence[Any], **options: Any) -> Any:
+        # A CUDA graph copies inputs at each replay but for those that stay where they are: the weights, and what the
+        # model writes to. Inductor learns that from Dynamo's notes on a graph of Dynamo's own, which ours is not.
+        # A graph whose weights have moved all the same is recorded anew.
+        if len(given) == len(inputs):
+            options["static_input_idxs"] = [i for i, stay in enumerate(stays) if stay]
+        compiled = compile_fx_inner(graph, given, **options)
+        if len(given) == len(inputs):
+            made.append(compiled)
+        return compiled
+
+    with tracing(TracingContext(mode)), torch.no_grad():
+        call = compile_fx(module, inputs, inner_compile=inner, config_patches=dict(config))
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    return _without_autograd(call, made, len(output.args[0]))
+
+
+def _infer_values(module: fx.GraphModule, mode: Any) -> None:
+    """Give nodes their fake tensors where a program read from a file has those of its inputs only."""
+    if any(n.op == "call_function" and n.users and value(n) is None for n in module.graph.nodes):
+        with torch.no_grad(), enable_python_dispatcher():
+            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fake_inputs(module))
+
+
+def _without_autograd(call: Any, made: Sequence[Any], count: int) -> Any:
+    """The compiled code itself, without what AOTAutograd does around it at each call for gradients that nobody records:
+    a tenth of a millisecond, which a layer of a decode step feels. `call` where that cannot be told to be the same."""
+    if len(made) != 1 or not getattr(made[0], "_boxed_call", False):
+        return call
+    direct = made[0]
+
+    def run(*given: Any) -> Any:
+        results = direct(list(given))
+        if len(results) != count:
+            raise ThresherError(f"Inductor's code returned {len(results)} results where the graph has {count}.")
+        return results
+
+    return run
+
+
 def write_updates(graph: fx.Graph, program: Program) -> None:
-    """End a program's graph with the writes to its inputs (`Program.updates`), which Inductor then does in place where
-    the input is not read afterwards; None in the results' places."""
+    """Add the writes to a program's inputs (`Program.updates`), each behind the last node that reads the input, so that
+    Inductor does it in place; None in the results' places."""
     places = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    order = {node: index for index, node in enumerate(graph.nodes)}
     results = list(output.args[0])
-    with graph.inserting_before(output):
-        for index, place in program.updates.items():
+    for index, place in program.updates.items():
+        last = max(
+            (results[index], *(u for u in places[place].users if u is not output)), key=order.__getitem__
+        )
+        with graph.inserting_after(last):
             graph.call_function(torch.ops.aten.copy_.default, (places[place], results[index]))
-            results[index] = None
+        results[index] = None
     output.args = (tuple(results),)
