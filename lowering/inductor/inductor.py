@@ -130,7 +130,9 @@ def _without_autograd(call: Any, made: Sequence[Any], count: int) -> Any:
     def run(*given: Any) -> Any:
         results = direct(list(given))
         if len(results) != count:
-            raise ThresherError(f"Inductor's code returned {len(results)} results where the graph has {count}.")
+            raise ThresherError(
+                f"Inductor's code returned {len(results)} results where the graph has {count}."
+            )
         return results
 
     return run
