@@ -3,12 +3,15 @@
 Plain C functions over raw pointers build in seconds where an extension against torch's headers
 takes a minute, and need no ninja. Each source in `csrc/` becomes one shared library, kept under a
 name that holds the hash of the source, the compiler, its flags and this CPU's features: a library
-is never reused where it would not run.
+is never reused where it would not run. It ends in the hash of its own bytes, which a loader passes over: one that
+was cut short or changed on the disk is built again, as is one that another user could have written.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -20,10 +23,11 @@ from pathlib import Path
 
 import torch
 
-from thresher.files import cache_dir
+from thresher.files import cache_folder, no_cache, scratch, trusted
 
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-Wall")
+_MARK = b"\nthresher-sha256:"
 
 
 @functools.cache
@@ -63,17 +67,38 @@ def _compiler_version(path: str) -> str:
 
 
 def _build(source: Path, target: Path, compiler_path: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as out:
-        partial = Path(out.name)
-    try:
+    """Compile into `target`; another process sees a whole library or none."""
+    with scratch(target.parent) as made:
+        partial = made / target.name
         command = [compiler_path, *_FLAGS, str(source), "-o", str(partial)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            if "No space left" in done.stderr:
+                raise OSError(errno.ENOSPC, "No space left on device")
             raise RuntimeError(f"Building {source.name} failed: {' '.join(command)}\n{done.stderr[-4000:]}")
-        partial.replace(target)  # atomic: another process sees a whole library or none
-    finally:
-        partial.unlink(missing_ok=True)
+        with open(partial, "ab") as file:
+            file.write(_MARK + hashlib.sha256(partial.read_bytes()).hexdigest().encode())
+        partial.chmod(0o700)
+        partial.replace(target)
+
+
+def _whole(library: Path) -> bool:
+    """Whether a library is there as it was built, and nobody but this user, or root, can have written it."""
+    if not trusted(library):
+        return False
+    try:
+        content, _, digest = library.read_bytes().rpartition(_MARK)
+    except OSError:
+        return False
+    return hashlib.sha256(content).hexdigest().encode() == digest
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """A folder for this process alone, where there is no cache."""
+    folder = tempfile.mkdtemp(prefix="thresher-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @functools.cache
@@ -94,13 +119,16 @@ def load(name: str) -> ctypes.CDLL:
             + [" ".join(sorted(cpu_features())).encode()]
         )
     ).hexdigest()[:16]
-    target = cache_dir() / "native" / f"{name}-{key}.so"
-    if not target.exists():
+    folder, library = cache_folder("native"), f"{name}-{key}.so"
+    if folder is not None:
         try:
-            _build(source, target, path)
-        except OSError:  # a read-only cache directory must not take the kernel away
-            target = Path(tempfile.mkdtemp(prefix="thresher-")) / target.name
-            _build(source, target, path)
+            if not _whole(folder / library):
+                _build(source, folder / library, path)
+            return ctypes.CDLL(str(folder / library))
+        except OSError as reason:  # read-only, full, or mounted so that nothing in it may run
+            no_cache(folder, reason)
+    target = _own_folder() / library
+    _build(source, target, path)
     return ctypes.CDLL(str(target))
 
 

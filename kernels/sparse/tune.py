@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from thresher.files import cache_dir
+from thresher.files import cache_folder, keep, trusted
 
 from .. import native
 from . import cpp as sparse_native
@@ -30,6 +29,7 @@ _ROUNDS = 9
 _SECONDS = 0.5  # per shape, after the first two rounds
 _PRODUCT = 16  # tokens above which the dense product computes rather than reads
 _MOST = 0.7  # largest break-even there: who wins at full density depends on how busy the machine is
+_FILE = "sparse_break_even.json"
 _COLD = 1 << 26  # bytes of weights to rotate through, so that caches hold none of them
 
 
@@ -71,11 +71,15 @@ def _break_even(site: Site, tokens: int, threads: int) -> float:
 
 def remembered(key: str, measured: Callable[[], float]) -> float:
     """The number kept on disk under this key, which names all it depends on; measured if there is none."""
-    kept = _read()
-    if key not in kept:
-        kept = {key: measured()}
-        _write(kept)
-    return kept[key]
+    found = _read().get(key)
+    if isinstance(found, (int, float)):
+        return float(found)
+    number = measured()
+    folder = cache_folder()
+    if folder is not None:
+        text = json.dumps(_read() | {key: number}, indent=0, sort_keys=True)
+        keep(folder / _FILE, text.encode())
+    return number
 
 
 def copies(size: int) -> int:
@@ -149,25 +153,12 @@ def least_seconds(candidates: tuple[Callable[[int], object], ...]) -> list[float
     return best
 
 
-def _path() -> Path:
-    return cache_dir() / "sparse_break_even.json"
-
-
-def _read() -> dict[str, float]:
+def _read() -> dict[str, Any]:
+    folder = cache_folder()
+    if folder is None or not trusted(folder / _FILE):
+        return {}
     try:
-        kept = json.loads(_path().read_text())
-    except (OSError, ValueError):  # none yet, or cut off by a full disk: measuring again repairs it
+        kept = json.loads((folder / _FILE).read_text())
+    except (OSError, ValueError, RecursionError):  # cut off by a full disk: measuring again repairs it
         return {}
     return kept if isinstance(kept, dict) else {}
-
-
-def _write(new: dict[str, float]) -> None:
-    """Add to the file, whole or not at all. Where the directory cannot be written, this process remembers."""
-    try:
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=_path().parent, suffix=".json")
-        with os.fdopen(handle, "w") as file:
-            json.dump(_read() | new, file, indent=0, sort_keys=True)
-        os.replace(partial, _path())
-    except OSError:
-        pass

@@ -7,13 +7,12 @@ kept under a name that holds torch, the compiler and the processor's features; a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from typing import Any
 
 import torch
 
-from thresher.files import cache_dir
+from thresher.files import cache_folder, keep, trusted
 from thresher.kernels import native
 
 
@@ -28,14 +27,15 @@ def settings() -> dict[str, Any]:
 
         if config.cpp.vec_isa_ok is not None:
             return {}
-        kept = cache_dir() / "isa" / _key(get_cpp_compiler())
-        if not kept.exists():
+        folder = cache_folder("isa")
+        if folder is None:
+            return {}
+        kept = folder / _key(get_cpp_compiler())
+        if not trusted(kept):
             named = [i for i in cpu_vec_isa.supported_vec_isa_list if _named(i, cpu_vec_isa)]
             if not named or named != cpu_vec_isa.valid_vec_isa_list():  # this is Inductor's own trial
                 return {}
-            with contextlib.suppress(OSError):
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.touch()
+            keep(kept, b"")
     except Exception:  # private parts of torch, which another version may not have: it tries for itself
         return {}
     return {"cpp.vec_isa_ok": True}

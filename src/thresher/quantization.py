@@ -12,6 +12,7 @@ and is refused for others.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from . import backend
 from .compat import isolated, without_fake_mode
 from .compiled import check_model
 from .errors import ArgumentError, ThresherError
-from .files import cache_dir
+from .files import cache_folder
 from .graph import capture
 from .graph.program import Program
 from .recipe import Recipe
@@ -64,8 +65,7 @@ class Quantized:
         What was not saved yet is written to the cache directory first.
         """
         if self.path is None:
-            folder = cache_dir() / "quantized"
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = cache_folder("quantized") or Path(tempfile.mkdtemp(prefix="thresher-"))
             self.save(folder / f"{self.statistics.fingerprint}-{time.time_ns()}.safetensors")
         return {"rsq": {"budget": self.config.budget}, "stats": str(self.path)}
 

@@ -27,7 +27,7 @@ from thresher.runtime.artifact.program_json import decode, encode
 from thresher.runtime.artifact.tensor_file import Pool, parse
 
 from ..errors import ThresherError
-from ..files import cache_dir
+from ..files import cache_folder, no_cache, scratch, trusted
 from ..graph.capture import Places
 from ..graph.packed_layout import Visibility
 from ..graph.program import Program
@@ -73,10 +73,11 @@ class Entry:
         except Unnamed as reason:
             _log.info("this graph's rewritten program is not kept: %s", reason)
             return None
-        return cls(cache_dir() / "rewritten" / name, places)
+        folder = cache_folder("rewritten")
+        return None if folder is None else cls(folder / name, places)
 
     def find(self) -> Kept | None:
-        if not self.path.exists():
+        if not trusted(self.path):
             return None
         try:
             with archive.opened(self.path) as (file, found):
@@ -96,7 +97,8 @@ class Entry:
             )
             if not self._assume(manifest["guards"], manifest["after"]):
                 return None
-        except (ThresherError, KeyError, ValueError, TypeError, IndexError) as reason:
+        except (ThresherError, KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError,
+                OSError) as reason:  # fmt: skip
             _log.info("%s is left aside: %s", self.path, reason)
             return None
         note = (
@@ -137,10 +139,15 @@ class Entry:
                 "report": report.to_dict(),
                 "certificate": plain(certificate.to_dict()),
             }
-            with archive.replacing(self.path) as file:
+            with scratch(self.path.parent) as made, open(made / self.path.name, "wb") as file:
                 archive.write(file, {_TENSORS: pool.chunks(), _PROGRAMS: iter([memoryview(text)])}, manifest)
+                file.close()
+                os.chmod(file.name, 0o600)
+                os.replace(file.name, self.path)
             _drop_oldest(self.path.parent)
-        except (Unnamed, ThresherError, ValueError, TypeError, OSError) as reason:
+        except OSError as reason:
+            no_cache(self.path, reason)
+        except (Unnamed, ThresherError, ValueError, TypeError) as reason:
             _log.info("this graph's rewritten program is not kept: %s", reason)
 
     def _weights(self) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, ThresherError, unknown_key
-from ..files import cache_dir
+from ..files import cache_dir, scratch, trusted
 
 FORMAT = "thresher-device-1"
 
@@ -196,11 +196,12 @@ def cpu_path(cache: Path) -> Path:
 def save_cpu(device: Device, cache: Path) -> Path:
     """Keep a measured CPU; whole or not at all."""
     path = cpu_path(cache)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(device.to_dict(), indent=1))
-        partial.replace(path)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with scratch(path.parent) as made:
+            (made / path.name).write_text(json.dumps(device.to_dict(), indent=1))
+            (made / path.name).chmod(0o600)
+            (made / path.name).replace(path)
     except OSError as reason:
         raise ThresherError(
             f"The calibration cannot be kept in {path}: {reason.strerror}. Name a directory that can be written "
@@ -214,9 +215,11 @@ def save_cpu(device: Device, cache: Path) -> Path:
 def this_cpu(cache: Path, key: str = "") -> Device:
     """What was measured on this CPU with this many threads, or a guess. key: for the cache of this function."""
     try:
-        return Device.from_dict(json.loads(cpu_path(cache).read_text()))
-    except (OSError, ValueError):
-        return guessed_cpu()
+        if trusted(cpu_path(cache)):
+            return Device.from_dict(json.loads(cpu_path(cache).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # damaged: calibrating again repairs it
+    return guessed_cpu()
 
 
 def get(name: str) -> Device:

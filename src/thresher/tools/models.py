@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, MissingDependencyError, ThresherError
-from ..files import cache_dir
+from ..files import cache_dir, cache_folder
 from . import lengths
 
 _log = logging.getLogger(__name__)
@@ -111,7 +111,10 @@ def smollm2_directory(path: str | os.PathLike[str] | None = None) -> Path:
             return directory
     for package in ("transformers", "gguf", "accelerate"):
         _need(package, "Converting SmolLM2 from its GGUF file")
-    converted.parent.mkdir(parents=True, exist_ok=True)
+    if cache_folder("models") is None:
+        raise ThresherError(
+            f"{converted.parent} cannot be used. Set THRESHER_CACHE_DIR to a folder of your own."
+        )
     with tempfile.TemporaryDirectory(dir=converted.parent) as scratch:
         _fetch_gguf(Path(scratch))
         _convert_gguf(Path(scratch), Path(scratch) / "converted")
