@@ -23,6 +23,7 @@ from torch import fx
 
 from thresher.errors import ThresherError
 from thresher.graph.program import Program, weights_fingerprint
+from thresher.reading import reading
 from thresher.report import progress
 
 from ...structure.recover import LinearSite, Structure, recover
@@ -112,7 +113,7 @@ class _Run:
         rsq_rewrite.rebind_layers(self.rotated, self.structure)
         self.sweep = Sweep(self.rotated)
         self.outcome = Outcome(weights_fingerprint(program), config, plan, 0.0)
-        stamp = stamp_of(self.outcome.fingerprint, config.to_json(), [b.inputs for b in batches])
+        stamp = stamp_of(program, config.to_json(), [b.inputs for b in batches]) if folder is not None else ""
         self.files = LayerFiles(folder, stamp)
         self.pieces = list(pieces(self.structure, plan, self.sweep.order))
         self.counts = rsq_scores.token_counts([b.tokens for b in batches]) if batches else None
@@ -282,14 +283,19 @@ class _Run:
         if read is None:
             return None
         flat, metadata = read
-        for fields in json.loads(metadata["reports"]):
-            self.outcome.reports[fields["site"]] = LinearReport(**fields)
         if "importance" in flat:
             self.outcome.importance[piece.name] = flat.pop("importance")
         found: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in flat.items():
             site, _, part = key.rpartition(":")
             found.setdefault(site, {})[part] = tensor
+        with reading(self.files.path(piece.name), f"the layer {piece.name}", "Delete the file."):
+            for fields in json.loads(metadata["reports"]):
+                self.outcome.reports[fields["site"]] = LinearReport(**fields)
+            for site in (s for group in piece.groups for s in group):
+                held, shape = rsq_codes.values(found[site.fqn]), (site.out_features, site.in_features)
+                if tuple(held.shape) != shape:
+                    raise ThresherError(f"{site.fqn} is {tuple(held.shape)}, and the model's is {shape}")
         return found
 
     def _save(self, piece: Piece) -> None:

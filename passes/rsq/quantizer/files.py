@@ -1,4 +1,8 @@
-"""Finished layers on disk, so that an interrupted quantization goes on where it was."""
+"""Finished layers on disk, so that an interrupted quantization goes on where it was.
+
+A file holds one layer of one run: a stamp of the whole model, the options and the data says which run, and a hash
+of its contents and its name that it is whole and the layer it is taken for.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from thresher.compat import has_values
+from thresher.errors import ThresherError
+from thresher.graph.program import Program
+from thresher.hashing import add_tensor, of_tensors
+from thresher.reading import reading
+
 Tensors = dict[str, torch.Tensor]
+_FIX = "Delete the file, and the layer is quantized anew."
 
 
 class LayerFiles:
@@ -24,40 +35,68 @@ class LayerFiles:
         self.folder, self.stamp = folder, stamp
 
     def read(self, name: str) -> tuple[Tensors, Mapping[str, str]] | None:
-        """(tensors, metadata) of a finished layer of this run, or None."""
-        if self.folder is None or not self._path(self.folder, name).exists():
+        """(tensors, metadata) of a finished layer of this run, or None. Raises ThresherError for a damaged file."""
+        if self.folder is None:
             return None
-        with safe_open(str(self._path(self.folder, name)), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("stamp") != self.stamp:
+        path = self.path(name)
+        with reading(path, f"the finished layer {name}", _FIX):
+            if not path.exists():
                 return None
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("stamp") != self.stamp:
+                    return None
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.get("sha256") != _digest(name, tensors, metadata):
+                raise ThresherError("it was changed since it was written, or is another layer's")
+            return tensors, metadata
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         """Write a finished layer; an old file stays whole until the new one is complete."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(self.folder, name)
-        partial = path.with_suffix(".partial")
-        save_file(dict(tensors), str(partial), {**metadata, "stamp": self.stamp})
-        partial.replace(path)
+        path = self.path(name)
+        partial = path.with_name(path.name + ".partial")
+        stamped = {**metadata, "stamp": self.stamp}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(dict(tensors), str(partial), {**stamped, "sha256": _digest(name, tensors, stamped)})
+            partial.replace(path)
+        except Exception as reason:  # safetensors raises its own kind for a full disk
+            raise ThresherError(
+                f"The layer {name} cannot be kept in {path}: {reason}. Name another folder."
+            ) from None
 
-    @staticmethod
-    def _path(folder: Path, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Where a layer's file is; each name has a file of its own."""
+        assert self.folder is not None
         safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
-        return folder / f"{safe}.safetensors"
+        if safe != name:
+            safe += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+        return self.folder / f"{safe}.safetensors"
 
 
-def stamp_of(fingerprint: str, options: str, inputs: Iterable[Mapping[str, Any]]) -> str:
-    """Hash of the source weights' fingerprint, the options and the calibration batches."""
-    digest = hashlib.sha256(f"{fingerprint} {options}".encode())
+def _digest(name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    texts = [f"{k}={v}" for k, v in sorted(metadata.items()) if k != "sha256"]
+    return of_tensors(tensors.items(), name, *texts)
+
+
+def stamp_of(program: Program, options: str, inputs: Iterable[Mapping[str, Any]]) -> str:
+    """Hash of the program's graph and all of its weights, the options and the calibration batches.
+
+    All, and not a sample: a layer of another model would be taken for this one's. Hashing reads a weight once,
+    where quantizing reads it hundreds of times.
+    """
+    digest = hashlib.sha256(f"{program.fingerprint()} {options}".encode())
+    for name, weight in sorted(program.weights.items()):
+        digest.update(name.encode())
+        if has_values(weight.tensor):
+            add_tensor(digest, weight.tensor)
     for named in inputs:
         for name, given in sorted(named.items()):
             digest.update(name.encode())
             if isinstance(given, torch.Tensor):
-                plain = given.double() if given.is_floating_point() else given
-                digest.update(plain.cpu().contiguous().numpy().tobytes())
+                add_tensor(digest, given)
             else:
                 digest.update(repr(given).encode())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
