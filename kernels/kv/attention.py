@@ -11,8 +11,8 @@ from torch import fx
 
 from thresher.errors import ArgumentError
 from thresher.graph.nodes import argument, value
-from thresher.machine.pricing import Prices, dtype_of, width_of
 from thresher.ops import Sample, define
+from thresher.pricing import Prices, dtype_of, width_of
 
 from .. import arguments
 from ..varlen.attention import empty_result

@@ -25,8 +25,8 @@ from torch import fx
 from thresher.errors import ArgumentError, unknown_key
 from thresher.formats.nvfp4 import BLOCK, decode_e2m1, pad_blocks, padded, unpack
 from thresher.graph.nodes import argument, value
-from thresher.machine.pricing import LinearRate, Prices, dtype_of
 from thresher.ops import Sample, define
+from thresher.pricing import LinearRate, Prices, dtype_of
 
 from . import cpu as nvfp4_cpu
 from . import cuda as nvfp4_cuda

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from thresher import ops, site_counts
 from thresher.errors import ArgumentError
 from thresher.graph.nodes import argument, value
-from thresher.machine.pricing import Prices, dtype_of
 from thresher.plain_form import Plain
+from thresher.pricing import Prices, dtype_of
 
 # bf16 and fp16: the reference's own output rounding is 2^-9 and 2^-12, plus one for its inputs' order.
 # fp32: sums of up to 512 terms in another order.

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from thresher import ops
 from thresher.errors import ArgumentError, unknown_key
 from thresher.graph.nodes import argument
-from thresher.machine.pricing import Prices
 from thresher.plain_form import Plain
+from thresher.pricing import Prices
 
 from . import down
 

@@ -23,8 +23,8 @@ from torch import fx
 from thresher.errors import ArgumentError
 from thresher.graph.nodes import argument, value
 from thresher.graph.token_labels import BATCH, SEQUENCE, Labels, Stop, TokenAxes
-from thresher.machine.pricing import AttentionRate, Prices, dtype_of, width_of
 from thresher.ops import define
+from thresher.pricing import AttentionRate, Prices, dtype_of, width_of
 
 from .. import arguments
 from ..derived import derived

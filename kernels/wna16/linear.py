@@ -15,8 +15,8 @@ from torch import fx
 from thresher.errors import ArgumentError
 from thresher.formats import bitpack
 from thresher.graph.nodes import argument, value
-from thresher.machine.pricing import LinearRate, Prices, dtype_of
 from thresher.ops import Sample, define
+from thresher.pricing import LinearRate, Prices, dtype_of
 
 BITS = (2, 3, 4, 8)
 GROUPS = (-1, 32, 64, 128)

@@ -26,7 +26,7 @@ from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 from thresher.machine.devices import Device
-from thresher.machine.pricing import WIDTH, Price, Work, dtype_of, width_of
+from thresher.pricing import WIDTH, Price, Work, dtype_of, width_of
 
 aten = torch.ops.aten
 _VIEWS = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import fx
 
 from thresher.graph.nodes import argument, value
-from thresher.machine.pricing import dtype_of, width_of
+from thresher.pricing import dtype_of, width_of
 
 from .model import CHEAP_SHARE, CostModel, price
 

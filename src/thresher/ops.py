@@ -30,8 +30,8 @@ import torch
 from . import op_signature, plain_form
 from .errors import ArgumentError, unknown_key
 from .graph.token_labels import Rule
-from .machine.pricing import Price, Rate
 from .plain_form import Plain
+from .pricing import Price, Rate
 
 NAMESPACE = "thresher"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")

@@ -28,7 +28,7 @@ from torch import fx
 
 from thresher.graph.nodes import argument
 from thresher.graph.token_labels import row_by_row
-from thresher.machine.pricing import LinearRate, Prices, dtype_of
+from thresher.pricing import LinearRate, Prices, dtype_of
 from thresher.ops import Sample, define
 from thresher.plain_form import Plain, Spelling
 

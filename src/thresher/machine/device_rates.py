@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
+from ..pricing import LinearRate
 from ..report import progress
 from .devices import Device, Surface, guessed_cpu
-from .pricing import LinearRate
 
 ROWS = (1, 4, 16, 64, 256, 1024)
 SIDES = (192, 384, 768, 1536, 3072)  # of a square weight: from the caches' sizes to main memory's

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import fx
 
 from thresher.graph.nodes import value
 
-from .devices import Device
+if TYPE_CHECKING:
+    from .machine.devices import Device
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1}
 """Bytes of a number, by dtype."""
