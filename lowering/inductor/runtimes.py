@@ -9,7 +9,7 @@ RUNTIMES = (
     Runtime(
         "inductor",
         operators=True,
-        lower=lambda options, mode: Inductor(dict(options), mode),
+        lower=lambda options, mode: Inductor(options, mode),
         peer="inductor",
     ),
     Runtime("aoti", operators=True),

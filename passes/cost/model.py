@@ -26,7 +26,7 @@ from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 from thresher.machine.devices import Device
-from thresher.pricing import WIDTH, Price, Work, dtype_of, width_of
+from thresher.pricing import WIDTH, Work, dtype_of, width_of
 
 aten = torch.ops.aten
 _VIEWS = {
@@ -63,7 +63,8 @@ class CostModel:
         if node.target in _LINEAR:
             return self._linear_node(node)
         name, own = _name(node), ops.of(node.target)
-        known = own.price if own is not None and own.price is not None else PRICES.get(name)
+        known: Rule | None = own.price if own is not None else None
+        known = known or PRICES.get(name)
         if known is not None:
             return known(self, node)
         return self.work(self._any(node, name))
@@ -173,14 +174,15 @@ def _operands(node: fx.Node) -> tuple[Any, Any]:
 CHEAP_SHARE = 0.25
 """Of what a transcendental costs an element, for adds and copies that are fused with others."""
 
-PRICES: dict[str, Price] = {}
+Rule = Callable[["CostModel", fx.Node], float]
+PRICES: dict[str, Rule] = {}
 """Seconds of an operator that is not defined here, by its name; one of `thresher.ops.define` brings its own."""
 
 
-def price(name: str) -> Callable[[Price], Price]:
+def price(name: str) -> Callable[[Rule], Rule]:
     """Register what an operator that is not Thresher's costs."""
 
-    def add(function: Price) -> Price:
+    def add(function: Rule) -> Rule:
         PRICES[name] = function
         return function
 

@@ -70,7 +70,7 @@ def thresher_backend(
         refuse = cannot_rewrite(gm)
         if refuse is not None:
             raise ThresherError(refuse)
-        session, roles = build(gm, example_inputs, recipe, lower(recipe.inductor, mode))
+        session, roles = build(gm, example_inputs, recipe, lower(dict(recipe.inductor), mode))
     except ThresherError as reason:
         if strict:
             raise
