@@ -14,19 +14,12 @@ import torch
 from thresher.passes.calibrate import Calibration, Statistics
 
 from . import backend
-from .compat import isolated, without_fake_mode
-from .compiled import (
-    Compiled,
-    check_model,
-    check_plain,
-    compile_strictly,
-    example,
-    specialized_floats,
-    unwrapped,
-)
+from .compat import without_fake_mode
+from .compiled import Compiled, check_model, check_plain, compile_strictly
 from .errors import ArgumentError, ThresherError, unknown_key
 from .graph import capture
 from .graph.program import Program
+from .model_capture import example, shown_to
 from .recipe import Recipe
 from .report import Report, progress
 
@@ -161,8 +154,7 @@ def explain(
         return gm.forward
 
     place = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, lambda t: t.to(device))
-    with torch.no_grad(), unwrapped(), specialized_floats():
-        torch.compile(model, backend=look, **isolated())(*place(args), **place(kwargs))
+    shown_to(look, model)(*place(args), **place(kwargs))
     if not found.reports and not found.refused:
         raise ThresherError(
             "Nothing was captured: the model's forward has no tensor operation, or it was compiled before."
@@ -201,11 +193,10 @@ def calibrate(
     """
     check_plain(model)
     calibration = Calibration(Recipe.of(recipe, **options))
-    watched = torch.compile(model, backend=backend.watching(calibration), dynamic=True, **isolated())
-    with torch.no_grad(), unwrapped(), specialized_floats():
-        for batch in progress(batches, "calibrating"):
-            args, kwargs = example(batch)
-            watched(*args, **kwargs)
+    watched = shown_to(backend.watching(calibration), model, dynamic=True)
+    for batch in progress(batches, "calibrating"):
+        args, kwargs = example(batch)
+        watched(*args, **kwargs)
     if group is not None:
         calibration.gather(group)
     return calibration.statistics()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from thresher.runtime.session import Counters, Session
 from . import backend, generation, sessions
 from .compat import isolated, room_for_graphs, tracing, uncollected
 from .errors import ArgumentError, ThresherError
+from .model_capture import example, specialized_floats, unwrapped
 from .recipe import Recipe
 from .records.certificate import Certificate
 from .report import Report
@@ -292,27 +292,3 @@ def compile_strictly(
             "TORCH_LOGS=graph_breaks,recompiles says why."
         )
     return compiled
-
-
-def example(given: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(given, Mapping) or hasattr(given, "keys"):
-        return (), dict(given)  # a tokenizer's BatchEncoding is a mapping by behaviour only
-    if isinstance(given, (tuple, list)):
-        return tuple(given), {}
-    raise ArgumentError("example_inputs", type(given).__name__, "a dict of keyword arguments or a tuple of positional ones",
-                        "Pass what you would call the model with.")  # fmt: skip
-
-
-@contextlib.contextmanager
-def unwrapped() -> Iterator[None]:
-    """Dynamo wraps what a backend raises; give the user our own error."""
-    try:
-        yield
-    except torch._dynamo.exc.BackendCompilerFailed as wrapped:
-        inner = wrapped.inner_exception
-        raise inner.with_traceback(None) from None if isinstance(inner, ThresherError) else wrapped
-
-
-def specialized_floats() -> Any:
-    """Norm epsilons and attention scales are constants, also with dynamic=True."""
-    return torch._dynamo.config.patch(specialize_float=True)

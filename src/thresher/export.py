@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -27,12 +28,12 @@ from thresher.runtime.packing.plan import plan
 from thresher.runtime.session import Session
 
 from . import backend, sessions
-from .compiled import check_model, example
-from .errors import ArgumentError, CaptureError, ThresherError
+from .compiled import check_model
+from .errors import ArgumentError, ThresherError
 from .files import check_writable
-from .graph import capture
 from .graph.call_plan import refuse_to_keep
 from .graph.program import Program
+from .model_capture import example, exported, without_cache
 from .recipe import Recipe
 from .records.certificate import plain
 from .report import Report
@@ -203,23 +204,10 @@ def _captured(
     if shapes is None:
         shapes = pytree.tree_map(_free, (args, kwargs))
         shapes = {**dict(zip(_parameters(model), shapes[0])), **shapes[1]}
-    config = getattr(model, "config", None)
-    caching = getattr(config, "use_cache", None)
     holds_cache = any(not isinstance(v, torch.Tensor) for v in (*args, *kwargs.values()))
-    try:
-        if caching and not holds_cache:
-            config.use_cache = False  # type: ignore[union-attr]
-        with torch.no_grad():
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as reason:
-        raise CaptureError(
-            f"torch.export cannot capture the model: {str(reason).splitlines()[0]}"
-        ) from reason
-    finally:
-        if caching and not holds_cache:
-            config.use_cache = caching  # type: ignore[union-attr]
-    spec = exported.call_spec.out_spec
-    program = capture.from_export(exported)
+    with contextlib.nullcontext() if holds_cache else without_cache(model):
+        program, whole = exported(model, args, kwargs, shapes)
+    spec = whole.call_spec.out_spec
     flat, _ = pytree.tree_flatten((args, kwargs))
     return program, _flat_names(spec), [x for x in flat if isinstance(x, (torch.Tensor, int, float))]
 

@@ -29,13 +29,12 @@ from thresher.passes.rsq.quantizer.driver import Outcome
 from thresher.passes.rsq.quantizer.importance import shift_sequences
 from thresher.passes.rsq.quantizer.pieces import Batch
 
-from . import backend
-from .compat import isolated, without_fake_mode
-from .compiled import check_model
+from .compiled import check_model  # which loads the operators that programs hold
 from .errors import ArgumentError, ThresherError
 from .files import cache_folder
 from .graph import capture
 from .graph.program import Program
+from .model_capture import shown_to, without_cache
 from .recipe import Recipe
 from .records.quantization_report import QuantizeReport
 
@@ -193,20 +192,8 @@ def _capture(model: torch.nn.Module, batches: Sequence[Batch]) -> Program:
         given = {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in given.items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     given = {k: v.to(device)[:2] if v.shape[0] > 2 else v.to(device) for k, v in given.items()}
-    forward = model
-    config = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
-    try:
-        if caches:
-            config.use_cache = False  # type: ignore[union-attr]
-        with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
-            torch.compile(forward, backend=look, dynamic=True, **isolated())(**given)
-    except torch._dynamo.exc.BackendCompilerFailed as wrapped:
-        inner = wrapped.inner_exception
-        raise inner.with_traceback(None) from None if isinstance(inner, ThresherError) else wrapped
-    finally:
-        if caches:
-            config.use_cache = caches  # type: ignore[union-attr]
+    with without_cache(model):
+        shown_to(look, model, dynamic=True)(**given)
     if len(programs) != 1:
         raise ThresherError(
             f"The model was captured in {len(programs)} graphs, and quantizing needs one. "
@@ -226,6 +213,3 @@ def _report(
         list(outcome.reports.values()), dict(outcome.importance), dict(outcome.bits), dict(outcome.sensitivity),
         list(outcome.plan.notes), list(outcome.plan.missed), outcome.exact, total, tokens, seconds,
     )  # fmt: skip
-
-
-_ = backend, without_fake_mode  # loading the backend defines the operators that programs hold

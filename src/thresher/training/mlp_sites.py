@@ -20,8 +20,8 @@ from thresher.passes.deft.sites import site_names, widest
 from thresher.passes.structure.recover import recover
 
 from ..errors import ArgumentError, ThresherError
-from ..graph import capture
 from ..graph.nodes import module_fqn
+from ..model_capture import exported
 
 _PACKED = (torch.uint8, torch.int8, torch.int32)
 
@@ -58,8 +58,8 @@ def mlps(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> l
         "attention_mask" in inspect.signature(model.forward).parameters and "input_ids" in given
     ):  # without a mask models look for pads by value
         given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
-    with torch.no_grad(), _adapters_off(shadow):
-        program = capture.from_export(torch.export.export(shadow, (), given, strict=False))
+    with _adapters_off(shadow):
+        program, _ = exported(shadow, (), given)
     structure = recover(program)
     sites, _ = widest(structure.mlps)  # an adapter's linear beside the down projection reads the same value
     # an adapter in a row with the MLP is a narrow one of its own, and its few neurons are there to be used
