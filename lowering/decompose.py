@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from thresher import ops, plain_form
 from thresher.errors import ThresherError
 from thresher.graph.nodes import fake_like, value
 from thresher.graph.program import Program, Weight
+from thresher.graph.tracing import trace
 from thresher.kernels.varlen.plain import as_mask
 from thresher.plain_form import Plain
 
@@ -86,7 +86,7 @@ def trace_before(
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
     with mode, torch.no_grad():
-        traced = make_fx(run, pre_dispatch=True)(*[value(flat[i]) for i in places])
+        traced = trace(run, [value(flat[i]) for i in places])
     mapping: dict[fx.Node, fx.Node] = {}
     inputs = iter(flat[i] for i in places)
     results: tuple[Any, ...] = ()

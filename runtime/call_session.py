@@ -16,6 +16,7 @@ import torch
 from thresher import given_tokens
 from thresher.graph.call_plan import CallPlan
 from thresher.graph.program import Program
+from thresher.graph.tracing import compiling
 
 from .session import Session
 
@@ -116,6 +117,9 @@ class CallSession(Session):
         with self._lock:
             if key in self.variants:
                 return self.variants[key]
+        with compiling(), self._lock:
+            if key in self.variants:
+                return self.variants[key]
             if self.rebuild is None and key not in self._kept:
                 if key not in self._missed:
                     self._missed.add(key)
@@ -130,7 +134,7 @@ class CallSession(Session):
             return self._made(key, wanted, inputs)
 
     def _made(self, key: Key, wanted: Mapping[str, Any], inputs: Sequence[Any]) -> Session:
-        with self._lock:
+        with compiling(), self._lock:
             if key not in self.variants:
                 if self.rebuild is not None:
                     self.variants[key] = self.rebuild(wanted, inputs)

@@ -13,6 +13,7 @@ import torch
 from thresher.errors import ArgumentError
 from thresher.graph.packed_layout import PackedLayout, Passed, Scatter
 from thresher.graph.program import Program
+from thresher.graph.tracing import compiling
 from thresher.lowering.target import Lowered, Target
 from thresher.report import Report
 
@@ -42,7 +43,8 @@ class Counters:
 
 
 class Session:
-    """Runs one Program for its caller. Safe to call from several threads.
+    """Runs one Program for its caller. Safe to call from several threads: whatever is compiled at a call is compiled under
+    Dynamo's lock, taken before the session's own.
 
     program: rewritten. target: lowers it. plain: the target for the few nodes around a packed body, which
     are not worth a compilation. freshness: see `Recipe.freshness`. certificate, captured: set by whoever
@@ -133,7 +135,7 @@ class Session:
 
     def _lowered_body(self) -> Lowered:
         if self._body is None:
-            with self._lock:
+            with compiling(), self._lock:
                 if self._body is None:
                     self._body = self._lower(self.program)
         return self._body
@@ -172,7 +174,7 @@ class Session:
         if holed and layout.windowed() and layout.packing.form == "flat":
             return "A row has holes in its mask, and a sliding window counts distances across them."
         if width > layout.proven and layout.reclassify is not None:
-            with self._lock:
+            with compiling(), self._lock:
                 if width > layout.proven:
                     if {**layout.visibilities, **layout.reclassify(width)} != layout.visibilities:
                         return "At this length the model's attention mask may show a window that shorter ones did not."
@@ -196,9 +198,11 @@ class Session:
     ) -> list[Any]:
         with self._lock:
             self.counters.padded[reason] += 1
-            if self._padded is None:
-                padded = self.program.packing.padded
-                self._padded = (self._lower(padded), Freshness(padded, self._mode))
+        if self._padded is None:
+            with compiling(), self._lock:
+                if self._padded is None:
+                    padded = self.program.packing.padded
+                    self._padded = (self._lower(padded), Freshness(padded, self._mode))
         lowered, fresh = self._padded
         results = lowered.run(inputs, self._live(lowered, fresh, weights))
         layout: PackedLayout = self.program.packing

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from thresher.graph.capture import assemble
@@ -17,6 +16,7 @@ from thresher.graph.dialect import unrepeated
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of, free_number, symbol_of
+from thresher.graph.tracing import trace
 
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes
 from .frontier import Frontier, plan_fields
@@ -72,7 +72,7 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
         return tuple(env[n] for n in leaving)
 
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta():
-        traced = make_fx(run, pre_dispatch=True)(*fakes)
+        traced = trace(run, fakes)
     held = {len(names) + i: _held(program, n) for i, n in enumerate(weights)}
     body = assemble(traced, names, held, list(program.notes))
     known = {w.fqn: w for w in program.weights.values()}  # computed ones keep how they are computed

@@ -1,6 +1,6 @@
 """Runs a program's nodes again for fewer tokens: how a pass shortens the sequence halfway.
 
-`retrace` traces a program anew under `make_fx` and lets a pass decide what each node's value is. A
+`retrace` traces a program anew (`tracing.trace`) and lets a pass decide what each node's value is. A
 `Frame` is a stretch of the program with one choice of tokens: it knows which tokens of the frame
 before are left, and fits every value made for other tokens to them. Sizes that a graph spells out
 (reshapes, expansions) are written anew from the labels of `token_axes`, so a graph captured at fixed
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from thresher.graph.capture import assemble
 from thresher.graph.nodes import module_fqn, value
 from thresher.graph.program import Program
+from thresher.graph.tracing import trace
 
 from ..extract import is_computed
 from ..structure.sdpa import attention
@@ -55,7 +55,7 @@ def retrace(
         return tuple(replay(env, dict(zip(extra, given[len(places) :]))))
 
     with program.fake_mode(), torch.no_grad(), fx.traceback.preserve_node_meta():
-        traced = make_fx(run, pre_dispatch=True)(*fakes)
+        traced = trace(run, fakes)
     read = [program.weights[str(n.target)] for n in weights]
     held = {len(names) + i: (w.fqn, w.tensor) for i, w in enumerate(read)}
     fresh = assemble(traced, names, held, list(program.notes))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from thresher.graph.program import Program
+from thresher.graph.tracing import compiling
 from thresher.lowering import catalog
 from thresher.lowering.inductor import aoti
 from thresher.lowering.reference import Reference
@@ -72,7 +73,9 @@ class Loaded:
     @property
     def session(self) -> Session:
         """What runs the program; made when first asked for."""
-        with self._lock:
+        if self._session is not None:
+            return self._session
+        with compiling(), self._lock:
             if self._session is None:
                 given = (self.program, self._lowering(), Reference(), self.report, "trust")
                 if self._whole is None:

@@ -36,6 +36,7 @@ from .errors import ThresherError
 from .graph import capture, sharded
 from .graph.nodes import value
 from .graph.program import Program
+from .graph.tracing import compiling
 from .left_alone import ThresherWarning, as_fault, cannot_rewrite, leave_alone
 from .machine import devices, memory
 from .op_checks import watch
@@ -190,7 +191,7 @@ def run_pipeline(
         stats=_statistics(recipe, program),
         cost=CostModel(devices.of(device), lengths or real_lengths(program, inputs)),
     )
-    with watch() as checks:
+    with compiling(), watch() as checks:
         rewritten, report = pipeline.run(program)
     report.operators = checks
     return rewritten, report

@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,16 +72,31 @@ def trace_structured_json(name: str, payload: str) -> None:
     )
 
 
+class _Rest:
+    """How many threads want the collector to rest; the last of them wakes it, if the first put it to sleep."""
+
+    def __init__(self) -> None:
+        self.lock, self.count, self.ours = threading.Lock(), 0, False
+
+
+_REST = _Rest()
+
+
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """Within the context Python's garbage collector rests: compiling makes many objects and little garbage."""
-    resting = not gc.isenabled()
-    gc.disable()
+    with _REST.lock:
+        _REST.count += 1
+        if _REST.count == 1:
+            _REST.ours = gc.isenabled()
+            gc.disable()
     try:
         yield
     finally:
-        if not resting:
-            gc.enable()
+        with _REST.lock:
+            _REST.count -= 1
+            if _REST.count == 0 and _REST.ours:
+                gc.enable()
 
 
 _MOST_GRAPHS = 1024
@@ -94,7 +110,10 @@ def isolated() -> dict[str, Any]:
     graphs. Empty for a torch that cannot keep them apart.
     """
     known = inspect.signature(torch.compile).parameters
-    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    if "isolate_recompiles" not in known:
+        return {}
+    # threads that meet a new shape at once each compile it, so that eight graphs are soon used up
+    return {"isolate_recompiles": True} | ({"recompile_limit": 64} if "recompile_limit" in known else {})
 
 
 def room_for_graphs() -> contextlib.AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """Capture: from what torch hands us to a Program.
 
-Dynamo's graph and an ExportedProgram are both run once more under `make_fx(pre_dispatch=True)` with
+Dynamo's graph and an ExportedProgram are both run once more under `tracing.trace` with
 the fake tensors they already carry, so that both ways give the same nodes; then canonicalised. The
 given graph is never edited: Dynamo refuses graphs with attributes it did not put there.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..compat import is_fake, source_name
 from ..errors import CaptureError
@@ -23,6 +22,7 @@ from .dialect import canonicalise, verify
 from .functional import Functional, has_writes
 from .nodes import module_fqn, name_modules
 from .program import Program, Weight
+from .tracing import trace
 from .vmapped import without_vmap
 
 _WRITES = "The model writes to {!r} in its forward; export it without that state."
@@ -86,11 +86,11 @@ def _trace(
             return tuple(flat)
 
     with mode, torch.no_grad():  # factories inside must give fakes of the same mode
-        traced = make_fx(run, pre_dispatch=True)(*fakes)
+        traced = trace(run, fakes)
         if not has_writes(traced.graph):
             return traced, []
         functional = Functional(run)
-        return make_fx(functional, pre_dispatch=True)(*fakes), functional.written
+        return trace(functional, fakes), functional.written
 
 
 def assemble(

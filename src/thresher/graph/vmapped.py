@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import CaptureError
+from .tracing import trace
 
 _OPENS, _CLOSES = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 
@@ -44,7 +44,7 @@ class _Mapped:
     def traced(self) -> fx.GraphModule:
         """The stretch as plain operators on whole tensors, from the fake values that the graph carries."""
         known = [_value(n) for n in self.inputs]
-        plain = make_fx(lambda *given: fx.Interpreter(self._body).run(*given))(*known)
+        plain = trace(lambda *given: fx.Interpreter(self._body).run(*given), known, before_dispatch=False)
         for node in plain.graph.nodes:
             if self.stack is not None:
                 node.meta["nn_module_stack"] = self.stack
