@@ -114,6 +114,9 @@ class Pass(abc.ABC):
     static cache, is then not for it: they have places there."""
     sees_writes: ClassVar[bool] = False
     """Whether such a pass tells by itself which of the program's writes are of tokens it moves, and leaves the rest be."""
+    rewrites_weights: ClassVar[bool] = False
+    """Whether it is for every matrix of the model: what no site of its stands for is then a Miss too, and its coverage
+    counts bytes of weights (see weights.py)."""
 
     @abc.abstractmethod
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:

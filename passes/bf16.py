@@ -53,7 +53,7 @@ class BF16Config(PassConfig):
 @register_pass
 class BF16(Pass):
     name, config_type = "bf16", BF16Config
-    per_rank = True
+    per_rank, rewrites_weights = True, True
     effect = Effect(exact=False, budget=0.5)
 
     def budget(self, context: Context) -> float:

@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 
-from thresher.errors import CoverageError
 from thresher.graph.dialect import verify
 from thresher.graph.program import Program
 from thresher.recipe import PassConfig, Recipe
 from thresher.report import Miss, PassReport, Report
 
+from . import weights
 from .base import EXACT, PASSES, Context, Match, Pass
 from .candidates import candidates
 from .cost.ledger import Gain, Ledger
 from .cost.model import CostModel
 from .order import ordered
+from .required import require
+from .structure.linears import find_linears
 from .structure.recover import recover
 
 Compare = Callable[[Program, Program, Sequence[Any]], float]
@@ -54,12 +56,14 @@ class Pipeline:
     claimed: dict[str, str] = field(default_factory=dict)
     cost: CostModel | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
+    matrices: list[weights.Matrix] = field(default_factory=list)
     _ledger: Ledger | None = None
     _said: list[str] = field(default_factory=list)
 
     def run(self, program: Program) -> tuple[Program, Report]:
         report = Report(recipe=self.recipe.fingerprint(), notes=list(program.notes))
         self.fuel, captured = self.recipe.fuel, program
+        self.matrices = weights.matrices(program)
         program = self.prepare(program, report)
         for config in ordered(self.recipe):
             program, account = self._apply(PASSES[config.name], config, program)
@@ -68,7 +72,7 @@ class Pipeline:
         if self.cost is not None:
             report.predicted = self.cost.seconds(captured) / max(self.cost.seconds(program), 1e-12)
             report.notes += list(dict.fromkeys(self.cost.notes))
-        _require(self.recipe, report)
+        require(self.recipe, report)
         return program, report
 
     def prepare(self, program: Program, report: Report) -> Program:
@@ -138,6 +142,8 @@ class Pipeline:
             self.fuel = fuel
         account.predicted.update({s: g.ratio for s, g in self._gains(after).items()})
         account.predicted = {s: g for s, g in account.predicted.items() if s in account.rewritten}
+        if rewriter.rewrites_weights:
+            self._count_weights(before, claims if account.rewritten else {}, account)
         account.seconds = time.perf_counter() - started
         if not account.rewritten:
             account.flops = {}
@@ -146,6 +152,14 @@ class Pipeline:
         account.notes += self._said
         self.claimed.update(claims)
         return after, account
+
+    def _count_weights(self, before: Program, claims: Mapping[str, str], account: PassReport) -> None:
+        """Give every matrix that no site stands for its Miss, and count bytes."""
+        sites = {s.fqn: before.weights[s.weight].origins for s in find_linears(before)[0]}
+        found = weights.account(self.matrices, sites, claims, {m.site for m in account.missed})
+        account.missed += found.left
+        account.apart += found.apart
+        account.weights = {"rewritten": found.rewritten, "missed": found.missed}
 
     def _rewrite(
         self,
@@ -263,22 +277,6 @@ class Pipeline:
                     f"Together the passes changed an output by {report.error:.2e} of its largest value, more than the "
                     f"{report.budget:.0e} that their budgets sum up to, though each of them kept its own."
                 )
-
-
-def _require(recipe: Recipe, report: Report) -> None:
-    for name, share in recipe.require:
-        try:
-            account = report[name]
-        except KeyError:
-            raise CoverageError(
-                f"require[{name!r}] is {share:.0%}, but the recipe does not run {name}."
-            ) from None
-        if account.coverage < share or (not account.rewritten and share > 0):
-            reason = account.missed[0].reason if account.missed else "There is no candidate site."
-            raise CoverageError(
-                f"require[{name!r}] is {share:.0%}; {len(account.rewritten)} of "
-                f"{len(account.rewritten) + len(account.missed)} sites were rewritten. First reason: {reason}"
-            )
 
 
 def bisect(program: Program, recipe: Recipe, **pipeline: Any) -> str | None:

@@ -106,7 +106,7 @@ class Found:
 @register_pass
 class NVFP4(Pass):
     name, config_type = "nvfp4", NVFP4Config
-    per_rank = True
+    per_rank, rewrites_weights = True, True
     effect = Effect(exact=False, budget=0.5)
     extends = frozenset({"rsq"})
 

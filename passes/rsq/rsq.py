@@ -66,6 +66,7 @@ class Found:
 class RSQ(Pass):
     name, config_type = "rsq", RSQConfig
     effect = Effect(exact=False, budget=1.0)
+    rewrites_weights = True
 
     def budget(self, context: Context) -> float:
         return context.config.budget

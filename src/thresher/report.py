@@ -52,6 +52,8 @@ class PassReport:
     guilty: the site whose rewrite broke the budget of a pass that was rolled back.
     counted: site -> the name its operator counts under, for passes whose sites choose at each call.
     flops: what the layers compute "before" and "after" the pass on the example; empty for most passes.
+    weights: bytes of the matrices that products multiply by, "rewritten" and "missed"; empty for passes that are not
+        about weights. apart: the matrices that no product multiplies by, such as tables that are looked up.
     """
 
     name: str
@@ -68,12 +70,15 @@ class PassReport:
     guilty: str | None = None
     counted: dict[str, str] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+    apart: list[Miss] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], strict: bool = False) -> PassReport:
         """What asdict wrote. strict: TypeError for what this version does not know, which else is left out."""
         known = dict(given) if strict else _known(cls, given)
-        return cls(**{**known, "missed": [Miss(**m) for m in given["missed"]]})
+        misses = {name: [Miss(**m) for m in given.get(name, ())] for name in ("missed", "apart")}
+        return cls(**{**known, **misses})
 
     @property
     def flops_left(self) -> float | None:
@@ -102,7 +107,13 @@ class PassReport:
 
     @property
     def coverage(self) -> float:
-        """Share of candidate sites that were rewritten; 1.0 when there were none to rewrite."""
+        """The share that was rewritten: of the bytes of weights, for passes about weights, else of the candidate sites.
+
+        1.0 when there was nothing to rewrite.
+        """
+        if self.weights:
+            total = sum(self.weights.values())
+            return self.weights["rewritten"] / total if total else 1.0
         total = len(self.rewritten) + len(self.missed)
         return len(self.rewritten) / total if total else 1.0
 
@@ -215,6 +226,11 @@ def _details(p: PassReport) -> list[Any]:
     for reason, count in Counter(m.reason for m in p.missed).most_common():
         sites = [m.site for m in p.missed if m.reason == reason]
         lines.append(Text(f"{p.name} left alone {_fold(sites)} ({count}): {reason}", style="yellow"))
+    if p.weights:
+        done, left = p.weights["rewritten"], p.weights["missed"]
+        share = f"{p.coverage:.1%} of the bytes of weights ({done / 1e6:.3g} of {(done + left) / 1e6:.3g} MB)"
+        tables = f"; no product multiplies by {_fold([m.site for m in p.apart])}" if p.apart else ""
+        lines.append(Text(f"{p.name} covers {share}{tables}."))
     lines += [Text(f"{p.name}: {sentence}") for sentence in p.sentences]
     lines += [
         Text(f"{p.name} ran {site}: {_ran(found)}")

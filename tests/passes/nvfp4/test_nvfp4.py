@@ -53,7 +53,12 @@ def test_every_linear_but_the_head_becomes_one_node(name, way):
     left = len(after.nodes(*LINEARS))
     assert len(after.nodes(NVFP4_LINEAR)) == len(account.rewritten) == len(before.nodes(*LINEARS)) - left
     assert left == (0 if name in ("bert", "t5_encoder", "vit") else 1), after.text()
-    assert account.coverage > 0.7 and len(account.missed) == left
+    kernels = [m.site for m in account.missed if "aten.conv" in m.reason]
+    assert (
+        account.coverage > 0.7
+        and len(account.missed) == left + len(kernels)
+        and len(kernels) == (name == "vit")
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "bert"])
