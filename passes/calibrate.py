@@ -32,6 +32,7 @@ from .base import PASSES, Context, Pass
 from .candidates import check_untouched
 from .order import ordered
 from .structure.recover import recover
+from .tokens.owners import Owners
 
 FORMAT = "thresher-statistics-1"
 
@@ -154,7 +155,7 @@ class Calibration:
                 f"No pass of this recipe needs data from this model. The recipe runs: {names}."
             )
         self._fingerprint = fingerprint
-        return Watched(program, readers)
+        return Watched(program, readers, Owners(program))
 
     def _prepared(self, program: Program) -> Program:
         """A copy as the passes that look at data have it when they come to match."""
@@ -167,10 +168,12 @@ class Calibration:
         return program
 
     def run(self, watched: Watched, inputs: Sequence[Any], real: torch.Tensor | None) -> list[Any]:
-        """One batch through a watched program. inputs: its placeholders' values. real: see Collector."""
+        """One batch through a watched program. inputs: its placeholders' values. real: see Collector; of the input that
+        `attention_mask` belongs to, while other sequences, such as a decoder's, have masks of their own among the inputs.
+        """
         self.batches += 1
         with torch.no_grad():
-            return list(_Sweep(watched, real).run(*inputs))
+            return list(_Sweep(watched, real, dict(zip(watched.program.input_names, inputs))).run(*inputs))
 
     def gather(self, group: Any) -> None:
         """Take in what the other ranks of a process group gathered, each on batches of its own.
@@ -215,17 +218,19 @@ class Watched:
 
     program: Program
     readers: Mapping[fx.Node, list[Collector]]
+    owners: Owners
 
 
 class _Sweep(fx.Interpreter):
     """Runs a program and shows tapped values to their collectors."""
 
-    def __init__(self, watched: Watched, real: torch.Tensor | None):
+    def __init__(self, watched: Watched, real: torch.Tensor | None, inputs: Mapping[str, Any]):
         super().__init__(watched.program.graph_module)
-        self.readers, self.real = watched.readers, real
+        self.readers, self.real, self.owners, self.inputs = watched.readers, real, watched.owners, inputs
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         for collector in self.readers.get(n, ()):
-            collector.add(result, self.real)
+            usual = self.owners.mask(n) == "attention_mask"
+            collector.add(result, self.real if usual else self.owners.real(n, self.inputs))
         return result

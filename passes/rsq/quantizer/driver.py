@@ -27,6 +27,7 @@ from thresher.reading import reading
 from thresher.report import progress
 
 from ...structure.recover import LinearSite, Structure, recover
+from ...tokens.owners import Owners
 from .. import rewrite as rsq_rewrite
 from ..config import RSQConfig
 from ..plan import Plan, make_plan
@@ -35,7 +36,7 @@ from . import codes as rsq_codes
 from . import scores as rsq_scores
 from .files import LayerFiles, stamp_of
 from .gptq import Hessian, HessianError, factor, gptq, output_error, round_to_nearest
-from .pieces import Batch, Piece, pieces
+from .pieces import Batch, Piece, pieces, seen_from
 from .sweep import Sweep, Values, bind, exactness
 
 EXACT = 1e-9
@@ -114,6 +115,7 @@ class _Run:
         self.sweep = Sweep(self.rotated)
         self.outcome = Outcome(weights_fingerprint(program), config, plan, 0.0)
         stamp = stamp_of(program, config.to_json(), [b.inputs for b in batches]) if folder is not None else ""
+        self.owners = Owners(self.rotated)
         self.files = LayerFiles(folder, stamp)
         self.pieces = list(pieces(self.structure, plan, self.sweep.order))
         self.counts = rsq_scores.token_counts([b.tokens for b in batches]) if batches else None
@@ -175,18 +177,25 @@ class _Run:
     def _quantise(self, piece: Piece, group: Sequence[LinearSite], later: Sequence[fx.Node]) -> None:
         x = group[0].x
         hessian = Hessian.empty(group[0].in_features)
-        first = not self.weights
+        first, owner = not self.weights, self.owners.of(x)
         scorer = rsq_scores.scorer(self.rotated, piece.layer, self.config) if first else None
+        weighed = scorer.targets[0] if scorer is not None and scorer.targets else x
+        if first:
+            self.owner = self.owners.of(weighed)
         raw: list[torch.Tensor] = []
 
         def collect(index: int, values: Values) -> None:
-            batch = self.batches[index]
+            batch = seen_from(self.owners, x, self.batches[index], values[x])
             if first:
-                scores, weights = rsq_scores.weigh(scorer, values, batch, self.counts, self.config)
+                layers = seen_from(self.owners, weighed, self.batches[index], values[weighed])
+                scores, weights = rsq_scores.weigh(scorer, values, layers, self.counts, self.config)
                 self.weights.append(weights)
                 if scores is not None:
                     raw.append(scores)
-            hessian.add(*rsq_scores.rows_of(values[x], self.weights[index], batch.real))
+            same = (
+                owner == self.owner
+            )  # cross attention reads another tower's tokens, which this layer did not weigh
+            hessian.add(*rsq_scores.rows_of(values[x], self.weights[index] if same else None, batch.real))
 
         self._advance(x, later, collect, scorer.targets if scorer is not None else ())
         if raw:

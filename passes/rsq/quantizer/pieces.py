@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import fx
 
 from ...structure.recover import LayerSite, LinearSite, Structure
+from ...tokens.owners import Owners
 from ..plan import Plan
 
 
@@ -21,6 +23,18 @@ class Batch:
     inputs: Mapping[str, Any]
     real: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
+
+
+def seen_from(owners: Owners, node: fx.Node, batch: Batch, known: torch.Tensor) -> Batch:
+    """A batch as the tokens of one value have it, `known` being that value: their own ids and padding mask."""
+    ids, real = batch.inputs.get(owners.of(node) or ""), owners.real(node, batch.inputs)
+    if real is None and owners.mask(node) == "attention_mask":
+        real = batch.real
+    rows = (known.shape[0], known.shape[2 if known.dim() == 4 else 1])  # heads stand before the tokens
+    if real is not None and real.shape != rows and known.dim() > 2:
+        real = None  # pooled or subsampled: no longer a value a token
+    tokens = ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+    return dataclasses.replace(batch, real=real, tokens=tokens if tokens is not None else batch.tokens)
 
 
 @dataclass
