@@ -80,6 +80,7 @@ def check(x, weight, bias, relu) -> None:
     check=check,
 )
 def few_linear(x, weight, bias, relu):
+    """`x [..., K] @ weight [N, K]^T + bias [N]`, then max(0, .) where `relu`; fp32, [..., N]. For a few rows of x."""
     y = F.linear(x, weight, bias)
     return y.relu() if relu else y
 

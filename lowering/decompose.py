@@ -29,6 +29,7 @@ def own_nodes(program: Program) -> list[fx.Node]:
 
 
 def op_name(node: fx.Node) -> str:
+    """The name of a node's operator without its namespace and overload: `linear` for `aten.linear.default`."""
     return str(node.target).split(".")[1]
 
 

@@ -13,6 +13,8 @@ from .target import Lowered, Runtime, Target, lift_weights
 
 
 class Reference(Target):
+    """Runs a program as it stands, in plain PyTorch: what every other target is compared with."""
+
     name = "reference"
     fakes = "none"
 

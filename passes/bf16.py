@@ -52,6 +52,8 @@ class BF16Config(PassConfig):
 
 @register_pass
 class BF16(Pass):
+    """Computes fp32 linears in bfloat16 where the machine multiplies that faster. See the module's docstring."""
+
     name, config_type = "bf16", BF16Config
     per_rank, rewrites_weights = True, True
     effect = Effect(exact=False, budget=0.5)

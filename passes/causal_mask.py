@@ -45,6 +45,8 @@ class CausalMaskConfig(PassConfig):
 
 @register_pass
 class CausalMask(Pass):
+    """Says `is_causal` in the place of a mask that is the lower triangle. See the module's docstring."""
+
     name, config_type, effect = "causal_mask", CausalMaskConfig, EXACT
     per_rank = True
 

@@ -38,6 +38,8 @@ class DecodeAttentionConfig(PassConfig):
 
 @register_pass
 class DecodeAttention(Pass):
+    """Reads only the keys that a decoding step's mask shows. See the module's docstring."""
+
     name, config_type, effect = "decode_attention", DecodeAttentionConfig, EXACT
     per_rank = True
 

@@ -61,6 +61,11 @@ class Pipeline:
     _said: list[str] = field(default_factory=list)
 
     def run(self, program: Program) -> tuple[Program, Report]:
+        """The program after all passes of the recipe, and the report of what each did and did not do.
+
+        The program given is left as it was. Raises CoverageError where `require` is not met, ContractError for a pass that
+        edits where it may only look, ArgumentError for passes that cannot be combined.
+        """
         report = Report(recipe=self.recipe.fingerprint(), notes=list(program.notes))
         self.fuel, captured = self.recipe.fuel, program
         self.matrices = weights.matrices(program)

@@ -232,4 +232,10 @@ def price(model: Prices, node: fx.Node, weights: float) -> float:
     check=check,
 )
 def sparse_down(act, weight, scale, bias, threshold, tau, bmax, site):
+    """The down projection [..., D] of activations `act` [..., F]: neurons below their threshold count as zero.
+
+    weight: [F, D], row i being what neuron i alone needs, in `act`'s dtype or as codes with `scale`. bias: [D] or None.
+    threshold: fp32 [F], or None for exact zeros. tau, bmax, site: when and under which name a call is computed
+    sparsely; they do not change what is computed.
+    """
     return F.linear(kept(act, threshold), dequantized(weight, scale, act.dtype).t(), bias)

@@ -135,5 +135,10 @@ def _price(model: Prices, node: fx.Node) -> float:
 def sparse_mlp(
     gate, x, up_weight, up_scale, up_bias, up_act, weight, scale, bias, threshold, tau, bmax, site
 ):
+    """A gated MLP [..., D] behind its gate: `act(gate) * up(x)`, then the down projection, inactive neurons left out.
+
+    gate: [..., F], activated. x: [..., K], the input of the up projection. up_weight: [F, K], with `up_scale` where it
+    is codes; up_act: "identity" or "relu". The rest as in `sparse_down`.
+    """
     h = hidden(gate, x, up_weight, up_scale, up_bias, up_act, threshold)
     return F.linear(h, down.dequantized(weight, scale, gate.dtype).t(), bias)

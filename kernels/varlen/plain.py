@@ -78,6 +78,7 @@ def masked(mask, rows, cols, cu_seqlens, dtype: torch.dtype | None) -> torch.Ten
 
 
 def as_mask(seen: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """`seen` (bool, True where a query sees a key) itself for dtype None; else 0 and -inf in that dtype, same shape."""
     if dtype is None:
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)

@@ -20,6 +20,7 @@ def _offsets(device, lengths):
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    """Inputs of `varlen_attention`: causal, windowed and two-sided, grouped heads, empty and equal segments, soft caps."""
     cases = [  # label, lengths, (Hq, Hkv, D, Dv), causal, window_left, softcap
         ("causal", (5, 1, 37, 130), (4, 4, 32, 32), True, -1, 0.0),
         ("bidirectional", (64, 65, 2), (4, 4, 16, 16), False, -1, 0.0),
@@ -54,6 +55,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def masked_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    """Inputs of `varlen_attention_masked`: rows with pads at either end and between tokens, and an empty row."""
     make = torch.Generator().manual_seed(1)
     batch, width, heads, kv_heads, dim = 4, 40, 4, 2, 16
     holed = torch.rand(batch, width, generator=make) < 0.6

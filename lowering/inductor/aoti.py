@@ -22,6 +22,8 @@ from ..target import Lowered, Target, lift_weights
 
 
 class AOTInductor(Target):
+    """Compiles ahead of time to a shared library that needs no Python at call time; see `package`."""
+
     name = "aoti"
 
     def lower(self, program: Program) -> Lowered:

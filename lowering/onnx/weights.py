@@ -78,5 +78,6 @@ class Weights:
         self.program.graph.erase_node(node)
 
     def note(self, text: str) -> None:
+        """Say something in the export's record, once."""
         if text not in self.notes:
             self.notes.append(text)

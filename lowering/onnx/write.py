@@ -38,6 +38,7 @@ class Exported:
         return max((d["relative"] for d in self.differences), default=float("nan"))
 
     def to_dict(self) -> dict[str, Any]:
+        """The record as plain data, which JSON can hold."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -138,6 +138,7 @@ def kernels(plan: bytes) -> list[Kernel]:
 
 
 def main(arguments: list[str]) -> int:
+    """The command line of this file: build an engine from an ONNX file, say what it is made of; gives the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("onnx", type=Path)
     parser.add_argument("plan", type=Path)

@@ -111,6 +111,7 @@ class CostModel:
         return example_of(size)
 
     def numel(self, node: Any) -> float:
+        """How many elements a node's result has at the example's sizes; 0 for what is no tensor."""
         known = value(node)
         return math.prod(self.size(s) for s in known.shape) if isinstance(known, torch.Tensor) else 0
 

@@ -96,6 +96,8 @@ class Found:
 
 @register_pass
 class Deft(Pass):
+    """Leaves inactive neurons out of down and up projections. See the module's docstring."""
+
     name, config_type, effect = "deft", DeftConfig, EXACT
     per_rank = True
 

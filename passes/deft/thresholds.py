@@ -27,6 +27,7 @@ class HiddenSample:
         self._order = torch.empty(0)
 
     def add(self, value: torch.Tensor, real: torch.Tensor | None) -> None:
+        """One batch's hidden activations [batch, sequence, F] or [rows, F]. real: bool [batch, sequence] or None."""
         if real is not None and value.shape[:2] == real.shape:
             value = value[real.to(value.device)]
         rows = value.detach().reshape(-1, value.shape[-1])
@@ -120,4 +121,5 @@ def choose(curves: Mapping[str, Curve], error: float) -> dict[str, Choice]:
 
 
 def root_mean_square(values: Sequence[float]) -> float:
+    """The root of the mean of squares; 0 for no values."""
     return (sum(v * v for v in values) / len(values)) ** 0.5 if values else 0.0

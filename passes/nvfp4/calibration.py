@@ -41,11 +41,13 @@ class InputStatistics:
         self.rows += rows.shape[0]
 
     def merge(self, other: InputStatistics) -> None:
+        """Take in what another gathered on other batches of the same linear."""
         self.amax, self.rows = torch.maximum(self.amax, other.amax), self.rows + other.rows
         if other.total is not None:
             self.total = other.total if self.total is None else self.total + other.total
 
     def result(self) -> dict[str, torch.Tensor]:
+        """`amax` fp32 [] and `square_mean` fp32 [K], or [0] where no token was seen."""
         total = torch.zeros(0) if self.total is None else self.total / max(1, self.rows)
         return {"amax": self.amax, "square_mean": total.cpu()}
 

@@ -105,6 +105,8 @@ class Found:
 
 @register_pass
 class NVFP4(Pass):
+    """Stores linears' weights in four bits and a half. See the module's docstring."""
+
     name, config_type = "nvfp4", NVFP4Config
     per_rank, rewrites_weights = True, True
     effect = Effect(exact=False, budget=0.5)

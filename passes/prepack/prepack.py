@@ -89,6 +89,8 @@ class PrepackConfig(PassConfig):
 
 @register_pass
 class Prepack(Pass):
+    """Packs a batch's real tokens into one row. See the module's docstring."""
+
     name, config_type, effect = "prepack", PrepackConfig, EXACT
     per_rank, moves_tokens, sees_writes = True, True, True
 

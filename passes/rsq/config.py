@@ -124,4 +124,5 @@ def encode_text(text: str) -> torch.Tensor:
 
 
 def decode_text(tensor: torch.Tensor) -> str:
+    """The text again, from uint8 [bytes]."""
     return bytes(tensor.tolist()).decode()

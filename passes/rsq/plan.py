@@ -111,6 +111,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def edit(self, site: LinearSite) -> Edit:
+        """What is planned for a linear, to be added to; empty at first."""
         return self.edits.setdefault(site, Edit(site))
 
 

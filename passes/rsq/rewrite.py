@@ -17,7 +17,7 @@ from thresher.compat import has_values
 from thresher.graph.nodes import value
 from thresher.graph.program import Program, Weight
 
-from ..structure.recover import LinearSite, NormSite, Structure
+from ..structure.recover import NormSite, Structure
 from ..structure.sites import read_instead
 from .plan import Edit, Plan
 from .rotation import Rotation, centre_writer, rotate_reader
@@ -200,7 +200,3 @@ def rebind_layers(program: Program, structure: Structure) -> None:
         layer.nodes, layer.inputs, layer.exports = [], [], []
     for tower in structure.towers:
         bound(tower.layers, program)
-
-
-def linear_parts(site: LinearSite, program: Program) -> tuple[Weight, Weight | None]:
-    return program.weights[site.weight], None if site.bias is None else program.weights[site.bias]

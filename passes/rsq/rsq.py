@@ -64,6 +64,8 @@ class Found:
 
 @register_pass
 class RSQ(Pass):
+    """Puts the low-bit codes of a file into the graph, rotated as they were made. See the module's docstring."""
+
     name, config_type = "rsq", RSQConfig
     effect = Effect(exact=False, budget=1.0)
     rewrites_weights = True

@@ -74,6 +74,7 @@ def call(*targets: Any, name: str = "") -> Callable[..., Call]:
 
 
 def either(*alternatives: Any) -> Either:
+    """A pattern that matches where one of these does; they are tried in order."""
     return Either(alternatives)
 
 
@@ -88,6 +89,7 @@ class Found:
         return self.values[name]
 
     def get(self, name: str, default: Any = None) -> Any:
+        """What a variable of the pattern stands for, or `default` where it was not bound."""
         return self.values.get(name, default)
 
     def __bool__(self) -> Literal[True]:
@@ -105,6 +107,7 @@ class Mismatch:
         return False
 
     def note(self, covered: int, reason: str) -> None:
+        """Keep a reason if its attempt got further (`covered` nodes) than the one kept so far."""
         if covered > self.covered:
             self.covered, self.reason = covered, reason
 

@@ -222,6 +222,7 @@ class MlpSite:
 
     @property
     def linears(self) -> list[LinearSite]:
+        """Each once, in the order up, gate, down."""
         gate = [self.gate.linear] if self.gate is not None else []
         return list(dict.fromkeys((self.up.linear, *gate, self.down)))
 

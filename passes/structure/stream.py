@@ -29,6 +29,7 @@ class Norms:
 
     @classmethod
     def of(cls, norms: Sequence[NormSite]) -> Norms:
+        """These norms, to be found by what they read and by what they give."""
         found = cls(by_output={behind_views(n.output): n for n in norms})
         for norm in norms:
             found.by_input.setdefault(behind_views(norm.input), []).append(norm)

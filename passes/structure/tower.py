@@ -66,11 +66,6 @@ class LayerSite:
         return self.attention_branch.site if self.attention_branch else None  # type: ignore[return-value]
 
     @property
-    def cross_attention(self) -> AttentionSite | None:
-        branch = next(iter(self._sites(AttentionSite, cross=True)), None)
-        return branch.site if branch else None  # type: ignore[return-value]
-
-    @property
     def mlp(self) -> MlpSite | None:
         return self.mlp_branch.site if self.mlp_branch else None  # type: ignore[return-value]
 

@@ -49,6 +49,7 @@ class Unviewable(Exception):
 
 
 def is_view(node: Any) -> bool:
+    """Whether a node gives another view of its first argument, or one part of a split, with the same values."""
     if not isinstance(node, fx.Node):
         return False
     target: Any = node.target

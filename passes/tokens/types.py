@@ -42,6 +42,7 @@ class Types:
     padding: fx.Node | None = None
 
     def describe(self) -> str:
+        """Where token types come from, as the beginning of a sentence."""
         where = self.node.name if self.node is not None else ""
         return {
             "types": f"token types from {where}",
@@ -205,4 +206,5 @@ def image_counts(
 
 
 def whole(site: str, reason: object) -> list[Miss]:
+    """The one Miss of a pass that rewrites a program as a whole or not at all. site: "" for the whole program."""
     return [Miss(site or "the whole program", str(reason))]

@@ -75,6 +75,8 @@ class Found:
 
 @register_pass
 class TransPrune(Pass):
+    """Leaves image tokens out from a layer on. See the module's docstring."""
+
     name, config_type = "transprune", TransPruneConfig
     moves_tokens = True
     effect = Effect(exact=False, budget=float("inf"))

@@ -20,9 +20,11 @@ class Pair:
         self.shares: list[torch.Tensor] = []
 
     def side(self, name: str) -> _Side:
+        """The collector of one side, "q" or "k"."""
         return _Side(self, name)
 
     def add(self, name: str, value: torch.Tensor, real: torch.Tensor | None) -> None:
+        """One side's value [batch, heads, tokens, width]; with the other side's of the same batch, shares are computed."""
         self.waiting[name] = value
         if len(self.waiting) < 2:
             return

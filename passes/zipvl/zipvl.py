@@ -63,6 +63,8 @@ class Plan:
 
 @register_pass
 class ZipVL(Pass):
+    """Lets only important tokens attend and be attended to. See the module's docstring."""
+
     name, config_type = "zipvl", ZipVLConfig
     moves_tokens = True
     effect = Effect(exact=False, budget=float("inf"))

@@ -70,6 +70,7 @@ def replacing(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
+    """The file and its archive, open within the context. Raises ArtifactError for what is not one."""
     try:
         file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
@@ -86,6 +87,7 @@ def opened(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
 
 
 def manifest_of(archive: zipfile.ZipFile, path: Any) -> dict[str, Any]:
+    """An archive's manifest. Raises ArtifactError where it cannot be read. path: for the error."""
     try:
         text = archive.read(MANIFEST)
     except (KeyError, zipfile.BadZipFile, OSError) as error:

@@ -104,6 +104,7 @@ def encode_rule(rule: Any, hold: Callable[[torch.Tensor], int]) -> dict[str, Any
 
 
 def decode_rule(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Rule:
+    """The rule again, from its name, facts and program; see `encode_rule`."""
     program = decode(data["program"], tensors) if data["program"] is not None else None
     return Rule(data["name"], data["facts"], program)
 

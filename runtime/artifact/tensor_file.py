@@ -87,6 +87,7 @@ class Pool:
                     yield data[start : start + _CHUNK]
 
     def bytes(self) -> int:
+        """Bytes of the member that the tensors make, with its header."""
         return len(self.layout()[0]) + sum(t.numel() * t.element_size() for t in self.tensors)
 
 

@@ -33,6 +33,7 @@ def source_name(source: Any) -> str:
 
 
 def is_fake(value: Any) -> bool:
+    """Whether something is a fake tensor, which has shape and dtype only."""
     return isinstance(value, torch._subclasses.fake_tensor.FakeTensor)
 
 

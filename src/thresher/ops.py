@@ -167,6 +167,7 @@ class Op:
         return Provider("reference", device, self.reference), passed
 
     def provider_names(self) -> list[str]:
+        """The names of its providers in the order they are asked, the reference last."""
         return [p.name for p in self.providers] + ["reference"]
 
     @contextlib.contextmanager

@@ -129,6 +129,7 @@ class Recipe:
         return next((c.mask for c in self.passes if hasattr(c, "mask")), MASK_NAME)
 
     def config(self, name: str) -> PassConfig | None:
+        """The options of a pass by its name; None where the recipe does not run it."""
         return next((c for c in self.passes if c.name == name), None)
 
     def fingerprint(self) -> str:

@@ -149,6 +149,7 @@ class Report:
         return sum(len(p.rewritten) for p in self.passes)
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, with what the sites chose so far beside each pass."""
         found = asdict(self)
         for account, p in zip(found["passes"], self.passes):
             account["activity"] = p.activity
@@ -164,6 +165,7 @@ class Report:
         return cls(**{**_known(cls, given), "passes": passes, "operators": operators})
 
     def to_json(self) -> str:
+        """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     def emit_trace(self) -> None:

@@ -35,6 +35,7 @@ _LISTENERS = _Listeners()
 
 
 def remember(session: Any) -> None:
+    """Add a session to the recent ones, weakly, and to every list that is being collected."""
     _RECENT.append(weakref.ref(session))
     for listener in _LISTENERS.lists:
         listener.append(session)

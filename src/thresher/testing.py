@@ -58,6 +58,8 @@ class TinyTransformer(torch.nn.Module):
 
 
 class TinyLayer(torch.nn.Module):
+    """Attention and a ReLU MLP, each behind a LayerNorm and added to the stream."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads

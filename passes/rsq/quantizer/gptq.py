@@ -34,6 +34,7 @@ class Hessian:
 
     @staticmethod
     def empty(width: int, device: torch.device | str = "cpu") -> Hessian:
+        """The Hessian fp32 [width, width] of no tokens yet."""
         return Hessian(torch.zeros(width, width, device=device))
 
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:

@@ -77,6 +77,7 @@ class Entry:
         return None if folder is None else cls(folder / name, places)
 
     def find(self) -> Kept | None:
+        """What was kept, or None where nothing was, where it is damaged, or where it is not ours to trust."""
         if not trusted(self.path):
             return None
         try:

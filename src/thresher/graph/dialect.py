@@ -77,6 +77,7 @@ def same_size(a: Any, b: Any) -> bool:
 
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, symbols included; no guard is made."""
     return a.dim() == b.dim() and all(same_size(x, y) for x, y in zip(a.shape, b.shape))
 
 

@@ -55,6 +55,7 @@ class Parts:
         self._held: dict[str, tuple[torch.Tensor, Stamp, torch.Tensor]] = {}
 
     def of(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The live weights with each DTensor replaced by this rank's part, by FQN."""
         if self._any is None:
             self._any = any(map(is_sharded, weights.values()))
         return {fqn: self._part(fqn, t) for fqn, t in weights.items()} if self._any else weights

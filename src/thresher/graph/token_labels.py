@@ -46,6 +46,7 @@ class TokenAxes:
         return self.labels[node]
 
     def get(self, node: Any) -> Any:
+        """A node's labels, or None where it does not depend on the tokens or cannot be followed."""
         return self.labels.get(node)
 
 

@@ -43,6 +43,7 @@ class Surface:
     seconds: tuple[tuple[float, ...], ...]
 
     def at(self, rows: float, size: float) -> float:
+        """Seconds at so many rows and such a size, between the measured points; beyond the last row in proportion."""
         low, high, share = _between(self.rows, rows)
         first, last = (self._along(self.seconds[i], size) for i in (low, high))
         inside = _blend(first, last, share)
@@ -104,10 +105,12 @@ class Device:
         return self.flops["float32"]
 
     def to_dict(self) -> dict[str, Any]:
+        """The device as plain data, which JSON can hold."""
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Device:
+        """The device again. Raises ArgumentError for data of another format."""
         try:
             if given["format"] != FORMAT:
                 raise ValueError(f"its format is {given['format']!r}")
@@ -190,6 +193,7 @@ def cpu_key() -> str:
 
 
 def cpu_path(cache: Path) -> Path:
+    """Where this CPU's measured rates are kept in a cache directory."""
     return cache / "devices" / f"cpu-{cpu_key()}.json"
 
 

@@ -96,6 +96,7 @@ class Certificate:
         return self.error is not None and self.error <= self.budget
 
     def to_dict(self) -> dict[str, Any]:
+        """The certificate as plain data; infinities and NaN are left as they are."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
@@ -123,6 +124,7 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Certificate:
+        """The certificate that `to_json` wrote. Raises ArgumentError for anything else."""
         try:
             given = json.loads(text)
         except ValueError as reason:

@@ -122,4 +122,5 @@ def table(result: Result) -> Table:
 
 
 def to_dict(result: Result) -> dict[str, Any]:
+    """The result as plain data, with the gain over Inductor."""
     return {**asdict(result), "over_inductor": result.over_inductor}

@@ -157,6 +157,7 @@ def _kernels() -> list[Check]:
 
 
 def to_dict() -> dict[str, Any]:
+    """All checks as plain data."""
     return {"checks": [asdict(c) for c in checks()]}
 
 
