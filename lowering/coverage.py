@@ -16,7 +16,7 @@ from thresher.graph.packed_layout import PackedLayout
 from thresher.graph.program import Program
 
 from .catalog import runtime as runtime_of
-from .decompose import op_name
+from .decompose import number_read, numbers_read, op_name
 from .providers import example_arguments
 from .target import DECOMPOSED, FALLBACK, NATIVE, REFUSED, Runtime
 
@@ -74,6 +74,8 @@ def coverage(program: Program, target: str) -> Coverage:
         [program] + [p for p in (layout.prologue, layout.epilogue) if p is not None] if layout else [program]
     )
     for part in parts:
+        if not runtime.sizes:
+            found.entries += [Entry(n.name, "input", "", REFUSED, number_read(n)) for n in numbers_read(part)]
         for node in part.nodes():
             entry = _look(node, runtime)
             if entry is None:

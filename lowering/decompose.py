@@ -200,6 +200,24 @@ def add_masks(program: Program) -> None:
         node.replace_input_with(mask, made[mask, dtype])
 
 
+def numbers_read(program: Program) -> list[fx.Node]:
+    """The inputs that are numbers and no tensors, and that something else than an operator of ours reads."""
+    own = set(own_nodes(program))
+    return [
+        place
+        for place in program.placeholders
+        if not isinstance(value(place), torch.Tensor) and any(user not in own for user in place.users)
+    ]
+
+
+def number_read(place: fx.Node) -> str:
+    """The sentence for a target that takes tensors alone."""
+    return (
+        f"The input {place.name} is a number, which the graph reads, and the target takes tensors alone. "
+        "Capture the model by torch.export, which reads sizes from tensors."
+    )
+
+
 def drop_unread_sizes(program: Program) -> None:
     """Remove size placeholders that nothing reads any more, such as `max_len`."""
     kept = []

@@ -29,4 +29,4 @@ class Reference(Target):
         return Lowered(self.name, names, run)
 
 
-RUNTIMES = (Runtime("reference", operators=True, lower=lambda options, mode: Reference()),)
+RUNTIMES = (Runtime("reference", operators=True, sizes=True, lower=lambda options, mode: Reference()),)

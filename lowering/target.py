@@ -70,6 +70,7 @@ class Runtime:
 
     name: what users call it.
     operators: it runs whatever PyTorch does, our operators by their providers; else ATen, `forms` and plain forms.
+    sizes: it takes numbers as inputs beside tensors, such as the sizes that Dynamo hands over.
     outside: why packing and unpacking happen around the target and not within it, a full sentence; empty where it
         can do both, or where `operators` leaves them to the session.
     segments: it has attention operators of its own that skip what causality and packing hide.
@@ -86,6 +87,7 @@ class Runtime:
 
     name: str
     operators: bool = False
+    sizes: bool = False
     outside: str = ""
     segments: bool = False
     added_masks: bool = False

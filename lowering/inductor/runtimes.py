@@ -9,8 +9,9 @@ RUNTIMES = (
     Runtime(
         "inductor",
         operators=True,
+        sizes=True,
         lower=lambda options, mode: Inductor(options, mode),
         peer="inductor",
     ),
-    Runtime("aoti", operators=True),
+    Runtime("aoti", operators=True, sizes=True),
 )

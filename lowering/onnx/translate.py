@@ -15,6 +15,8 @@ from thresher.errors import ThresherError
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
+from ..decompose import number_read
+
 
 class _Call(torch.nn.Module):
     """A program as a module that torch.export takes."""
@@ -37,9 +39,7 @@ def translate(program: Program, opset: int) -> Any:
     for place in program.placeholders:
         known = value(place)
         if not isinstance(known, torch.Tensor):
-            raise ThresherError(
-                f"The input {place.name} is a number, which the graph still reads; ONNX takes tensors."
-            )
+            raise ThresherError(number_read(place))
         sizes = [int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in known.shape]
         examples.append(torch.zeros(sizes, dtype=known.dtype))
         moving = [i for i, s in enumerate(known.shape) if isinstance(s, torch.SymInt)]

@@ -231,7 +231,7 @@ def define(
     tolerance: largest relative L2 error of a provider against the reference in fp64 or fp32, per
         activation dtype. A dtype that is absent is not supported. Justify loosened numbers in a comment.
     providers: names of its faster implementations, the preferred first; each registers itself (`Op.provider`).
-    price: seconds of a call for the cost model (`machine.pricing`); without one its operands' bytes and a call.
+    price: seconds of a call for the cost model (`pricing`); without one its operands' bytes and a call.
     tokens: where the batch and the sequence are in its result (`graph.token_labels`); without one no pass follows
         tokens through it.
     plain: its form in plain ATen for exporters (`plain_form`), or a full sentence on why there is none.

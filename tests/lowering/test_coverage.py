@@ -5,6 +5,7 @@ import functools
 import blocks
 import captures
 import pytest
+import torch
 import zoo
 
 from thresher import backend
@@ -67,3 +68,17 @@ def test_a_fixed_scale_is_missing_before_and_while_exporting(tmp_path):
     assert len(coverage(program, "tensorrt").refused) == 7
     with pytest.raises(ThresherError, match="Calibrate"):
         onnx.export(program, tmp_path / "m.onnx", runtime="tensorrt")
+
+
+def test_sizes_that_are_inputs_are_refused_before_and_while_exporting(tmp_path):
+    """What Dynamo hands over: a number for each size that varies, which code reads; and none from torch.export."""
+    program = captures.of_zoo("llama", "dynamo-dynamic")
+    numbers = [p.name for p in program.placeholders if not isinstance(p.meta["val"], torch.Tensor)]
+    assert numbers
+    for target in TARGETS:
+        takes = target in ("reference", "inductor", "aoti")
+        refused = coverage(program, target).refused
+        assert [e.node for e in refused] == ([] if takes else numbers), target
+        assert all("takes tensors alone" in e.reason for e in refused)
+    with pytest.raises(ThresherError, match="takes tensors alone"):
+        onnx.export(program, tmp_path / "m.onnx")
