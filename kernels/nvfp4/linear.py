@@ -30,10 +30,10 @@ from thresher.pricing import LinearRate, Prices, dtype_of
 
 from . import cpu as nvfp4_cpu
 from . import cuda as nvfp4_cuda
+from .plain import INT_LIMITS, PLAIN
 from .quantize import MODES, SEARCHES, quantize
 
 ACTIVATIONS = ("exact", "int16", "int8", "nvfp4")
-INT_LIMITS = {"int8": 127.0, "int16": 32639.0}  # 32639 = 127 * 256 + 127: splits into two signed bytes
 
 
 def _values(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ def _rate(mode: str) -> LinearRate:
     tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
     providers=("cpu_cpp", "scaled_mm", "triton_w4a4", "triton_gemv", "triton_gemm"),
     price=_price,
-    plain="Its weights are codes, which each target stores in a form of its own.",
+    plain=PLAIN,
     rates=[_rate(mode) for mode in ("exact", "int16", "int8")],
     check=check,
 )

@@ -1,5 +1,5 @@
 """Linears over integer weights of 2 to 8 bits."""
 
-from . import cpu, cuda, linear
+from . import cpu, cuda, linear, plain
 
-__all__ = ["cpu", "cuda", "linear"]
+__all__ = ["cpu", "cuda", "linear", "plain"]

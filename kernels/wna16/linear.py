@@ -18,6 +18,8 @@ from thresher.graph.nodes import argument, value
 from thresher.ops import Sample, define
 from thresher.pricing import LinearRate, Prices, dtype_of
 
+from .plain import PLAIN
+
 BITS = (2, 3, 4, 8)
 GROUPS = (-1, 32, 64, 128)
 
@@ -151,7 +153,7 @@ def _rate(bits: int) -> LinearRate:
     tolerance=TOLERANCE,
     providers=("cpu_cpp", "triton_gemv", "triton_gemm"),
     price=_price,
-    plain="Its weights are codes, which each target stores in a form of its own.",
+    plain=PLAIN,
     rates=[_rate(bits) for bits in (3, 4, 8)],
     check=check,
 )

@@ -46,7 +46,6 @@ class Parts:
 
         self.stage(f"translating the {name}")
         copy = program.copy()
-        self.notes += [f"{count} {name} nodes: {loss}" for count, name, loss in losses(copy)]
         weights = Weights(copy, self.runtime, self.accuracy_level, notes=self.notes, functions=self.functions)
         for node in own_nodes(copy):
             form = self.runtime.forms.get(op_name(node))
@@ -63,6 +62,7 @@ class Parts:
             add_masks(copy)
         if self.runtime.segments:
             group_query(weights)
+        self.notes += [f"{count} {name} nodes: {loss}" for count, name, loss in losses(copy)]
         tokens = columns_wanted(copy)
         columns = _columns(copy, tokens) if tokens is not None else None
         decompose(copy, added_masks=self.runtime.added_masks, columns=columns)

@@ -1,24 +1,29 @@
 """Every operator in plain ATen means what its reference means, over the operator's own inputs."""
 
+import blocks
+import captures
 import pytest
 import torch
 
 from thresher import ops
+from thresher.formats import bitpack
 from thresher.kernels import catalog
 from thresher.kernels.nvfp4 import linear as nvfp4
 from thresher.kernels.nvfp4 import plain
+from thresher.kernels.wna16 import plain as wna16_plain
+from thresher.lowering.decompose import decompose, own_nodes
+from thresher.op_checks import difference
 
 catalog.load()
 NEVER_IN_A_GRAPH = {"nvfp4_quantize"}  # packs weights, before a program exists
 REFUSED = {
     "tokens_holding"
 }  # each call's data decide its size; export says so, see tests/passes/zipvl/test_exact.py
-QUANTIZED = {"nvfp4_linear", "wna16_linear"}  # have forms of each target's own
 
 
 def test_every_operator_has_a_form():
     without = {op.name for op in ops.all_ops() if op.plain_function() is None}
-    assert without == QUANTIZED | NEVER_IN_A_GRAPH | REFUSED
+    assert without == NEVER_IN_A_GRAPH | REFUSED
 
 
 @pytest.mark.parametrize("op", [o for o in ops.all_ops() if o.plain_function()], ids=lambda o: o.name)
@@ -59,3 +64,32 @@ def test_every_e2m1_rounding_is_right():
     from thresher.formats.nvfp4 import decode_e2m1, encode_e2m1
 
     assert torch.equal(plain.round_e2m1(x), decode_e2m1(encode_e2m1(x)))
+
+
+def test_every_scale_is_decoded_from_its_byte():
+    every = torch.arange(256, dtype=torch.uint8)
+    expected = every.view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(plain.decode_e4m3(every), expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(plain.decode_e4m3(every.view(torch.float8_e4m3fn)).isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_are_the_same_where_they_straddle_words(bits):
+    make = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (3, 77), generator=make)
+    codes[0] = (1 << bits) - 1  # every bit of every word, the sign too
+    assert torch.equal(wna16_plain.codes_of(bitpack.pack(codes, bits), bits, 77), codes)
+
+
+@pytest.mark.parametrize("quantize", [blocks.nvfp4, blocks.int4])
+@torch.no_grad()
+def test_quantized_models_run_where_only_aten_is_known(quantize):
+    """Traced into a program, where a target has no form of its own for such linears."""
+    base, inputs = blocks.half()
+    program = quantize(base)
+    inlined = program.copy()
+    decompose(inlined)
+    assert own_nodes(program) and not own_nodes(inlined)
+    given = captures.arguments(program, inputs)
+    for actual, expected in zip(inlined.run(*given), program.run(*given), strict=True):
+        assert difference(actual, expected) < 2e-3  # fp16 activations between the linears
