@@ -47,7 +47,7 @@ class BF16Config(PassConfig):
 
     def validate(self) -> None:
         check_keep("bf16", self.keep)
-        self.at_least(min_weights=0)
+        self.within(0, float("inf"), "budget", "min_weights")
 
 
 @register_pass

@@ -22,6 +22,11 @@ def check_keep(method: str, keep: Sequence[str]) -> None:
             raise ArgumentError(f"{method} option keep", repr(word), "'first:N' or 'last:N'", "Give a count.")
 
 
+def unnamed(word: str) -> str:
+    """What is noted of a word of `keep` that names nothing."""
+    return f"keep={word!r} names no linear of this model."
+
+
 def kept_layers(
     structure: Structure, keep: Sequence[str], notes: list[str] | None = None
 ) -> dict[LinearSite, str]:
@@ -41,7 +46,7 @@ def kept_layers(
         else:
             chosen = [s for s in structure.linears if fnmatch.fnmatchcase(s.fqn, word)]
         if not chosen and notes is not None and word != "head":
-            notes.append(f"keep={word!r} names no linear of this model.")
+            notes.append(unnamed(word))
         for site in chosen:
             kept.setdefault(site, f"It is kept in high precision by keep={word!r}.")
     return kept

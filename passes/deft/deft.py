@@ -77,8 +77,8 @@ class DeftConfig(PassConfig):
                 raise ArgumentError(f"deft's {name}", given, "between 0 and 1", "0.05 is five percent.")
         if self.bits not in (16, 8, 4):
             raise ArgumentError("deft's bits", self.bits, "16, 8 or 4", "16 keeps the weights as they are.")
-        if self.bmax < 1:
-            raise ArgumentError("deft's bmax", self.bmax, "1 or more", "Leave it out for 64.")
+        self.within(1, float("inf"), "bmax")
+        self.within(0, float("inf"), "min_bytes")
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,11 +86,8 @@ class NVFP4Config(PassConfig):
                 "'dynamic', or activations='nvfp4'",
                 "Only NVFP4 activations have a tensor scale.",
             )
-        for field, low, high in (("sensitive", 0, 1), ("budget", 0, float("inf"))):
-            if not low <= getattr(self, field) <= high:
-                raise ArgumentError(
-                    f"nvfp4 option {field}", getattr(self, field), f"{low} to {high}", "Change it."
-                )
+        self.within(0, 1, "sensitive")
+        self.within(0, float("inf"), "budget", "min_weights")
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,8 @@ class PrepackConfig(PassConfig):
         for name, accepted in (("form", ("flat", "rows")), ("outputs", ("padded", "packed"))):
             if getattr(self, name) not in accepted:
                 raise unknown_key(f"prepack's {name}", str(getattr(self, name)), accepted)
-        for name in ("buckets", "capacity"):
-            if getattr(self, name) < 0:
-                raise ArgumentError(
-                    f"prepack's {name}", getattr(self, name), "0 or a positive number", "Leave it at 0."
-                )
+        self.within(0, float("inf"), "buckets", "capacity", "min_gain")
+        self.within(0, 1, "min_share")
         if self.form == "rows" and (self.buckets or self.outputs == "packed"):
             raise ArgumentError(
                 "prepack's form",

@@ -87,10 +87,9 @@ class RSQConfig(PassConfig):
         if not 0 < self.r_min <= self.r_max:
             raise ArgumentError("rsq option r_min", self.r_min, f"0 < r_min <= r_max = {self.r_max}",
                                 "The paper searches 0.005 to 0.1.")  # fmt: skip
-        for field, low, high in (("damping", 1e-8, 1), ("budget", 0, float("inf")), ("expand", 1, 1 << 16)):
-            if not low <= getattr(self, field) <= high:
-                raise ArgumentError(f"rsq option {field}", getattr(self, field), f"{low} to {high}",
-                                    "Change it.")  # fmt: skip
+        self.within(1e-8, 1, "damping")
+        self.within(1, 1 << 16, "expand")
+        self.within(0, float("inf"), "budget", "power")
         if self.average_bits and not 2 <= self.average_bits <= 8:
             raise ArgumentError("rsq option average_bits", self.average_bits, "0 (off), or 2 to 8",
                                 "Widths are 2, 3, 4 and 8 bits.")  # fmt: skip

@@ -80,5 +80,5 @@ class TransPruneConfig(PassConfig):
                     "Each stage keeps a part of the last.",
                 )
         self.at_least(instruction=1, bucket=1, min_image_tokens=1)
-        if not 0 <= self.reserve <= 1:
-            raise ArgumentError("reserve", self.reserve, "a share from 0 to 1", "0.3 is a good start.")
+        self.within(0, 1, "reserve", "min_saving")
+        self.within(0, float("inf"), "budget", "image_token_id")

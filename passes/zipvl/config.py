@@ -64,6 +64,8 @@ class ZipVLConfig(PassConfig):
                 "None with counts='exact'",
                 "tau decides how many tokens attend in each call.",
             )
+        self.within(0, 1, "min_saving")
+        self.within(0, float("inf"), "budget", "image_token_id")
         shares = {
             "tau": self.tau,
             "quantile": self.quantile,

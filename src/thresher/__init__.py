@@ -21,7 +21,7 @@ _PUBLIC = {
     "Recipe": "recipe",
     "Report": "report",
     "ThresherError": "errors",
-    "ThresherWarning": "backend",
+    "ThresherWarning": "notices",
     "activation_density": "training.density_metrics",
     "calibrate": "api",
     "compile": "api",

@@ -15,13 +15,14 @@ from thresher.passes.calibrate import Calibration, Statistics
 
 from . import backend
 from .compat import without_fake_mode
-from .compiled import Compiled, check_model, check_plain, compile_strictly
+from .compiled import Compiled
 from .errors import ArgumentError, ThresherError, unknown_key
 from .graph import capture
 from .graph.program import Program
 from .model_capture import example, shown_to
 from .recipe import Recipe
 from .report import Report, progress
+from .strict import check_model, check_plain, compile_strictly
 
 T = TypeVar("T")
 

@@ -7,7 +7,6 @@ Session. A graph it cannot take runs as plain Inductor compiles it, and that is 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,12 +36,14 @@ from .graph import capture, sharded
 from .graph.nodes import value
 from .graph.program import Program
 from .graph.tracing import compiling
-from .left_alone import ThresherWarning, as_fault, cannot_rewrite, leave_alone
+from .left_alone import as_fault, cannot_rewrite, leave_alone
 from .machine import devices, memory
+from .notices import disabled, logger, name_of, warn
 from .op_checks import watch
 from .recipe import Recipe
 from .records.certificate import certify
 from .report import Report
+from .undone import rewrote_nothing
 
 operators.load()
 passes.load()
@@ -61,6 +62,9 @@ def thresher_backend(
     given = dict(options) if isinstance(options, dict) else {} if options is None else {"recipe": options}
     target, strict = given.pop("target", "inductor"), given.pop("strict", False)
     mode = given.pop("mode", None) or mode
+    if disabled():
+        logger.info("THRESHER_DISABLE is set: %s runs as it was written.", name_of(gm))
+        return gm.forward
     lower = targets.runtime(target, "options['target']", lowers=True).lower
     assert lower is not None
     if not any(isinstance(example, torch.Tensor) for example in example_inputs):
@@ -83,7 +87,17 @@ def thresher_backend(
         if strict:
             raise ThresherError(said) from fault
         return leave_alone(gm, example_inputs, target, said)
+    if not strict:
+        _say_what_is_undone(gm, session.report)
     return _entry(session, roles)
+
+
+def _say_what_is_undone(gm: fx.GraphModule, report: Report) -> None:
+    reason = rewrote_nothing([report])
+    if reason is not None:
+        warn(f"thresher rewrote nothing, and the model runs as plain Inductor compiles it: {reason}", gm)
+    for said in dict.fromkeys(n for p in report.passes for n in p.notes if n.startswith("keep=")):
+        warn(f"thresher: {said}", gm)
 
 
 def build(
@@ -118,10 +132,8 @@ def build(
     _keep_memory(session.program, report)
     report.emit_trace()
     sessions.remember(session)
-    if recipe.passes and not report.rewritten:
-        first = next((m.reason for p in report.passes for m in p.missed), "No pass found a candidate site.")
-        warnings.warn(f"thresher rewrote nothing, and the model runs as plain Inductor compiles it: {first}",
-                      ThresherWarning, stacklevel=2)  # fmt: skip
+    logger.info("%s: %s", name_of(gm), report.summary())
+    logger.debug("%s", report)
     return session, places.roles
 
 

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .errors import ThresherError
+from .errors import NothingRewrittenError, ThresherError
 from .files import check_writable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -291,6 +291,9 @@ def main() -> None:
     """Entry point: a ThresherError is a message and exit code 2; a defect is never exit code 1, a failed check's."""
     try:
         app()
+    except NothingRewrittenError as error:  # asked for rightly, and a check failed
+        Console(stderr=True).print("[red]failed:[/red]", escape(str(error)))
+        raise SystemExit(1) from None
     except ThresherError as error:
         console = Console(stderr=True)
         console.print("[red]error:[/red]", escape(str(error)))  # escaped: `thresher[demo]` is no colour

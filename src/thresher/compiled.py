@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ import torch
 from thresher.runtime.session import Counters, Session
 
 from . import backend, generation, sessions
-from .compat import isolated, room_for_graphs, tracing, uncollected
+from .compat import isolated, room_for_graphs, tracing
 from .errors import ArgumentError, ThresherError
-from .model_capture import example, specialized_floats, unwrapped
+from .model_capture import specialized_floats, unwrapped
+from .notices import disabled, logger, warn
 from .recipe import Recipe
 from .records.certificate import Certificate
 from .report import Report
+from .undone import rewrote_nothing
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs")  # fmt: skip
@@ -65,6 +67,10 @@ class Compiled(torch.nn.Module):
 
     def _forget(self) -> None:
         """Drop what was compiled; the next call compiles."""
+        if disabled():
+            logger.info("THRESHER_DISABLE is set: %s runs as it was written.", type(self.model).__name__)
+            self.__dict__.update(_call=self.model, sessions=[])
+            return
         dynamic, mode, target = self._settings.values()
         # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs
         own = functools.partial(backend.thresher_backend)
@@ -88,6 +94,7 @@ class Compiled(torch.nn.Module):
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        anew = not self.sessions
         with (
             sessions.collect() as made,
             torch.no_grad(),
@@ -97,6 +104,9 @@ class Compiled(torch.nn.Module):
         ):
             result = self._call(*args, **kwargs)
         self.sessions += made
+        undone = rewrote_nothing([s.report for s in made]) if anew else None
+        if undone is not None:
+            warn(f"thresher rewrote nothing in {type(self.model).__name__}: {undone}", stacklevel=3)
         return result
 
     @property
@@ -121,6 +131,8 @@ class Compiled(torch.nn.Module):
 
     def _first(self) -> Session:
         if not self.sessions:
+            if disabled():
+                raise ThresherError("THRESHER_DISABLE is set: the model runs as it was written.")
             raise ThresherError(
                 "Nothing is compiled yet: a copy, a model read from a file and one that was moved or cast compile when "
                 "they are called. Call it once."
@@ -248,47 +260,3 @@ def _of(forward: Callable[..., Any]) -> type[Compiled]:
 
 def _remade(model: torch.nn.Module, recipe: Recipe, settings: dict[str, Any]) -> Compiled:
     return Compiled(model, recipe, **settings)
-
-
-def check_model(model: Any) -> None:
-    """Raise unless `model` is a module in eval mode that is not compiled yet."""
-    check_plain(model)
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(
-            "model", type(model).__name__, "a torch.nn.Module", "Use thresher.optimize for a function."
-        )
-    if model.training:
-        raise ArgumentError(
-            "model", "a model in training mode", "a model in eval mode", "Call model.eval() first."
-        )
-
-
-def check_plain(model: Any) -> None:
-    """Raise for a compiled model where the model itself is wanted."""
-    if isinstance(model, Compiled):
-        raise ArgumentError(
-            "model", "what thresher.compile made", "the model itself", "Pass the compiled model's .model."
-        )
-
-
-def compile_strictly(
-    model: torch.nn.Module,
-    example_inputs: Mapping[str, Any] | Sequence[Any],
-    recipe: Recipe,
-    *,
-    dynamic: bool | None = None,
-    mode: str | None = None,
-    target: str = "inductor",
-) -> Compiled:
-    """Compile for one recipe, and raise where `torch.compile` would warn; see `thresher.compile` for the arguments."""
-    check_model(model)
-    args, kwargs = example(example_inputs)
-    compiled = Compiled(model, recipe, dynamic=dynamic, mode=mode, target=target)
-    with uncollected():
-        compiled(*args, **kwargs)
-    if not compiled.sessions:
-        raise ThresherError(
-            f"torch.compile handed over no graph of {type(model).__name__}, so that it runs as it is. "
-            "TORCH_LOGS=graph_breaks,recompiles says why."
-        )
-    return compiled

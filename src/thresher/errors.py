@@ -34,6 +34,10 @@ class ContractError(ThresherError):
     """A pass did what a pass may not do, such as editing the program where it may only look; names the pass."""
 
 
+class NothingRewrittenError(ThresherError):
+    """No pass of the recipe rewrote anything in the model; says why for each of them."""
+
+
 class CoverageError(ThresherError):
     """`require={...}` asked for more rewritten sites than there are."""
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,18 @@ from thresher.runtime.packing.plan import plan
 from thresher.runtime.session import Session
 
 from . import backend, sessions
-from .compiled import check_model
 from .errors import ArgumentError, ThresherError
 from .files import check_writable
 from .graph.call_plan import refuse_to_keep
 from .graph.program import Program
 from .model_capture import example, exported, without_cache
+from .notices import warn
 from .recipe import Recipe
 from .records.certificate import plain
 from .report import Report
 from .saving import current, names_of
+from .strict import check_model
+from .undone import rewrote_nothing
 
 
 def save(
@@ -190,9 +191,7 @@ def _rewritten(program: Program, recipe: Recipe, inputs: list[Any]) -> Program:
     settled = [c.name for c in recipe.passes if getattr(c, "choice", None) is not None]
     refuse_to_keep(program, "recipe", settled)
     if report.passes and not report.rewritten:
-        missed = [m.reason for p in report.passes for m in p.missed]
-        warnings.warn(f"thresher rewrote nothing: {missed[0] if missed else 'no candidate site.'}",
-                      backend.ThresherWarning, stacklevel=3)  # fmt: skip
+        warn(f"thresher rewrote nothing: {rewrote_nothing([report])}", stacklevel=3)
     return program
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from .backend import ThresherWarning
 from .errors import ArgumentError
+from .notices import warn
 
 EAGER_PREFILL = (
     "generate makes its static cache during the prefill, which transformers does not compile, and this prefill is not one "
@@ -64,7 +63,7 @@ def generate(compiled: Callable[..., Any], model: torch.nn.Module, *args: Any, *
         layers = getattr(static, "layers", ())  # an encoder-decoder's cache has none of its own
         keys_and_values = bool(layers) and all(isinstance(layer, StaticLayer) for layer in layers)
         if inputs or not keys_and_values or not _one_prompt(named, mask):
-            warnings.warn(EAGER_PREFILL, ThresherWarning, stacklevel=2)
+            warn(EAGER_PREFILL)
             return written(*inputs, **named)
         given = {**named, name: DynamicCache(), "attention_mask": mask}
         with _instead(model, "forward", own):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .graph import sharded
 from .graph.nodes import module_fqn
-
-
-class ThresherWarning(UserWarning):
-    """Something was left as it was, and the message says what and why."""
+from .notices import warn
 
 
 def as_fault(fault: Exception) -> str:
@@ -33,9 +29,9 @@ def leave_alone(
 ) -> Callable[..., Any]:
     """The graph as the target runs it without us, with one warning that says why."""
     if target == "reference":
-        warnings.warn(f"thresher left this graph to plain PyTorch: {reason}", ThresherWarning, stacklevel=3)
+        warn(f"thresher left this graph to plain PyTorch: {reason}", gm, stacklevel=3)
         return gm.forward
-    warnings.warn(f"thresher left this graph to plain Inductor: {reason}", ThresherWarning, stacklevel=3)
+    warn(f"thresher left this graph to plain Inductor: {reason}", gm, stacklevel=3)
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(example_inputs))  # type: ignore[return-value]

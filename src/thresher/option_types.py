@@ -7,9 +7,10 @@ import functools
 import numbers
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
-from .errors import ArgumentError
+from .errors import ArgumentError, did_you_mean
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
 
@@ -28,6 +29,21 @@ def check(owner: str, options: Any) -> None:
                 f"{owner} {field.name}", f"{given!r}, which is {type(given).__name__}", _words(hint),
                 _fix(field, given, hint),
             )  # fmt: skip
+
+
+def check_inductor(options: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for an option that this torch's Inductor does not have."""
+    from torch._inductor import list_options
+
+    known = {name.replace("-", "_") for name in list_options()}
+    for name in options:
+        if name.replace("-", "_") not in known:
+            raise ArgumentError(
+                "inductor",
+                repr(name),
+                "an option of this torch's Inductor",
+                f"torch._inductor.list_options() lists them.{did_you_mean(name, known)}",
+            )
 
 
 def _fix(field: dataclasses.Field[Any], given: Any, hint: Any) -> str:

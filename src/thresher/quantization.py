@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from thresher.passes.calibrate import Statistics
+from thresher.passes.keep import kept_layers, unnamed
 from thresher.passes.rsq import rsq
 from thresher.passes.rsq.config import RSQConfig
 from thresher.passes.rsq.quantizer import driver as rsq_driver
 from thresher.passes.rsq.quantizer.driver import Outcome
 from thresher.passes.rsq.quantizer.importance import shift_sequences
 from thresher.passes.rsq.quantizer.pieces import Batch
+from thresher.passes.structure.recover import recover
 
-from .compiled import check_model  # which loads the operators that programs hold
 from .errors import ArgumentError, ThresherError
 from .files import cache_folder
 from .graph import capture
@@ -37,6 +38,7 @@ from .graph.program import Program
 from .model_capture import shown_to, without_cache
 from .recipe import Recipe
 from .records.quantization_report import QuantizeReport
+from .strict import check_model, names_nothing
 
 RSQ = RSQConfig
 
@@ -100,6 +102,11 @@ def quantize(
     if not batches:
         raise ArgumentError("data", "no batch", "at least one sequence", "Give some text.")
     program = _capture(model, batches)
+    nothing: list[str] = []
+    kept_layers(recover(program), config.keep, nothing)
+    for word in config.keep:
+        if unnamed(word) in nothing:
+            raise names_nothing(config, word, model)
     outcome = rsq_driver.quantise_program(program, batches, config, None if folder is None else Path(folder))
     tensors = rsq.to_statistics(outcome.linears, outcome.plan, config)
     statistics = Statistics(outcome.fingerprint, {"rsq": tensors})

@@ -8,21 +8,17 @@ preset's name, keyword options, a dict, or a TOML file; a word it does not know 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from . import option_types
+from . import option_types, recipe_toml
 from .errors import ArgumentError, unknown_key
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +35,16 @@ class PassConfig:
         for option, words in known.items():
             if getattr(self, option) not in words:
                 raise unknown_key(f"{self.name} {option}", getattr(self, option), words)
+
+    def within(self, low: float, high: float, *options: str) -> None:
+        """For `validate`: each of these options is from `low` to `high`; NaN is not, and None is the default."""
+        for option in options:
+            given = getattr(self, option)
+            if given is not None and not low <= given <= high:
+                span = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
+                raise ArgumentError(
+                    f"{self.name} option {option}", given, span, "Leave it out for the default."
+                )
 
     def at_least(self, **least: int) -> None:
         """For `validate`: each of these options is no less than the number beside it."""
@@ -106,6 +112,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         option_types.check("option", self)
+        # a recipe is a value: in what order it was written is no part of it
+        for name, key in (
+            ("passes", lambda c: c.name),
+            ("require", lambda e: e[0]),
+            ("inductor", lambda e: e[0]),
+        ):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name), key=key)))
         if self.freshness not in FRESHNESS:
             raise unknown_key("freshness", self.freshness, FRESHNESS)
         for name, share in self.require:
@@ -119,6 +132,8 @@ class Recipe:
             raise ArgumentError(
                 "min_gain", self.min_gain, "0 or more", "1.0 leaves what is expected to lose."
             )
+        if self.inductor:
+            option_types.check_inductor(dict(self.inductor))
         for config in self.passes:
             option_types.check(f"{config.name} option", config)
             config.validate()
@@ -134,9 +149,8 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """Hash of everything in the recipe; equal recipes have equal fingerprints in every process."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[
-            :16
-        ]
+        text = json.dumps(_plain(self.to_dict()), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """The dict that `Recipe.of` turns back into this recipe."""
@@ -154,15 +168,7 @@ class Recipe:
         given = self.to_dict()
         if self.stats is not None:
             given["stats"] = os.path.relpath(self.stats, folder)
-        scalars = {k: v for k, v in given.items() if not isinstance(v, Mapping)}
-        lines = [f"{k} = {_toml(v)}" for k, v in scalars.items()]
-        if not self.passes:
-            lines.insert(0, 'recipe = "none"')
-        for name, options in given.items():
-            if isinstance(options, Mapping):
-                lines += ["", f"[{name}]", *(f"{json.dumps(k) if not k.isidentifier() else k} = {_toml(v)}"
-                                             for k, v in options.items() if v is not None)]  # fmt: skip
-        return "\n".join(lines).strip() + "\n"
+        return recipe_toml.write(given if self.passes else {"recipe": "none", **given})
 
     @classmethod
     def of(
@@ -174,6 +180,7 @@ class Recipe:
             the preset "exact". A dict may name a base preset under "recipe".
         options: single settings on top: `prepack=True`, `nvfp4={"mode": "te"}`, `freshness="trust"`.
         """
+        _load_passes()
         if isinstance(spec, Recipe):
             return spec if not options else cls.of({**spec.to_dict(), **options})
         if isinstance(spec, PassConfig):
@@ -183,39 +190,10 @@ class Recipe:
         elif spec is None:
             merged = dict(options)
         elif str(spec).endswith(".toml"):
-            merged = {**_read_toml(Path(spec)), **options}
+            merged = {"recipe": os.fspath(spec), **options}
         else:
             merged = {"recipe": str(spec), **options}
         return _from_dict(merged)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return (
-        json.dumps(value) if isinstance(value, str) else repr(value)
-    )  # repr writes inf and nan as TOML does
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    """What stands in a file; the paths in it, which are seen from its folder, as seen from here."""
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArgumentError(
-            "recipe",
-            f"{str(path)!r}: {error.strerror}",
-            "the path of an existing TOML file",
-            "Check the path.",
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArgumentError("recipe", repr(str(path)), "valid TOML", f"The parser says: {error}.") from None
-    for key in ("stats", "recipe"):
-        if isinstance(given.get(key), str) and (key == "stats" or given[key].endswith(".toml")):
-            given[key] = os.path.normpath(path.parent / given[key])
-    return given
 
 
 def _from_dict(spec: Mapping[str, Any], files: tuple[str, ...] = ()) -> Recipe:
@@ -229,7 +207,11 @@ def _from_dict(spec: Mapping[str, Any], files: tuple[str, ...] = ()) -> Recipe:
         if str(base) in files:
             raise ArgumentError("recipe", f"{base!r}, which is its own base", "a preset or another file",
                                 "Change its line `recipe = ...`.")  # fmt: skip
-        return _from_dict({**_read_toml(Path(base)), **spec}, (*files, str(base)))
+        path = Path(base)
+        given = recipe_toml.read(path)
+        with recipe_toml.named(path):
+            _from_dict(given, (*files, str(base)))  # what is wrong in the file is said of the file
+        return _from_dict({**given, **spec}, (*files, str(base)))
     if base not in PRESETS:
         raise _no_preset(str(base))
     spec = {**PRESETS[base], **spec}
@@ -246,7 +228,7 @@ def _from_dict(spec: Mapping[str, Any], files: tuple[str, ...] = ()) -> Recipe:
                 raise ArgumentError(
                     key, repr(given), "a dict, in TOML a table", f"Write {key}={{...}} or [{key}]."
                 )
-            rest[key] = tuple(sorted(given.items()))
+            rest[key] = tuple(sorted((k, _tuples(v)) for k, v in given.items()))
         elif key in settings:
             rest[key] = os.fspath(given) if isinstance(given, os.PathLike) else given
         else:
@@ -254,9 +236,15 @@ def _from_dict(spec: Mapping[str, Any], files: tuple[str, ...] = ()) -> Recipe:
     return Recipe(passes=tuple(passes), **rest)
 
 
+@functools.cache
+def _load_passes() -> None:
+    """Make the passes of this package known; what else must load them would be a recipe's first word."""
+    importlib.import_module("thresher.passes.catalog").load()
+
+
 def _config(name: str, given: Any) -> PassConfig | None:
     kind = CONFIGS[name]
-    if given is False or given is None:
+    if given is False:
         return None
     if given is True:
         return kind()
@@ -271,6 +259,15 @@ def _config(name: str, given: Any) -> PassConfig | None:
         if key not in fields:
             raise unknown_key(f"{name} option", key, fields)
     return kind(**{k: _tuples(v) for k, v in given.items()})
+
+
+def _plain(value: Any) -> Any:
+    """With numbers that are equal written alike: 1.0 as 1."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _tuples(value: Any) -> Any:

@@ -34,6 +34,7 @@ from .graph.nodes import value
 from .graph.program import Program
 from .recipe import CONFIGS, Recipe
 from .report import Report
+from .strict import compile_strictly
 
 FORBIDDEN = ("thresher.kernels", "thresher.lowering", "thresher.runtime")
 
@@ -180,7 +181,7 @@ def _on_model(
         problems += [f"The new node {n.name} has no fake value in meta['val']."
                      for n in first.nodes() if isinstance(n.target, torch._ops.OpOverload) and value(n) is None]  # fmt: skip
     try:
-        compiled = api.compile(model, inputs, recipe, target="reference")
+        compiled = compile_strictly(model, inputs, recipe, target="reference", may_do_nothing=True)
     except ThresherError as reason:
         return 0, [*problems, f"Compiling raised {type(reason).__name__}: {reason}"]
     for report in compiled.reports:

@@ -1,5 +1,7 @@
 """Recipes are values: from presets, keywords, dicts and files, with an answer to every wrong word."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,16 @@ def test_presets_and_what_comes_on_top():
         ({"require": 3}, "Write require={...} or [require]"),
         ({"require": {"prepack": "all"}}, "option require"),
         ({"stats": 3}, "text in quotes"),
+        ({"prepack": None}, "True, False or a dict"),
+        ({"prepack": {"min_share": -0.5}}, "prepack option min_share: got -0.5; accepted is 0 to 1"),
+        ({"prepack": {"min_gain": float("nan")}}, "0 or more"),
+        ({"nvfp4": {"min_weights": -1}}, "0 or more"),
+        ({"bf16": {"budget": -0.1}}, "0 or more"),
+        ({"deft": {"min_bytes": -1}}, "0 or more"),
+        ({"rsq": {"power": -1.0}}, "0 or more"),
+        ({"transprune": {"min_saving": -0.1}}, "0 to 1"),
+        ({"zipvl": {"min_saving": 2.0}}, "0 to 1"),
+        ({"inductor": {"max_autotun": True}}, "Did you mean 'max_autotune'"),
     ],
 )
 def test_a_wrong_word_is_named_with_what_was_meant(given, said):
@@ -108,3 +120,50 @@ def test_values_of_a_kind_with_the_declared_one_are_taken():
     recipe = Recipe.of(given)
     assert recipe.config("transprune").stages == ((2, 1), (3, 0.5)) and recipe.stats == "s.safetensors"
     assert hash(recipe) == hash(Recipe.of(recipe.to_dict()))
+
+
+def test_an_error_in_a_file_says_the_file_and_the_line(tmp_path):
+    path, other = tmp_path / "r.toml", tmp_path / "other.toml"
+    for text, place in (
+        ("verify = true\n\n[prepack]\nmin_share = -1.0\n", "r.toml, line 4: prepack option min_share"),
+        ("[nvfp4]\nbudget = 0.5\n[deft]\nbudget = 3.0\n", "r.toml, line 4: deft"),
+        ("[prepack]\n[nvfp4]\nmin_wei = 1\n", "r.toml, line 3: nvfp4 option"),
+        ("freshness = 'chek'\n", "r.toml, line 1: freshness"),
+        ("[prepak]\n", "r.toml, line 1: options"),
+        ("verify = true\n[require]\nprepack = 50\n", "r.toml, line 3: require"),
+        ("[inductor]\nmax_autotun = true\n", "r.toml, line 2: inductor"),
+    ):
+        path.write_text(text)
+        for spec in (path, {"recipe": str(path)}):
+            with pytest.raises(ArgumentError) as raised:
+                Recipe.of(spec)
+            assert place in str(raised.value)
+        other.write_text('recipe = "r.toml"\n')
+        with pytest.raises(ArgumentError) as raised:
+            Recipe.of(other, verify=False)
+        assert place in str(raised.value) and "other.toml" not in str(raised.value)
+    path.write_text("prepack = true\n")
+    with pytest.raises(ArgumentError, match=r"^freshness: "):  # what the caller adds is not the file's
+        Recipe.of(path, freshness="chek")
+
+
+def test_recipes_that_mean_the_same_are_equal_and_hash_alike():
+    pairs = [
+        ({"prepack": True, "deft": True}, {"deft": True, "prepack": True}),
+        ({"nvfp4": {"budget": 1}}, {"nvfp4": {"budget": 1.0}}),
+        ({"prepack": True, "require": {"prepack": 1}}, {"require": {"prepack": 1.0}, "prepack": {}}),
+        ({"inductor": {"max_autotune": True, "freezing": False}}, {"inductor": {"freezing": False, "max_autotune": True}}),
+    ]  # fmt: skip
+    for a, b in pairs:
+        a, b = Recipe.of(a), Recipe.of(b)
+        assert a == b and hash(a) == hash(b) and a.fingerprint() == b.fingerprint()
+    assert Recipe(a.passes[::-1], require=a.require) == Recipe(a.passes, require=a.require)
+
+
+def test_a_recipe_can_be_made_first_thing():
+    for code in (
+        "thresher.Recipe.of('embed')",
+        "thresher.Recipe.of(prepack=True, require={'prepack': 1.0})",
+        "thresher.optimize(deft=True)",
+    ):
+        subprocess.run([sys.executable, "-c", f"import thresher; {code}"], check=True)

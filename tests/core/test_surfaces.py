@@ -10,9 +10,9 @@ import torch
 import zoo
 
 import thresher
-from thresher.backend import ThresherWarning
 from thresher.compat import is_fake
 from thresher.errors import ArgumentError, CoverageError, ThresherError
+from thresher.notices import ThresherWarning
 
 
 @pytest.fixture(autouse=True)
