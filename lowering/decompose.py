@@ -12,7 +12,7 @@ from torch import fx
 
 from thresher import ops, plain_form
 from thresher.errors import ThresherError
-from thresher.graph.nodes import fake_like, value
+from thresher.graph.nodes import argument, fake_like, value
 from thresher.graph.program import Program, Weight
 from thresher.graph.tracing import trace
 from thresher.kernels.varlen.plain import as_mask
@@ -190,8 +190,7 @@ def add_masks(program: Program) -> None:
     added mask into one kernel, and computes it in ten under a bool one."""
     made: dict[Any, fx.Node] = {}
     for node in program.nodes(torch.ops.aten.scaled_dot_product_attention.default):
-        position = 3 if len(node.args) > 3 else None
-        mask = node.args[3] if position else node.kwargs.get("attn_mask")
+        mask = argument(node, "attn_mask")
         if not isinstance(mask, fx.Node) or value(mask).dtype != torch.bool:
             continue
         dtype = value(node.args[0]).dtype

@@ -28,7 +28,7 @@ from thresher.recipe import PassConfig
 
 from .base import EXACT, Context, Match, Miss, Pass, register_pass
 from .extract import extract
-from .structure.masks import _BEFORE, _NEAR, _conditions
+from .structure.masks import BEFORE, NEAR, conditions
 from .structure.pattern import match
 from .structure.sdpa import MASKED, attention
 
@@ -93,9 +93,7 @@ def prepare_causal(program: Program, context: Context) -> int | None:
 def make_causal(node: fx.Node) -> None:
     """Replace an attention's mask by `is_causal`."""
     site = attention(node)
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
-    rest = {k: v for k, v in given.items() if k in ("scale", "enable_gqa")}
+    rest = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}  # these come by name only
     node.args = (site.q, site.k, site.v)
     node.kwargs = {"is_causal": True, **rest}
 
@@ -108,10 +106,10 @@ def why_not_causal(program: Program, mask: fx.Node) -> str | None:
             f"Its mask depends on the values of {reads[0]}, so it may hide more than later tokens. "
             f"Call the model without {reads[0]} where no row is padded."
         )
-    for condition in _conditions(mask):  # one by one: a window may be wider than any size tried below
-        if before := match(_BEFORE, condition):
+    for condition in conditions(mask):  # one by one: a window may be wider than any size tried below
+        if before := match(BEFORE, condition):
             return f"Its mask is a window of {before['width']} tokens."
-        if near := match(_NEAR, condition):
+        if near := match(NEAR, condition):
             return f"Its mask is a window of {near['reach']} tokens to either side."
     rows, columns = value(mask).shape[-2:]
     fixed = isinstance(rows, int) and isinstance(columns, int)

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from thresher.graph.dialect import unrepeated
-from thresher.graph.nodes import value
+from thresher.graph.nodes import argument, value
 from thresher.kernels.varlen.plain import SAYS
 
 from ..target import DECOMPOSED, Runtime
@@ -46,7 +46,7 @@ def group_query(weights: Weights) -> None:
     """
     for node in weights.program.nodes(aten.scaled_dot_product_attention.default):
         q, k, v = cast(tuple[fx.Node, ...], node.args[:3])
-        given = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:])) | dict(node.kwargs)
+        given = {n: argument(node, n) for n in ("attn_mask", "dropout_p", "is_causal", "scale")}
         if not _fits(given, *(value(n) for n in (q, k, v))):
             continue
         if weights.runtime.gpu and value(q).dtype == torch.float32:

@@ -22,7 +22,7 @@ from .weights import Weights
 class Parts:
     """Converts the parts of one export; collects what they say.
 
-    word: what the user calls the runtime. stage: called with the name of what is being done, for whoever waits.
+    word: what the user calls the runtime. stage: called with the name of each step as it begins, to show progress.
     """
 
     def __init__(

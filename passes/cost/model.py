@@ -23,6 +23,7 @@ from torch import fx
 
 from thresher import ops
 from thresher.graph.nodes import value
+from thresher.graph.packed_layout import Gather
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 from thresher.machine.devices import Device
@@ -126,7 +127,7 @@ class CostModel:
         body = program.placeholders[: len(layout.arguments)]
         for place, source in zip(body, layout.arguments):
             known = value(place)
-            if type(source).__name__ == "Gather" and isinstance(known, torch.Tensor):
+            if isinstance(source, Gather) and isinstance(known, torch.Tensor):
                 size = known.shape[source.sequence]
                 if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                     padded = layout.padded.placeholders[layout.tokens]

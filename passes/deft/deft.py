@@ -31,8 +31,8 @@ from ..base import EXACT, Context, Match, Miss, Pass, register_pass
 from ..calibrate import Tap
 from ..structure.linears import PRODUCTS
 from ..structure.sites import LinearSite, MlpSite
-from .sites import FLAT_ZERO, Plan, read, site_names, up_rows, widest
-from .thresholds import Choice, HiddenSample, choose, curve, neuron_norms, root_mean_square
+from .sites import FLAT_ZERO, NeuronPlan, read, site_names, up_rows, widest
+from .thresholds import HiddenSample, Threshold, choose, curve, neuron_norms, root_mean_square
 from .weights import derived, not_finite, stored
 
 aten = torch.ops.aten
@@ -82,14 +82,14 @@ class DeftConfig(PassConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class SparseSite:
     """What `rewrite` needs: the plan, a threshold if it is approximate, and the name the site counts under.
 
     note: what to say about the site once it is rewritten, or "".
     """
 
-    plan: Plan
-    choice: Choice | None
+    plan: NeuronPlan
+    choice: Threshold | None
     counted: str
     note: str = ""
 
@@ -121,7 +121,7 @@ class Deft(Pass):
         mlps, beside = widest(structure.mlps)
         names = site_names(mlps)
         found: list[Match | Miss] = list(beside)
-        plans: list[Plan] = []
+        plans: list[NeuronPlan] = []
         for mlp in mlps:
             plan = read(program, mlp, config.bmax, config.min_bytes)
             if not isinstance(plan, str) and config.bits == 4 and plan.shape[1] % 2:
@@ -149,15 +149,17 @@ class Deft(Pass):
                     note = f"{fqn}: its fused projection is split into gate and up."
             elif plan.why_down:
                 note = f"{fqn} keeps its up projection dense. {plan.why_down}"
-            found.append(Match(fqn, Found(plan, choice, f"{fqn}@{prefix}", note), tuple(claims)))
+            found.append(Match(fqn, SparseSite(plan, choice, f"{fqn}@{prefix}", note), tuple(claims)))
         return found
 
-    def _choices(self, program: Program, plans: dict[str, Plan], context: Context) -> dict[str, Choice | str]:
+    def _choices(
+        self, program: Program, plans: dict[str, NeuronPlan], context: Context
+    ) -> dict[str, Threshold | str]:
         """For each approximate site its threshold, or a sentence why it has none."""
         if not plans:
             return {}
         samples = context.stats.get(self.name, {})
-        result: dict[str, Choice | str] = {}
+        result: dict[str, Threshold | str] = {}
         curves = {}
         for fqn, plan in plans.items():
             hidden = samples.get(fqn, {}).get("hidden")
@@ -196,7 +198,7 @@ class Deft(Pass):
         return said
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
-        found: Found = match.data
+        found: SparseSite = match.data
         plan, config = found.plan, context.config
         down = plan.mlp.down
         before = down.output
@@ -211,7 +213,9 @@ class Deft(Pass):
         context.counted[match.site] = found.counted
 
 
-def _down_weight(program: Program, plan: Plan, before: fx.Node, bits: int) -> tuple[fx.Node, fx.Node | None]:
+def _down_weight(
+    program: Program, plan: NeuronPlan, before: fx.Node, bits: int
+) -> tuple[fx.Node, fx.Node | None]:
     """The neuron-major weight and its scales, None for 16 bits."""
     down = plan.mlp.down
     if bits == 16:
@@ -225,7 +229,7 @@ def _down_weight(program: Program, plan: Plan, before: fx.Node, bits: int) -> tu
     return parts[0], parts[1]
 
 
-def _rewrite_gated(program: Program, plan: Plan, before: fx.Node, tail: tuple[Any, ...]) -> None:
+def _rewrite_gated(program: Program, plan: NeuronPlan, before: fx.Node, tail: tuple[Any, ...]) -> None:
     mlp, up = plan.mlp, plan.mlp.up.linear
     rows = up_rows(mlp.up)
     if mlp.fused:
@@ -264,7 +268,7 @@ def _replace(
     output.replace_all_uses_with(node)
 
 
-def _threshold(program: Program, found: Found, before: fx.Node) -> fx.Node:
+def _threshold(program: Program, found: SparseSite, before: fx.Node) -> fx.Node:
     """The node of a site's fp32 [F] thresholds. They have no recipe: another weight makes them stale."""
     assert found.choice is not None
     down = found.plan.mlp.down
@@ -287,7 +291,7 @@ def _threshold(program: Program, found: Found, before: fx.Node) -> fx.Node:
     )
 
 
-def _neuron_major(program: Program, plan: Plan) -> torch.Tensor:
+def _neuron_major(program: Program, plan: NeuronPlan) -> torch.Tensor:
     tensor = program.weights[plan.mlp.down.weight].tensor.detach()
     return tensor if plan.mlp.down.transposed else tensor.t()
 

@@ -1,6 +1,6 @@
 """Which MLPs can skip the weights of neurons that are off, and how each is written.
 
-`read` gives a Plan for a site that can, or a sentence why it cannot. Exact sites are those whose
+`read` gives a NeuronPlan for a site that can, or a sentence why it cannot. Exact sites are those whose
 activation has a flat zero: there a neuron that is off is exactly zero, and nothing is approximated.
 """
 
@@ -28,7 +28,7 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class NeuronPlan:
     """How one MLP is written.
 
     gated: skip the up projection's rows as well, with `sparse_mlp`; else `sparse_down`.
@@ -77,7 +77,7 @@ def site_names(mlps: Sequence[MlpSite]) -> dict[MlpSite, str]:
     return {m: m.fqn if m.fqn and len(holders[m.fqn]) == 1 else m.down.fqn for m in mlps}
 
 
-def read(program: Program, mlp: MlpSite, bmax: int, min_bytes: int) -> Plan | str:
+def read(program: Program, mlp: MlpSite, bmax: int, min_bytes: int) -> NeuronPlan | str:
     """How to write this MLP, or a sentence why it is left as it is."""
     down = mlp.down
     weight = program.weights[down.weight]
@@ -119,7 +119,7 @@ def read(program: Program, mlp: MlpSite, bmax: int, min_bytes: int) -> Plan | st
     if mlp.gate is not None and exact:
         skip = _skips_up(program, mlp)
         gated, up_act, why = (True, skip, "") if skip in ("identity", "relu") else (False, "identity", skip)
-    return Plan(mlp, exact, gated, up_act, why)
+    return NeuronPlan(mlp, exact, gated, up_act, why)
 
 
 def _laundered(fqn: str, neuron: int) -> str:

@@ -47,7 +47,7 @@ class HiddenSample:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Threshold:
     """What was chosen for one site. limit: t. density: share kept. error: relative L2 of the MLP's output."""
 
     limit: float
@@ -91,7 +91,7 @@ def curve(hidden: torch.Tensor, weight: torch.Tensor) -> Curve:
     return Curve(tuple(limits), tuple(densities), tuple(errors), weight.numel() * weight.element_size())
 
 
-def choose(curves: Mapping[str, Curve], error: float) -> dict[str, Choice]:
+def choose(curves: Mapping[str, Curve], error: float) -> dict[str, Threshold]:
     """Lower densities step by step where a byte saved costs least squared error, within the budget.
 
     error: largest root mean square, over the sites, of the relative error of an MLP's output.
@@ -115,7 +115,7 @@ def choose(curves: Mapping[str, Curve], error: float) -> dict[str, Choice]:
         _, site, step, cost = best
         place[site], spent = step, spent + cost
     return {
-        site: Choice(curves[site].limits[i], curves[site].densities[i], curves[site].errors[i])
+        site: Threshold(curves[site].limits[i], curves[site].densities[i], curves[site].errors[i])
         for site, i in place.items()
     }
 

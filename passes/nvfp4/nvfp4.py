@@ -91,7 +91,7 @@ class NVFP4Config(PassConfig):
 
 
 @dataclass(frozen=True)
-class Found:
+class PackedSite:
     """A linear's places in the graph, the fixed tensor scale of its activations (fp32 []), if there is one, and how
     many bytes its weight takes as it is."""
 
@@ -149,7 +149,7 @@ class NVFP4(Pass):
                 scale = stats[site.fqn]["amax"] / 2688 if config.input_scale == "calibrated" else None
                 held = program.weights[site.weight]
                 bytes_now = held.tensor.numel() * held.tensor.element_size()
-                found[site] = Match(site.fqn, Found(places[site], scale, bytes_now), claims=held.origins)
+                found[site] = Match(site.fqn, PackedSite(places[site], scale, bytes_now), claims=held.origins)
         return [*(found[s] for s in places), *find_linears(program)[1]]
 
     def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:

@@ -21,12 +21,12 @@ from .visibility import MaskProbe
 aten = torch.ops.aten
 
 
-class Decline(Exception):
+class NotPackable(Exception):
     """Why a program is not packed, as a full sentence."""
 
 
 @dataclass
-class Found:
+class Packable:
     """What `match` worked out."""
 
     tokens: fx.Node
@@ -47,7 +47,7 @@ def linears(program: Program) -> list[tuple[fx.Node, int]]:
     return found
 
 
-def cut(program: Program, padded: Program, found: Found, packing: Packing) -> tuple[PackedLayout, Program]:
+def cut(program: Program, padded: Program, found: Packable, packing: Packing) -> tuple[PackedLayout, Program]:
     """Cut the program into prologue, body and epilogue, and describe how they fit together."""
     axes = found.axes
     places = program.placeholders
@@ -55,7 +55,7 @@ def cut(program: Program, padded: Program, found: Found, packing: Packing) -> tu
     try:
         frontier.explore()
     except Stop as stop:
-        raise Decline(f"The tokens cannot be separated from the padding: {stop}.") from None
+        raise NotPackable(f"The tokens cannot be separated from the padding: {stop}.") from None
     results = program.outputs
     computed = [n for n in results if isinstance(n, fx.Node)]
     late = [n for n in program.graph.nodes if n in axes.stopped]

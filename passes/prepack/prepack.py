@@ -33,7 +33,7 @@ from ..base import EXACT, Context, Match, Miss, Pass, register_pass
 from ..candidates import of_writes
 from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, propagate
 from .attention_sites import attention_sites
-from .cut import Decline, Found, cut, linears
+from .cut import NotPackable, Packable, cut, linears
 from .early_gather import gather_early
 from .visibility import LeaksPads, MaskProbe
 
@@ -101,11 +101,11 @@ class Prepack(Pass):
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         try:
             return [Match(WHOLE, find(program, context.config))]
-        except Decline as reason:
+        except NotPackable as reason:
             return [Miss(WHOLE, str(reason))]
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
-        found: Found = match.data
+        found: Packable = match.data
         padded = program.copy()
         layout, body = cut(program, padded, found, packing(program, found, context.config))
         program.graph_module, program.weights = body.graph_module, body.weights
@@ -116,14 +116,14 @@ class Prepack(Pass):
                                  f" (one of {len(layout.visibilities)} attention sites).")  # fmt: skip
 
 
-def find(program: Program, config: PrepackConfig) -> Found:
-    """Everything that decides whether and how a program is packed. Raises Decline."""
+def find(program: Program, config: PrepackConfig) -> Packable:
+    """Everything that decides whether and how a program is packed. Raises NotPackable."""
     padding = _padding_mask(program, config.mask)
     tokens = _token_input(program, padding)
     batch, sequence = value(tokens).shape[:2]
     for size, axis in ((batch, "batch"), (sequence, "sequence")):
         if example_of(size) == 1:
-            raise Decline(
+            raise NotPackable(
                 f"The {axis} dimension is 1 in this graph, so there is no padding between rows to leave out."
             )
     # The flow starts at the embedded tokens, not at the ids: what else a model computes from the ids
@@ -132,23 +132,23 @@ def find(program: Program, config: PrepackConfig) -> Found:
     sites = attention_sites(program)
     axes = propagate(program, {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start}, sites)
     if not sites:
-        raise Decline(_no_attention(axes))
+        raise NotPackable(_no_attention(axes))
     visibilities, probes = {}, {}
     for node, site in sites.items():
         where = module_fqn(node) or node.name
         if node not in axes:
-            raise Decline(
+            raise NotPackable(
                 f"The attention in {where} cannot be packed: {axes.stopped.get(node, 'it does not see the tokens')}."
             )
         if site.mask is None:
-            raise Decline(
+            raise NotPackable(
                 f"The attention in {where} does not use the padding mask, so pad tokens are part of its result."
             )
         if site.mask not in probes:
             probes[site.mask] = MaskProbe(program, site.mask, padding)
         visibilities[node] = seen = _classify(probes[site.mask], where, example_of(sequence))
         if seen.kind == "generic" and (site.softcap or config.form == "rows"):
-            raise Decline(
+            raise NotPackable(
                 f"The attention mask in {where} is more than a causal or windowed one, and "
                 + (
                     "its scores have a soft cap."
@@ -157,29 +157,29 @@ def find(program: Program, config: PrepackConfig) -> Found:
                 )
             )
         if site.softcap and config.form == "rows":
-            raise Decline(f'The attention in {where} has a soft cap, which form="rows" cannot express.')
+            raise NotPackable(f'The attention in {where} has a soft cap, which form="rows" cannot express.')
     outputs = program.outputs
     written = [i for i in program.updates if outputs[i] in axes or outputs[i] in axes.stopped]
     if written:
-        raise Decline(of_writes("prepack", program, written))
+        raise NotPackable(of_writes("prepack", program, written))
     share = _packed_share(program, axes)
     if share < config.min_share:
         first = next(iter(axes.stopped.values()), "they do not see the tokens")
-        raise Decline(
+        raise NotPackable(
             f"Only {share:.0%} of the linear weights could run packed, and min_share is {config.min_share:.0%}: {first}."
         )
-    return Found(tokens, padding, axes, sites, visibilities, probes, example_of(sequence))
+    return Packable(tokens, padding, axes, sites, visibilities, probes, example_of(sequence))
 
 
 def _padding_mask(program: Program, name: str) -> fx.Node:
     for place, given in zip(program.placeholders, program.input_names):
         if given == name and isinstance(value(place), torch.Tensor):
             if value(place).dim() != 2:
-                raise Decline(
+                raise NotPackable(
                     f"{name} has {value(place).dim()} dimensions; only a [batch, sequence] mask says which tokens are pads."
                 )
             return place
-    raise Decline(
+    raise NotPackable(
         f"The model was called without {name}, so every token counts as real and there is no padding to leave out."
     )
 
@@ -197,7 +197,7 @@ def _token_input(program: Program, padding: fx.Node) -> fx.Node:
         if (known.dim() == 3 and known.is_floating_point()) or any(_largest_table(u) for u in place.users):
             candidates.append((max([0, *(_largest_table(u) for u in place.users)]), known.dim(), place))
     if not candidates:
-        raise Decline(
+        raise NotPackable(
             "No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens."
         )
     return max(candidates, key=lambda c: c[:2])[2]
@@ -234,7 +234,7 @@ def _classify(probe: MaskProbe, where: str, length: int) -> Visibility:
     try:
         return probe.classify(length)
     except LeaksPads:
-        raise Decline(
+        raise NotPackable(
             f"The attention mask in {where} lets real tokens see pad tokens, so leaving pads out would change the result."
         ) from None
 
@@ -245,7 +245,7 @@ def _packed_share(program: Program, axes: TokenAxes) -> float:
     return sum(size for node, size in sizes if node in axes) / total if total else 1.0
 
 
-def packing(program: Program, found: Found, config: PrepackConfig) -> Packing:
+def packing(program: Program, found: Packable, config: PrepackConfig) -> Packing:
     """How and when calls are packed; costs are FLOPs of what runs packed."""
     token_cost = 2 * sum(size for node, size in linears(program) if node in found.axes)
     pair_cost = sum(

@@ -13,13 +13,13 @@ from thresher.errors import ArgumentError, unknown_key
 from thresher.recipe import PassConfig
 
 from ..keep import check_keep
-from .quantizer.importance import STRATEGIES
 from .rotation import KINDS
 
 BITS = (2, 3, 4, 8)
 GROUPS = (-1, 32, 64, 128)
 GRIDS = ("integer", "nvfp4")
 METHODS = ("gptq", "nearest")
+STRATEGIES = ("attncon", "first", "first_last", "tokenfreq", "actnorm", "actdiff", "tokensim", "uniform")
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NOT_NUMERIC = ("budget",)
 

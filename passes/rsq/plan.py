@@ -100,7 +100,7 @@ class Edit:
 
 
 @dataclass
-class Plan:
+class RotationPlan:
     """What to do. streams: rotated ones with their R1. edits: one a linear that is rotated or quantised.
     quantise: the linears that get low-bit weights, in graph order. missed, notes: for the report."""
 
@@ -115,9 +115,9 @@ class Plan:
         return self.edits.setdefault(site, Edit(site))
 
 
-def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Plan:
+def make_plan(program: Program, structure: Structure, config: RSQConfig) -> RotationPlan:
     """The plan for a program; a pure function of its arguments."""
-    plan = Plan()
+    plan = RotationPlan()
     if config.rotate:
         _plan_streams(program, structure, config, plan)
     if config.rotate_heads:
@@ -151,7 +151,7 @@ def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Plan
     return plan
 
 
-def _plan_streams(program: Program, structure: Structure, config: RSQConfig, plan: Plan) -> None:
+def _plan_streams(program: Program, structure: Structure, config: RSQConfig, plan: RotationPlan) -> None:
     if not structure.towers:
         plan.missed.append(
             Miss("the residual stream", "No residual stream was recovered, so nothing is rotated.")
@@ -187,7 +187,7 @@ def _plan_streams(program: Program, structure: Structure, config: RSQConfig, pla
             )
 
 
-def _plan_heads(structure: Structure, site: AttentionSite, config: RSQConfig, plan: Plan) -> None:
+def _plan_heads(structure: Structure, site: AttentionSite, config: RSQConfig, plan: RotationPlan) -> None:
     layer = structure.layer_of(site)
     cached = site.past is not None or (layer is not None and bool(layer.exports))
     reason = None

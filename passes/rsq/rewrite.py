@@ -19,7 +19,7 @@ from thresher.graph.program import Program, Weight
 
 from ..structure.recover import NormSite, Structure
 from ..structure.sites import read_instead
-from .plan import Edit, Plan
+from .plan import Edit, RotationPlan
 from .rotation import Rotation, centre_writer, rotate_reader
 from .stream import Stream
 
@@ -41,7 +41,7 @@ def materialise(weight: Weight, dtype: torch.dtype | None = None) -> torch.Tenso
         return weight.derive(*sources)
 
 
-def rotate(program: Program, plan: Plan, lazy: bool = False) -> None:
+def rotate(program: Program, plan: RotationPlan, lazy: bool = False) -> None:
     """Rotate every stream and linear of the plan in place. Linears become `aten.linear` on derived weights."""
     for stream, r in plan.streams:
         _rotate_stream(program, stream, r, plan, lazy)
@@ -50,7 +50,7 @@ def rotate(program: Program, plan: Plan, lazy: bool = False) -> None:
             _rotate_linear(program, edit, plan, lazy)
 
 
-def _rotate_stream(program: Program, stream: Stream, r: Rotation, plan: Plan, lazy: bool) -> None:
+def _rotate_stream(program: Program, stream: Stream, r: Rotation, plan: RotationPlan, lazy: bool) -> None:
     for embedding in stream.tower.embeddings:
         table = embedding.node.args[0]
         held = program.weights[str(table.target)]  # type: ignore[union-attr]
@@ -68,7 +68,7 @@ def _rotate_stream(program: Program, stream: Stream, r: Rotation, plan: Plan, la
         _strip_norm(program, norm, plan)
 
 
-def _strip_norm(program: Program, norm: NormSite, plan: Plan) -> None:
+def _strip_norm(program: Program, norm: NormSite, plan: RotationPlan) -> None:
     """The norm without its weight, and of a centred stream: x / sqrt(mean(x^2) + eps)."""
     x = norm.input
     old = norm.output
@@ -79,7 +79,7 @@ def _strip_norm(program: Program, norm: NormSite, plan: Plan) -> None:
     norm.output = new
 
 
-def _rotate_linear(program: Program, edit: Edit, plan: Plan, lazy: bool) -> None:
+def _rotate_linear(program: Program, edit: Edit, plan: RotationPlan, lazy: bool) -> None:
     site = edit.site
     before = site.output
     weight, bias = edited_weights(program, edit)
@@ -186,7 +186,7 @@ def derived(
     return program.get_weight(Weight(fqn, tensor, sources, make, tensors), before=before)
 
 
-def _replace(program: Program, old: fx.Node, new: fx.Node, plan: Plan) -> None:
+def _replace(program: Program, old: fx.Node, new: fx.Node, plan: RotationPlan) -> None:
     """Read the new node instead of the old one, also where the structure points to it."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     read_instead([*(edit.site for edit in plan.edits.values()), *plan.quantise], old, new)

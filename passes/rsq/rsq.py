@@ -30,7 +30,7 @@ from ..structure.recover import LinearSite, Structure
 from ..structure.sites import by_module, read_instead
 from . import rewrite as rsq_rewrite
 from .config import RSQConfig, decode_text, encode_text
-from .plan import Edit, Plan, make_plan
+from .plan import Edit, RotationPlan, make_plan
 
 ops = torch.ops.thresher
 CUTS = {"transprune", "zipvl", "deft"}  # passes behind which layers are no longer whole
@@ -48,12 +48,12 @@ HIDDEN = (
 class _Rotation:
     """A plan that is carried out with the first site that needs it."""
 
-    plan: Plan
+    plan: RotationPlan
     done: bool = False
 
 
 @dataclass(frozen=True)
-class Found:
+class CodedSite:
     """A linear's places in the graph, its tensors (see `codes.to_tensors`), and its weight's bytes before and after."""
 
     sites: tuple[LinearSite, ...]
@@ -117,7 +117,9 @@ class RSQ(Pass):
             assert tensors is not None
             held = program.weights[site.weight]
             found.append(
-                Match(site.fqn, Found((site,), tensors, _sizes(held, tensors), rotation), claims=(held.fqn,))
+                Match(
+                    site.fqn, CodedSite((site,), tensors, _sizes(held, tensors), rotation), claims=(held.fqn,)
+                )
             )
         return found
 
@@ -125,7 +127,7 @@ class RSQ(Pass):
         return savings([m.data.sizes for m in done])
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
-        data: Found = match.data
+        data: CodedSite = match.data
         if data.rotation is not None and not data.rotation.done:
             rsq_rewrite.rotate(program, data.rotation.plan)
             data.rotation.done = True
@@ -136,7 +138,7 @@ class RSQ(Pass):
             self._put(program, site, data, names, context)
 
     def _put(
-        self, program: Program, site: LinearSite, data: Found, names: Mapping[str, str], context: Context
+        self, program: Program, site: LinearSite, data: CodedSite, names: Mapping[str, str], context: Context
     ) -> None:
         """The product with codes in the place of one with a weight. names: of the codes' parts in the program."""
         at = site.output
@@ -182,7 +184,9 @@ def _prepared(
             reason = "It was not there when the program was rotated."
         if reason is None:
             assert tensors is not None
-            found.append(Match(name, Found(sites, tensors, _sizes(held, tensors), None), claims=held.origins))
+            found.append(
+                Match(name, CodedSite(sites, tensors, _sizes(held, tensors), None), claims=held.origins)
+            )
         else:
             found.append(Miss(name, reason))
     return found
@@ -254,7 +258,7 @@ def quantized_with(stats: Mapping[str, Mapping[str, torch.Tensor]]) -> RSQConfig
 
 
 def to_statistics(
-    linears: Mapping[str, Mapping[str, torch.Tensor]], plan: Plan, config: RSQConfig
+    linears: Mapping[str, Mapping[str, torch.Tensor]], plan: RotationPlan, config: RSQConfig
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What a file of statistics keeps under this pass's name."""
     edits = {edit.site.fqn: edit for edit in plan.edits.values()}

@@ -21,6 +21,7 @@ from thresher.graph.program import Program
 from .masks import read_masks
 from .pattern import Anything, Number, Var, call, described, either, is_cast, match, uncast
 from .rope import find_rope
+from .sdpa import attention
 from .sites import AttentionSite, LinearSite, NormSite, Projection, Rope, Unknown, common_prefix
 from .views import Unviewable, head_rows, is_view, merges_heads, viewed
 
@@ -190,14 +191,10 @@ def cores(program: Program) -> Iterator[Core | tuple[fx.Node, str]]:
 
 
 def _sdpa(node: fx.Node) -> Core:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
-    mask, scale = given.get("attn_mask"), given.get("scale")
-    scale = value(given["query"]).shape[-1] ** -0.5 if scale is None else scale
-    masks = (mask,) if isinstance(mask, fx.Node) else ()
-    return Core(
-        node, "sdpa", given["query"], given["key"], given["value"], masks, scale, bool(given.get("is_causal"))
-    )
+    site = attention(node)
+    scale = value(site.q).shape[-1] ** -0.5 if site.scale is None else site.scale
+    masks = () if site.mask is None else (site.mask,)
+    return Core(node, "sdpa", site.q, site.k, site.v, masks, scale, site.causal)
 
 
 def _varlen(node: fx.Node, masked: bool) -> Core:

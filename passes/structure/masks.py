@@ -31,11 +31,11 @@ _key = Var("key", lambda n: _lies(n, -1), "a vector of key positions")
 _int = (torch.int64, torch.int32)
 
 _CAUSAL = either(call(aten.le.Tensor)(_key, _query), call(aten.ge.Tensor)(_query, _key))
-_BEFORE = either(
+BEFORE = either(
     call(aten.gt.Tensor)(_key, call(aten.sub.Tensor)(_query, Number("width"))),
     call(aten.lt.Tensor)(call(aten.sub.Tensor)(_query, Number("width")), _key),
 )
-_NEAR = call(aten.le.Scalar)(
+NEAR = call(aten.le.Scalar)(
     call(aten.abs.default)(either(call(aten.sub.Tensor)(_query, _key), call(aten.sub.Tensor)(_key, _query))),
     Number("reach"),
 )
@@ -54,12 +54,12 @@ def read_masks(masks: Sequence[fx.Node], is_causal: bool) -> Visibility:
     """What queries see through all of these masks together."""
     causal, back, around = is_causal, -1, -1
     for mask in masks:
-        for condition in _conditions(mask):
+        for condition in conditions(mask):
             if match(_CAUSAL, condition):
                 causal = True
-            elif found := match(_BEFORE, condition):
+            elif found := match(BEFORE, condition):
                 back = found["width"] - 1
-            elif found := match(_NEAR, condition):
+            elif found := match(NEAR, condition):
                 around = found["reach"]
             elif condition.target in _TRUE or match(_ANY_ROW, condition) or _is_padding(condition):
                 continue
@@ -70,12 +70,13 @@ def read_masks(masks: Sequence[fx.Node], is_causal: bool) -> Visibility:
     return Visibility("generic") if back >= 0 else Visibility("bidirectional", around)
 
 
-def _conditions(mask: Any) -> Iterator[fx.Node]:
+def conditions(mask: Any) -> Iterator[fx.Node]:
+    """The conditions that a mask joins by "and", one by one, behind casts and changes of shape."""
     while True:
         if (mask.target in _SAME and mask.args[0].op != "placeholder") or _hides(mask):
             mask = mask.args[0]
         elif mask.target in _AND and value(mask).dtype is torch.bool:
-            yield from _conditions(mask.args[0])
+            yield from conditions(mask.args[0])
             mask = mask.args[1]
         else:
             yield mask

@@ -12,7 +12,7 @@ from thresher.graph.nodes import module_fqn, value
 from thresher.graph.program import Program
 from thresher.report import Miss
 
-from .pattern import Found, Number, Var, call, either, is_cast, match, uncast
+from .pattern import Bindings, Number, Var, call, either, is_cast, match, uncast
 from .sites import NormSite
 
 aten = torch.ops.aten
@@ -101,16 +101,16 @@ def _spelled(program: Program, root: fx.Node) -> NormSite | str | None:
     for output in _results(root):
         for kind, pattern in (("layer", LAYER_NORM), ("rms", RMS_NORM)):
             result = match(pattern, output)
-            if isinstance(result, Found) and root in result.nodes:
+            if isinstance(result, Bindings) and root in result.nodes:
                 return _spelled_site(program, kind, output, result)
-            if not isinstance(result, Found) and (failed is None or result.covered > failed.covered):
+            if not isinstance(result, Bindings) and (failed is None or result.covered > failed.covered):
                 failed = result
     if failed is None or (root.target is aten.sqrt.default and failed.covered < 4):
         return None  # a root that normalises nothing
     return f"It looks like a norm, but {failed.reason}."
 
 
-def _spelled_site(program: Program, kind: str, output: fx.Node, found: Found) -> NormSite:
+def _spelled_site(program: Program, kind: str, output: fx.Node, found: Bindings) -> NormSite:
     weight, bias = found.get("weight"), None
     name = str(weight.target) if weight is not None else None
     nodes, result = sorted(found.nodes), output

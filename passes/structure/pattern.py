@@ -79,7 +79,7 @@ def either(*alternatives: Any) -> Either:
 
 
 @dataclass(frozen=True)
-class Found:
+class Bindings:
     """What the variables stand for, and the nodes the pattern covers (without the variables)."""
 
     values: dict[str, Any]
@@ -112,11 +112,11 @@ class Mismatch:
             self.covered, self.reason = covered, reason
 
 
-def match(pattern: Any, node: object) -> Found | Mismatch:
+def match(pattern: Any, node: object) -> Bindings | Mismatch:
     """Match a pattern whose result is `node`. A Mismatch is false."""
     best = Mismatch("")
     for values, nodes in _attempts(pattern, node, {}, (), best):
-        return Found(values, nodes)
+        return Bindings(values, nodes)
     return best
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from thresher.graph.nodes import value
 
-from .pattern import Anything, Found, Var, call, either, is_cast, match, uncast
+from .pattern import Anything, Bindings, Var, call, either, is_cast, match, uncast
 from .sites import Rope
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def find_rope(node: fx.Node) -> tuple[Rope, fx.Node] | None:
         return None
     for kind, pattern in (("half", _HALF), ("interleaved", _PAIRS)):
         found = match(pattern, node)
-        if isinstance(found, Found) and _rotates(found, kind):
+        if isinstance(found, Bindings) and _rotates(found, kind):
             rope = Rope(kind, _table(found["cos"]), _table(found["sin"]), _width(node))
             return rope, found["x"]
     return None
@@ -76,7 +76,7 @@ def _partial(node: fx.Node) -> tuple[Rope, fx.Node] | None:
     return (rope, whole) if begins else None
 
 
-def _rotates(found: Found, kind: str) -> bool:
+def _rotates(found: Bindings, kind: str) -> bool:
     """Whether the two parts are x's halves, or its even and odd elements."""
     x, first, second = found["x"], found["first"], found["second"]
     width = _width(x)

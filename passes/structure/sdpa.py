@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
+
+from thresher.graph.nodes import argument
 
 MASKED = -1e4  # an additive mask at or below this hides a key; models write the dtype's minimum or -inf
 
@@ -27,8 +28,6 @@ class Attention:
 
 def attention(node: fx.Node) -> Attention:
     """Read a scaled_dot_product_attention node; both spellings transformers uses give the same fields."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
-    mask = given.get("attn_mask")
-    return Attention(node, given["query"], given["key"], given["value"], mask if isinstance(mask, fx.Node) else None,
-                     bool(given.get("is_causal", False)), given.get("scale"))  # fmt: skip
+    query, key, values, mask = (argument(node, n) for n in ("query", "key", "value", "attn_mask"))
+    return Attention(node, query, key, values, mask if isinstance(mask, fx.Node) else None,
+                     bool(argument(node, "is_causal")), argument(node, "scale"))  # fmt: skip

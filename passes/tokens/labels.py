@@ -11,31 +11,31 @@ from torch import fx
 from thresher import ops
 from thresher.graph.nodes import value
 from thresher.graph.sizes import example_of
-from thresher.graph.token_labels import Rule, Stop, pointwise
+from thresher.graph.token_labels import Stop, TokenRule, pointwise
 
 aten = torch.ops.aten
 
-RULES: dict[Any, Rule] = {}
+TOKEN_RULES: dict[Any, TokenRule] = {}
 """By operator, for those that are not defined with `thresher.ops.define`."""
 
 
-def rule_of(*targets: Any) -> Callable[[Rule], Rule]:
+def rule_of(*targets: Any) -> Callable[[TokenRule], TokenRule]:
     """Register the rule of some operators."""
 
-    def add(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(targets, rule))
+    def add(rule: TokenRule) -> TokenRule:
+        TOKEN_RULES.update(dict.fromkeys(targets, rule))
         return rule
 
     return add
 
 
-def rule_for(node: fx.Node) -> Rule:
+def rule_for(node: fx.Node) -> TokenRule:
     """The rule of a node's operator. Raises Stop when there is none."""
     target = node.target
     own = ops.of(target)
     if own is not None and own.tokens is not None:
         return own.tokens
-    if (rule := RULES.get(target)) is not None:
+    if (rule := TOKEN_RULES.get(target)) is not None:
         return rule
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return pointwise

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.nodes import sequence_of, value
+from thresher.graph.nodes import argument, sequence_of, value
 from thresher.graph.token_labels import (
     BATCH,
     SEQUENCE,
@@ -273,5 +273,4 @@ def _regroup_one(rows: list[tuple[str | None, int]], columns: list[int], axes: T
 
 @rule_of(aten.scaled_dot_product_attention.default)
 def _attention(node: fx.Node, labels: TokenAxes) -> Any:
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    return attends(node.args[:3], mask, labels)
+    return attends(node.args[:3], argument(node, "attn_mask"), labels)

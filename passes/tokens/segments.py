@@ -13,7 +13,7 @@ from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 
 from .replay import packed_attention
-from .types import Decline, Types, find_types
+from .types import NotPrunable, Types, find_types
 
 
 def caller(program: Program) -> Program:
@@ -22,10 +22,10 @@ def caller(program: Program) -> Program:
 
 
 def offsets_node(program: Program) -> fx.Node:
-    """Where a packed program's sequences begin and end: int32 [S + 1]. Raises Decline without segments."""
+    """Where a packed program's sequences begin and end: int32 [S + 1]. Raises NotPrunable without segments."""
     sites = program.nodes(packed_attention())
     if not sites:
-        raise Decline("The program is packed, and its attention takes masks.")
+        raise NotPrunable("The program is packed, and its attention takes masks.")
     return sites[0].all_input_nodes[3]
 
 

@@ -21,7 +21,7 @@ from ..extract import extract
 aten = torch.ops.aten
 
 
-class Decline(Exception):
+class NotPrunable(Exception):
     """Why a program is not pruned, as a full sentence."""
 
 
@@ -81,7 +81,7 @@ class Types:
 
 
 def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequence[Any] | None) -> Types:
-    """The best source of token types for `sizes` [batch, tokens]. Raises Decline for options that cannot be followed."""
+    """The best source of token types for `sizes` [batch, tokens]. Raises NotPrunable for options that cannot be followed."""
     sizes = list(sizes)
     named = {
         name: place
@@ -95,7 +95,9 @@ def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequ
     if ours:
         shape = list(ours["token_types"].shape)
         if shape != sizes:
-            raise Decline(f"thresher.token_types was given {shape}, and the tokens of this call are {sizes}.")
+            raise NotPrunable(
+                f"thresher.token_types was given {shape}, and the tokens of this call are {sizes}."
+            )
         return Types("extra", padding=padding)
     for name in ("token_types", "mm_token_type_ids"):
         if name in named:
@@ -103,7 +105,7 @@ def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequ
     ids = named.get("input_ids") or _ids(program, sizes)
     if config.image_token_id is not None:
         if ids is None:
-            raise Decline("image_token_id is given, and the graph has no token ids to compare with it.")
+            raise NotPrunable("image_token_id is given, and the graph has no token ids to compare with it.")
         return Types("ids", ids, config.image_token_id, padding=padding)
     for node in program.nodes(aten.masked_scatter.default):
         image: Any = node.args[1]

@@ -35,7 +35,7 @@ from ..tokens.replay import check
 from ..tokens.segments import caller, caller_types, offsets_node
 from ..tokens.towers import largest_tower, layer_flops, no_layers
 from ..tokens.types import (
-    Decline,
+    NotPrunable,
     Types,
     counts_program,
     embeddings_fed,
@@ -56,7 +56,7 @@ HIGH = ((7 / 32, 0.875), (9 / 32, 0.625), (12 / 32, 0.125))
 
 
 @dataclass
-class Found:
+class Pruning:
     """What `match` worked out. stages: those inside the model. drops: tokens gone behind each.
 
     offsets: of a packed program's sequences. counted: where token types come from in the caller's inputs.
@@ -101,7 +101,7 @@ class TransPrune(Pass):
             return misses
         try:
             return [*misses, self._match(program, context, tower, stages)]
-        except (Decline, Stop) as reason:
+        except (NotPrunable, Stop) as reason:
             return [*misses, Miss(_site(tower, stages), _sentence(reason))]
 
     def _match(self, program: Program, context: Context, tower: Tower, stages: Any) -> Match:
@@ -111,7 +111,7 @@ class TransPrune(Pass):
         types = find_types(program, config, sizes, None if packed else context.inputs)
         start = tower.layers[stages[0][0]].input
         if value(start).dim() != 3:
-            raise Decline(
+            raise NotPrunable(
                 f"The hidden state has {value(start).dim()} dimensions, not [batch, tokens, width]."
             )
         offsets, counted = None, types
@@ -119,15 +119,15 @@ class TransPrune(Pass):
             offsets, counted = _packed(program, config, types)
         axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
         if packed and any(n in axes and value(n).dim() != 3 for n in program.outputs):
-            raise Decline(
+            raise NotPrunable(
                 "The program is packed and returns keys and values, which cannot be unpacked once pruned."
             )
         for layer in tower.layers[stages[0][0] :]:
             if layer.output not in axes:
                 why = axes.stopped.get(layer.output, "it does not depend on the layers before")
-                raise Decline(f"{layer.fqn} cannot be run on fewer tokens: {why}.")
+                raise NotPrunable(f"{layer.fqn} cannot be run on fewer tokens: {why}.")
             if layer.attention is None:
-                raise Decline(f"{layer.fqn} has no attention that was recovered.")
+                raise NotPrunable(f"{layer.fqn} has no attention that was recovered.")
         check(program, axes)
         tables: frozenset[fx.Node] = frozenset()
         if config.position == "renumbered":
@@ -136,16 +136,18 @@ class TransPrune(Pass):
         if drops is None:
             drops = _drops_now(program, counted, config, stages, context, example_of(value(start).shape[1]))
         if types.kind == "none" or (not any(drops) and not config.always):
-            raise Decline(
+            raise NotPrunable(
                 f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
                 f" every row, of which a multiple of {config.bucket} must go."
             )
         _expect(context, tower, stages, drops, example_of(value(start).shape[1]))
-        return Match(_site(tower, stages), Found(tower, types, axes, stages, drops, offsets, counted, tables))
+        return Match(
+            _site(tower, stages), Pruning(tower, types, axes, stages, drops, offsets, counted, tables)
+        )
 
     def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
         said: list[str] = []
-        for found in (m.data for m in done if isinstance(m.data, Found)):
+        for found in (m.data for m in done if isinstance(m.data, Pruning)):
             past = (_past_windows(found.tower, context.config.policy, after) for after, _ in found.stages)
             said += [note for note in past if note]
             said.append(f"{found.types.describe()}; tokens left out behind layer " + ", ".join(
@@ -156,7 +158,7 @@ class TransPrune(Pass):
         if isinstance(match.data, dict):
             program.calls = publish_image(program, match.data)
             return
-        found: Found = match.data
+        found: Pruning = match.data
         config = context.config
         counted: Types = found.counted
         asked = counts_program(caller(program), counted)
@@ -279,7 +281,7 @@ def _behind(facts: Any, _: Any, lengths: Sequence[int], images: Sequence[int]) -
 def _packed(program: Program, config: TransPruneConfig, types: Types) -> tuple[fx.Node, Types]:
     """Offsets of a packed program's sequences, and where types come from in the caller's inputs."""
     if types.kind != "ids":
-        raise Decline("The program is packed, and image tokens are found in it by image_token_id only.")
+        raise NotPrunable("The program is packed, and image tokens are found in it by image_token_id only.")
     return offsets_node(program), caller_types(program, config)
 
 
@@ -295,7 +297,7 @@ def _drops_now(
 
 
 def _expect(context: Context, tower: Tower, stages: Any, drops: Sequence[int], length: int) -> None:
-    """Fill in what is predicted; raises Decline where too little would be won."""
+    """Fill in what is predicted; raises NotPrunable where too little would be won."""
     left = [length] * len(tower.layers)
     for (after, _), drop in zip(stages, drops):
         left[after:] = [length - drop] * (len(tower.layers) - after)
@@ -304,6 +306,6 @@ def _expect(context: Context, tower: Tower, stages: Any, drops: Sequence[int], l
     context.flops.update(before=dense, after=pruned)
     saving = 1 - pruned / dense
     if saving < context.config.min_saving and not context.config.always:
-        raise Decline(
+        raise NotPrunable(
             f"Only {saving:.1%} of the layers' FLOPs would be saved, and min_saving is {context.config.min_saving:.0%}."
         )

@@ -36,7 +36,7 @@ class Done:
 def rewrite_layers(
     program: Program, plan: Any, config: Any, extra: Sequence[str], sizes: Mapping[Any, Counted]
 ) -> Done:
-    """Rewrite a program's attentions in place, as `zipvl.Plan` says.
+    """Rewrite a program's attentions in place, as `zipvl.ZipPlan` says.
 
     extra: inputs to append, by name. sizes: of a packed program, how many tokens attend in each stretch and at
     each share; they become inputs too.

@@ -22,7 +22,7 @@ from ..structure.recover import AttentionSite, LayerSite, Structure, Tower
 from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, propagate
 from ..tokens.replay import aten, packed_attention
 from ..tokens.towers import tower_size
-from ..tokens.types import Decline
+from ..tokens.types import NotPrunable
 
 
 @dataclass(eq=False)
@@ -49,13 +49,13 @@ class Stretch:
 
 
 def find_stretches(program: Program, structure: Structure) -> list[Stretch]:
-    """The stretches of the language model, in order; none where nothing was recovered. Raises Decline and Stop."""
+    """The stretches of the language model, in order; none where nothing was recovered. Raises NotPrunable and Stop."""
     towers = max(_chains(structure), key=lambda c: sum(map(tower_size, c)), default=[])
     found = []
     for tower in towers:
         start = tower.layers[0].input
         if value(start).dim() != 3:
-            raise Decline(
+            raise NotPrunable(
                 f"The hidden state has {value(start).dim()} dimensions, not [batch, tokens, width]."
             )
         offsets = next((_offsets(l.attention) for l in tower.layers if l.attention is not None), None)

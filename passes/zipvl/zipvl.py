@@ -37,7 +37,7 @@ from ..structure.recover import LayerSite
 from ..tokens.axes import Stop
 from ..tokens.segments import caller, caller_types
 from ..tokens.towers import largest_tower, layer_flops, no_layers
-from ..tokens.types import Decline, Types, counts_program, find_types, types_facts
+from ..tokens.types import NotPrunable, Types, counts_program, find_types, types_facts
 from .budget import CallLengths, SequenceBudget, budget, budget_facts, protected_tokens, zip_flops
 from .collector import Pair
 from .config import ZipVLConfig
@@ -48,7 +48,7 @@ EXPECTED = 0.5  # share of tokens that attend in a layer, where counts are exact
 
 
 @dataclass
-class Plan:
+class ZipPlan:
     """What `match` worked out for the whole program. protected: most protected tokens of a row.
 
     counted: where token types come from in the caller's inputs of a packed program.
@@ -95,7 +95,7 @@ class ZipVL(Pass):
                 return no_layers(context.structure())
             types, counted = self._types(program, stretches, context)
             lengths, protected = self._rows(program, stretches, (types, counted), context)
-        except (Decline, Stop) as reason:
+        except (NotPrunable, Stop) as reason:
             return [Miss("the whole program", str(reason))]
         good: list[tuple[LayerSite, float]] = []
         misses: list[Match | Miss] = []
@@ -116,7 +116,7 @@ class ZipVL(Pass):
                     good.append((layer, self._share(layer, context)))  # type: ignore[arg-type]
         if not good:
             return misses
-        plan = Plan(stretches, types, good, protected, counted)
+        plan = ZipPlan(stretches, types, good, protected, counted)
         return [*misses, Match(", ".join(layer.fqn for layer, _ in good), plan)]
 
     def _types(self, program: Program, stretches: list[Stretch], context: Context) -> tuple[Types, Types]:
@@ -127,7 +127,7 @@ class ZipVL(Pass):
             types = find_types(program, config, sizes, context.inputs)
             return types, types
         if config.counts == "exact":
-            raise Decline(
+            raise NotPrunable(
                 "The program is packed, and its sequences' budgets are counted before a call starts; counts='exact'"
                 " would count inside it. Leave it at 'bucketed', where each sequence still has a budget of its own."
             )
@@ -136,11 +136,13 @@ class ZipVL(Pass):
             caller_types(program, config, context.inputs),
         )
         if counted.kind not in ("ids", "none") or types.kind != counted.kind:
-            raise Decline("The program is packed, and image tokens are found in it by image_token_id only.")
+            raise NotPrunable(
+                "The program is packed, and image tokens are found in it by image_token_id only."
+            )
         if config.kv == "drop" and any(
             value(n).dim() == 4 for n in program.outputs if isinstance(n, fx.Node)
         ):
-            raise Decline(
+            raise NotPrunable(
                 "The program is packed, and keys and values of important tokens only, as kv='drop' returns them, have"
                 " no place in the padded results; kv='quantize' keeps them all at fewer bits."
             )
@@ -151,8 +153,7 @@ class ZipVL(Pass):
         if context.config.keep is not None:
             return context.config.keep
         assert layer.attention is not None
-        found = context.stats.get(self.name, {}) if hasattr(context.stats, "get") else {}
-        site = found.get(layer.attention.fqn)
+        site = context.stats.get(self.name, {}).get(layer.attention.fqn)
         if site is not None:
             return float(torch.quantile(site["shares"].double(), context.config.quantile))
         return EXPECTED if context.config.counts == "exact" else None
@@ -225,7 +226,7 @@ class ZipVL(Pass):
         return protected_tokens(types, config, values, context.inputs)
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
-        plan: Plan = match.data
+        plan: ZipPlan = match.data
         config = context.config
         old = program.calls or CallPlan()
         extra = [n for n in ("token_types",) if plan.types.kind == "extra" and n not in old.extra_inputs]
@@ -258,7 +259,7 @@ class ZipVL(Pass):
             return
         context.notes.append(f"{plan.types.describe()}; share of tokens that attend, by layer: {shares}.")
 
-    def _counted(self, program: Program, plan: Plan, config: ZipVLConfig) -> dict[Any, Counted]:
+    def _counted(self, program: Program, plan: ZipPlan, config: ZipVLConfig) -> dict[Any, Counted]:
         """How many tokens attend in a call, all packed sequences together, for each stretch and share."""
         found = {}
         where = {layer: (i, s) for i, s in enumerate(plan.stretches) for layer in s.layers}

@@ -29,7 +29,7 @@ import torch
 
 from . import op_signature, plain_form
 from .errors import ArgumentError, unknown_key
-from .graph.token_labels import Rule
+from .graph.token_labels import TokenRule
 from .plain_form import Plain
 from .pricing import Price, Rate
 
@@ -81,7 +81,7 @@ class Op:
     tolerance: Mapping[torch.dtype, float]
     preference: tuple[str, ...] = ()
     price: Price | None = None
-    tokens: Rule | None = None
+    tokens: TokenRule | None = None
     plain: Plain | str = plain_form.NONE
     rates: Sequence[Rate] = ()
     check: Callable[..., Any] | None = None
@@ -217,7 +217,7 @@ def define(
     tolerance: Mapping[torch.dtype, float],
     providers: Sequence[str] = (),
     price: Price | None = None,
-    tokens: Rule | None = None,
+    tokens: TokenRule | None = None,
     plain: Plain | str = plain_form.NONE,
     rates: Sequence[Rate] = (),
     check: Callable[..., Any] | None = None,

@@ -166,3 +166,11 @@ def test_a_wheel_holds_every_module(tmp_path):
 def test_importing_thresher_does_not_import_torch():
     code = "import sys, thresher; assert 'torch' not in sys.modules; assert thresher.__version__"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_pass_rsq_needs_nothing_of_what_makes_its_codes():
+    """`thresher.quantize` runs the quantizer; a program is rewritten without it."""
+    for room, path in modules():
+        if room == "passes" and path.parent != ROOT / "passes" / "rsq" / "quantizer":
+            wrong = [n for n in imported(room, path) if n.startswith("thresher.passes.rsq.quantizer")]
+            assert not wrong, f"{path.name} imports {wrong}"

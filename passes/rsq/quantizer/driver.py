@@ -30,7 +30,7 @@ from ...structure.recover import LinearSite, Structure, recover
 from ...tokens.owners import Owners
 from .. import rewrite as rsq_rewrite
 from ..config import RSQConfig
-from ..plan import Plan, make_plan
+from ..plan import RotationPlan, make_plan
 from . import bits as rsq_bits
 from . import codes as rsq_codes
 from . import scores as rsq_scores
@@ -67,7 +67,7 @@ class Outcome:
 
     fingerprint: str
     config: RSQConfig
-    plan: Plan
+    plan: RotationPlan
     exact: float
     linears: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     reports: dict[str, LinearReport] = field(default_factory=dict)

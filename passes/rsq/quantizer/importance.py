@@ -14,7 +14,6 @@ import torch
 
 from thresher.errors import ArgumentError
 
-STRATEGIES = ("attncon", "first", "first_last", "tokenfreq", "actnorm", "actdiff", "tokensim", "uniform")
 _BLOCK = 1 << 22  # attention probabilities held at a time: 16 MiB in fp32
 
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from ...structure.recover import LayerSite, LinearSite, Structure
 from ...tokens.owners import Owners
-from ..plan import Plan
+from ..plan import RotationPlan
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Piece:
     groups: list[list[LinearSite]]
 
 
-def pieces(structure: Structure, plan: Plan, order: Mapping[fx.Node, int]) -> Iterator[Piece]:
+def pieces(structure: Structure, plan: RotationPlan, order: Mapping[fx.Node, int]) -> Iterator[Piece]:
     """Layers, and groups outside layers, in graph order."""
     found: dict[str, Piece] = {}
     for site in sorted(plan.quantise, key=lambda s: order[s.node]):

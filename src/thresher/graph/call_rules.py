@@ -15,14 +15,14 @@ from typing import Any
 
 from ..errors import ArgumentError
 
-RULES: dict[str, Callable[..., Any]] = {}
+CALL_RULES: dict[str, Callable[..., Any]] = {}
 
 
 def rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function `(facts, program, *arguments)` under a name. A decorator."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        RULES[name] = function
+        CALL_RULES[name] = function
         return function
 
     return add
@@ -40,13 +40,13 @@ class Rule:
     program: Any = None
 
     def __post_init__(self) -> None:
-        if self.name not in RULES:
+        if self.name not in CALL_RULES:
             raise ArgumentError(
                 "rule",
                 repr(self.name),
-                ", ".join(sorted(RULES)) or "none yet",
+                ", ".join(sorted(CALL_RULES)) or "none yet",
                 "Load the file with thresher.load.",
             )
 
     def __call__(self, *arguments: Any) -> Any:
-        return RULES[self.name](self.facts, self.program, *arguments)
+        return CALL_RULES[self.name](self.facts, self.program, *arguments)

@@ -50,7 +50,7 @@ class TokenAxes:
         return self.labels.get(node)
 
 
-Rule = Callable[[fx.Node, TokenAxes], Any]
+TokenRule = Callable[[fx.Node, TokenAxes], Any]
 
 
 def join(labels: Sequence[Labels], rank: int) -> Labels:

@@ -57,7 +57,7 @@ class Tried:
 
 
 @dataclass
-class Found:
+class Candidate:
     """The fastest recipe within the budget; the model as it is when nothing was faster. rows: all that was tried."""
 
     recipe: Recipe
@@ -106,7 +106,7 @@ def find_recipe(
     rounds: int = 5,
     state: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
-) -> Found:
+) -> Candidate:
     """Search the fastest recipe whose loss is within the budget.
 
     budget: largest accepted loss, in the metric's unit.
@@ -155,16 +155,16 @@ def find_recipe(
     return found
 
 
-def _choose(rows: list[Tried], given: Mapping[str, Recipe], budget: float) -> Found:
+def _choose(rows: list[Tried], given: Mapping[str, Recipe], budget: float) -> Candidate:
     for row in rows:
         if row.reason is None and row.loss is not None and not row.loss <= budget:
             row.reason = f"Its loss of {row.loss:.3g} is above the budget of {budget:g}."
     fit = [r for r in rows if r.gain is not None and r.loss is not None and r.loss <= budget and not r.reason]
     best = max(fit, key=lambda r: r.gain or 0.0, default=None)
     if best is None or (best.gain or 0.0) < 1.0:
-        return Found(Recipe.of("none"), "none", 1.0, 0.0, rows)
+        return Candidate(Recipe.of("none"), "none", 1.0, 0.0, rows)
     recipe = next(r for r in given.values() if r.fingerprint() == best.fingerprint)
-    return Found(recipe, best.name, best.gain or 1.0, best.loss or 0.0, rows)
+    return Candidate(recipe, best.name, best.gain or 1.0, best.loss or 0.0, rows)
 
 
 def _judge(model: Any, inputs: Any, name: str, recipe: Recipe, judge: Callable[[Any], float]) -> Tried:

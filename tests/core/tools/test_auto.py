@@ -161,7 +161,7 @@ def test_compile_takes_auto(model, monkeypatch):
     @functools.wraps(auto.find_recipe)
     def fake(model, example, **options):
         asked.update(options)
-        return auto.Found(Recipe.of("exact"), "exact", 2.0, 0.0)
+        return auto.Candidate(Recipe.of("exact"), "exact", 2.0, 0.0)
 
     monkeypatch.setattr(auto, "find_recipe", fake)
     compiled = thresher.compile(network, inputs, "auto", target="reference", search={"budget": 0.02})
