@@ -37,8 +37,9 @@ __all__ = ["PASSES", "Context", "Effect", "Match", "Miss", "Pass", "register_pas
 class Effect:
     """What a pass may do to the numbers.
 
-    exact: only rounding changes (another order of summation).
-    budget: largest allowed max-norm relative difference of any output on the example inputs.
+    exact: only rounding changes (another order of summation). It is judged by the rounding of the program itself.
+    budget: largest allowed max-norm relative difference of any output on the example inputs; of an exact pass only where
+        the recipe says `fixed_budgets`, or where nothing of higher precision can be run.
     """
 
     exact: bool
@@ -141,6 +142,10 @@ class Pass(abc.ABC):
         """Where this pass needs to see data (`calibrate.Tap`); none for a pass that needs none. Must not edit the
         program, which was prepared."""
         return ()
+
+    def exact(self, context: Context) -> bool:
+        """Whether only rounding changes. A pass that gives a budget of its own is judged by that, unless this says else."""
+        return self.effect.exact and type(self).budget is Pass.budget
 
     def budget(self, context: Context) -> float:
         """Largest allowed relative difference; a pass whose budget is an option overrides this."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from thresher.graph.dialect import unrepeated
+from thresher.graph.dialect import unrepeated_both
 from thresher.graph.nodes import module_fqn, value
 from thresher.graph.program import Program
 from thresher.recipe import PassConfig
@@ -55,7 +55,7 @@ class DecodeAttention(Pass):
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         site: Attention = match.data
-        q, k, v = site.q, unrepeated(site.k) or site.k, unrepeated(site.v) or site.v
+        q, (k, v) = site.q, unrepeated_both(site.k, site.v)
         mask = site.mask
         assert mask is not None
         scale = float(value(q).shape[-1]) ** -0.5 if site.scale is None else site.scale

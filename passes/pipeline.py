@@ -1,7 +1,7 @@
 """Runs a recipe's passes over a Program, proves each one, and keeps the account.
 
 Read `run` from top to bottom: order and conflicts, then per pass match, claim, rewrite, clean,
-check the dialect, compare with the program before, and keep the result or roll it back.
+check the dialect, have the result judged, and keep it or roll it back.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +26,11 @@ from .candidates import candidates
 from .cost.ledger import Gain, Ledger
 from .cost.model import CostModel
 from .order import ordered
+from .proof import Judges, judged, prove, prove_whole
 from .required import require
 from .structure.linears import find_linears
 from .structure.recover import recover
 
-Compare = Callable[[Program, Program, Sequence[Any]], float]
-"""Largest relative difference between two programs on the same caller's inputs (injected: running
-a packed program is the runtime's job)."""
 ROLLED_BACK = "The pass was rolled back."
 BISECT_SECONDS = 300.0
 
@@ -42,13 +40,13 @@ class Pipeline:
     """The state of one run.
 
     inputs: real example inputs in the caller's layout, or None for a dry run.
-    compare: measures before against after; None leaves every pass unverified, and the report says so.
+    judge: measures what each pass did; None leaves every pass unverified, and the report says so.
     cost: prices what passes do; None leaves the predictions to the passes.
     """
 
     recipe: Recipe
     inputs: Sequence[Any] | None = None
-    compare: Compare | None = None
+    judge: Judges | None = None
     stats: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     unverified: str = "There are no example inputs in a dry run."
@@ -57,6 +55,7 @@ class Pipeline:
     cost: CostModel | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
     matrices: list[weights.Matrix] = field(default_factory=list)
+    anchored: bool = True
     _ledger: Ledger | None = None
     _said: list[str] = field(default_factory=list)
 
@@ -73,7 +72,7 @@ class Pipeline:
         for config in ordered(self.recipe):
             program, account = self._apply(PASSES[config.name], config, program)
             report.passes.append(account)
-        self._prove_whole(captured, program, report)
+        prove_whole(self.judge, captured, program, report)
         if self.cost is not None:
             report.predicted = self.cost.seconds(captured) / max(self.cost.seconds(program), 1e-12)
             report.notes += list(dict.fromkeys(self.cost.notes))
@@ -97,12 +96,11 @@ class Pipeline:
             return before
         after.clean()
         verify(after, after=f"the preparation of {rewriter.name}")
-        if self.recipe.verify and self.compare is not None and self.inputs is not None:
-            error = self.compare(before, after, self.inputs)
-            if not error <= EXACT.budget:
+        if self.recipe.verify and self.judge is not None:
+            verdict = self.judge.exact(before, after, EXACT.budget)
+            if not verdict.holds:
                 report.notes.append(
-                    f"What {rewriter.name} prepares before the other passes changed an output by {error:.2e}, where "
-                    f"{EXACT.budget:.0e} is allowed, and was taken back."
+                    f"What {rewriter.name} prepares before the other passes was taken back: {verdict.why}"
                 )
                 return before
         self.prepared[rewriter.name] = made
@@ -142,7 +140,8 @@ class Pipeline:
             account.guilty = self._guilty(rewriter, config, before, fuel, time.perf_counter() - started)
             if account.guilty is not None:
                 account.rolled_back += f" The site that broke it is {account.guilty}."
-            account.missed += [Miss(s, ROLLED_BACK) for s in account.rewritten]
+            reason = f"{ROLLED_BACK[:-1]}: {account.rolled_back}"
+            account.missed += [Miss(s, reason) for s in account.rewritten]
             account.rewritten = []
             self.fuel = fuel
         account.predicted.update({s: g.ratio for s, g in self._gains(after).items()})
@@ -156,6 +155,7 @@ class Pipeline:
             return before, account
         account.notes += self._said
         self.claimed.update(claims)
+        self.anchored = self.anchored and account.exact
         return after, account
 
     def _count_weights(self, before: Program, claims: Mapping[str, str], account: PassReport) -> None:
@@ -180,7 +180,7 @@ class Pipeline:
         """
         account, after = PassReport(rewriter.name), before.copy()
         context = self._context(config, after, account)
-        account.budget = rewriter.budget(context)
+        account.budget, account.exact = rewriter.budget(context), rewriter.exact(context)
         claims: dict[str, str] = {}
         avoid = avoid or {}
         self._ledger = Ledger(self.cost, after) if self.cost is not None else None
@@ -235,15 +235,10 @@ class Pipeline:
     def _prove(self, before: Program, after: Program, account: PassReport) -> None:
         if not self.recipe.verify:
             account.unverified = "The recipe says verify=False."
-        elif self.compare is None or self.inputs is None:
+        elif self.judge is None:
             account.unverified = self.unverified
         else:
-            account.error = self.compare(before, after, self.inputs)
-            if not account.error <= account.budget:  # NaN fails too
-                account.rolled_back = (
-                    f"it changed an output by {account.error:.2e} of that output's largest value, and its budget is "
-                    f"{account.budget:.0e}."
-                )
+            prove(self.judge, before, after, account, self.anchored)
 
     def _guilty(
         self, rewriter: Pass, config: PassConfig, before: Program, fuel: int, seconds: float
@@ -253,7 +248,7 @@ class Pipeline:
         seconds: what one rewrite of the pass and its check takes; None is given where halving would take
         longer than BISECT_SECONDS.
         """
-        assert self.compare is not None and self.inputs is not None
+        assert self.judge is not None
         self.fuel = fuel
         sites = self._rewrite(rewriter, config, before)[1].rewritten
         if seconds * len(sites).bit_length() > BISECT_SECONDS:
@@ -263,25 +258,9 @@ class Pipeline:
             self.fuel, middle = fuel, (low + high) // 2
             after, account, _ = self._rewrite(rewriter, config, before, middle)
             after.clean()
-            fine = self.compare(before, after, self.inputs) <= account.budget
+            fine = judged(self.judge, before, after, account, self.anchored).holds
             low, high = (middle, high) if fine else (low, middle)
         return sites[high - 1]
-
-    def _prove_whole(self, captured: Program, program: Program, report: Report) -> None:
-        """The error of all passes together; that of a single one is known already."""
-        did = [p for p in report.passes if p.rewritten]
-        report.budget = sum(p.budget for p in did)
-        unproven = next((p.unverified for p in did if p.unverified), None)
-        if len(did) < 2 or unproven is not None:
-            report.unverified = unproven
-            report.error = None if unproven is not None else did[0].error if did else 0.0
-        elif self.compare is not None and self.inputs is not None:
-            report.error = self.compare(captured, program, self.inputs)
-            if not report.error <= report.budget:
-                report.notes.append(
-                    f"Together the passes changed an output by {report.error:.2e} of its largest value, more than the "
-                    f"{report.budget:.0e} that their budgets sum up to, though each of them kept its own."
-                )
 
 
 def bisect(program: Program, recipe: Recipe, **pipeline: Any) -> str | None:

@@ -1,9 +1,9 @@
-"""Compares two programs on one caller's inputs, at real tokens, through the reference target."""
+"""Compares programs on one caller's inputs, at real tokens, through a plain target."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,58 +18,114 @@ from thresher.report import Report
 from .call_session import run_built
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a program gave. extras: beyond the caller's results, by name."""
+
+    program: Program
+    results: list[Any]
+    extras: dict[str, torch.Tensor]
+
+
 def run_plainly(program: Program, inputs: Sequence[Any], plain: Target) -> list[Any]:
     """A program's results on the caller's inputs, packed or not."""
-    return _run(program, inputs, plain)[0]
+    return outcome(program, inputs, plain).results
 
 
 def run_with_extras(program: Program, inputs: Sequence[Any], plain: Target) -> list[Any]:
     """As `run_plainly`, with what the program gives beyond the caller's results behind them."""
-    results, extras = _run(program, inputs, plain)
-    return [*results, *extras.values()]
+    found = outcome(program, inputs, plain)
+    return [*found.results, *found.extras.values()]
 
 
-def _run(program: Program, inputs: Sequence[Any], plain: Target) -> tuple[list[Any], dict[str, Any]]:
+def outcome(program: Program, inputs: Sequence[Any], plain: Target) -> Outcome:
     with site_counts.paused():
-        return run_built(program, inputs, plain, Report("reference"))
+        return Outcome(program, *run_built(program, inputs, plain, Report(plain.name)))
 
 
-def relative_difference(before: Program, after: Program, inputs: Sequence[Any], plain: Target) -> float:
-    """Largest difference of any result, relative to that result's largest value; pads left out.
-
-    Of results that a pruned program shortens, tokens that both kept are compared.
-    A result that mixes positions (a pooler, a sliding cache) may read pads. Such elements are undefined in
-    the padded model too: they are those that change with what stands at the pads, and are left out.
-    NaN wherever exactly one of the two is not finite, so that the comparison fails.
-    """
+def as_packed(before: Program, after: Program, inputs: Sequence[Any]) -> tuple[Program, Sequence[Any]]:
+    """Where `after` was packed and `before` was not: a copy that packs every batch with padding and hands back padded
+    results, and inputs with padding where they had none. Else both as they are."""
     layout: PackedLayout | None = after.packing
-    if layout is not None and before.packing is None:
-        after, inputs = _packing_always(after, layout), _with_padding(inputs, layout)
-    (expected, kept), (actual, kept_after) = _run(before, inputs, plain), _run(after, inputs, plain)
-    mask = before.real_tokens(inputs) if layout is None else None
-    disturbed = None
-    if layout is not None and layout.epilogue is not None:
-        disturbed = run_plainly(before, _other_pads(inputs, layout), plain)
-    worst = 0.0
-    for index, (e, a) in enumerate(zip(expected, actual, strict=True)):
-        if not isinstance(e, torch.Tensor) or not e.numel():
-            continue
-        short = [p.calls.shortened.get(index) if p.calls is not None else None for p in (before, after)]
+    if layout is None or before.packing is not None:
+        return after, inputs
+    return _packing_always(after, layout), _with_padding(inputs, layout)
+
+
+class Comparison:
+    """Which parts of the results of two programs mean the same.
+
+    Of results that a pruned program shortens, tokens that both kept are compared; of others the real tokens.
+    A result that mixes positions (a pooler, a sliding cache) may read pads. Such elements are undefined in
+    the padded model too: they are those that change with what stands at the pads, and are left out; whole vectors along
+    the last dimension, since in half precision one number among them may come out the same by chance.
+    """
+
+    def __init__(self, before: Program, after: Program, inputs: Sequence[Any], plain: Target):
+        self.inputs = inputs
+        self.layout: PackedLayout | None = after.packing
+        self.mask = before.real_tokens(inputs) if self.layout is None else None
+        self.disturbed: list[Any] | None = None
+        if self.layout is not None and self.layout.epilogue is not None:
+            self.disturbed = run_plainly(before, _other_pads(inputs, self.layout), plain)
+
+    def parts(self, expected: Outcome, *others: Outcome) -> dict[int, tuple[torch.Tensor, ...]]:
+        """For each result that is a tensor with elements, by number, what is to be compared of all these outcomes.
+
+        The first is of the program before, in the precision it was written for.
+        """
+        found = {}
+        for index, given in enumerate(zip(expected.results, *(o.results for o in others), strict=True)):
+            if isinstance(given[0], torch.Tensor) and given[0].numel():
+                found[index] = self._part(index, given, (expected, *others))
+        return found
+
+    def _part(self, index: int, given: tuple[Any, ...], of: tuple[Outcome, ...]) -> tuple[torch.Tensor, ...]:
+        first = given[0]
+        plans = [o.program.calls for o in of]
+        short = [p.shortened.get(index) if p is not None else None for p in plans]
         if any(short):
-            e, a = _both_kept((e, a), short, (kept, kept_after))
-        elif layout is not None and isinstance(where := layout.results[index], Scatter):
-            e, a = (_real_tokens(t, where, inputs[layout.mask] != 0) for t in (e, a))
-        elif mask is not None and e.shape[:2] == mask.shape:
-            e, a = e[mask], a[mask]
-        elif disturbed is not None and isinstance(disturbed[index], torch.Tensor):
-            defined = torch.isclose(e, disturbed[index], rtol=1e-4, atol=1e-6, equal_nan=True)
-            e, a = e[defined], a[defined]
-        difference = _difference(e, a)
-        if not difference <= worst:  # a NaN too, which max() would lose
-            worst = difference
-        if worst != worst:
-            break
-    return worst
+            return _both_kept(given, short, [o.extras for o in of])
+        if self.layout is not None and isinstance(where := self.layout.results[index], Scatter):
+            real = self.inputs[self.layout.mask] != 0
+            return tuple(_real_tokens(t, where, real) for t in given)
+        if self.mask is not None and first.shape[:2] == self.mask.shape:
+            return tuple(t[self.mask] for t in given)
+        if self.disturbed is not None and isinstance(self.disturbed[index], torch.Tensor):
+            defined = torch.isclose(first, self.disturbed[index], rtol=1e-4, atol=1e-6, equal_nan=True)
+            if first.dim() > 1:
+                defined = defined.all(-1, keepdim=True).expand_as(first)
+            return tuple(t[defined] for t in given)
+        return given
+
+
+def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Largest difference over the largest expected value; NaN where just one of the two is finite."""
+    expected, actual = expected.double(), actual.double()
+    finite = expected.isfinite()
+    if not torch.equal(finite, actual.isfinite()):
+        return float("nan")
+    return _largest(expected, actual, finite)
+
+
+def errors(true: torch.Tensor, own: torch.Tensor, actual: torch.Tensor) -> tuple[float, float]:
+    """As `difference`, of a program's own result and of another's from the true one, where that and its own are finite.
+
+    Half precision overflows where a wide one does not: such elements say nothing. The other's error is NaN where it alone
+    is not finite, or alone is.
+    """
+    true, own, actual = true.double(), own.double(), actual.double()
+    finite, there = true.isfinite() & own.isfinite(), actual.isfinite()
+    undefined = ~true.isfinite() & ~own.isfinite()
+    wrong = bool((finite & ~there).any() or (undefined & there).any())
+    return _largest(true, own, finite), float("nan") if wrong else _largest(true, actual, finite)
+
+
+def _largest(expected: torch.Tensor, actual: torch.Tensor, where: torch.Tensor) -> float:
+    if not where.any():  # all undefined, or empty
+        return 0.0
+    scale = expected[where].abs().max().clamp_min(1e-30)
+    return float((expected - actual)[where].abs().max() / scale)
 
 
 def _packing_always(program: Program, layout: PackedLayout) -> Program:
@@ -79,22 +135,22 @@ def _packing_always(program: Program, layout: PackedLayout) -> Program:
     return copy
 
 
-def _with_padding(inputs: Sequence[Any], layout: PackedLayout) -> list[Any]:
+def _with_padding(inputs: Sequence[Any], layout: PackedLayout) -> Sequence[Any]:
     """The inputs, with a quarter of the last row masked out where nothing was: else nothing would be packed."""
     mask = inputs[layout.mask]
     if not (mask != 0).all():
-        return list(inputs)
+        return inputs
     padded = mask.clone()
     padded[-1, : max(1, mask.shape[1] // 4)] = 0
     return [padded if i == layout.mask else x for i, x in enumerate(inputs)]
 
 
 def _both_kept(
-    pair: Sequence[torch.Tensor], short: Sequence[Shortened | None], kept: Sequence[dict[str, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[tokens, ...] of both results, for the tokens that both kept."""
+    given: Sequence[torch.Tensor], short: Sequence[Shortened | None], kept: Sequence[dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, ...]:
+    """[tokens, ...] of each result, for the tokens that all kept."""
     dim = next(s.dim for s in short if s is not None)
-    moved = [t.movedim((0, dim), (0, 1)) for t in pair]
+    moved = [t.movedim((0, dim), (0, 1)) for t in given]
     whole = max(
         [t.shape[1] for t, s in zip(moved, short) if s is None or s.restored]
         + [int(k[s.kept].max()) + 1 for s, k in zip(short, kept) if s is not None]
@@ -112,7 +168,7 @@ def _both_kept(
                 wide[torch.arange(batch, device=t.device)[:, None], index] = t
                 t = wide[:, :whole]
         full.append(t)
-    return full[0][shared], full[1][shared]
+    return tuple(t[shared] for t in full)
 
 
 def _real_tokens(tensor: torch.Tensor, where: Scatter, real: torch.Tensor) -> torch.Tensor:
@@ -130,14 +186,3 @@ def _other_pads(inputs: Sequence[Any], layout: PackedLayout) -> list[Any]:
         real = tokens[~pads]
         changed[pads] = torch.where(tokens[pads] == real.max(), real.min(), real.max())
     return [changed if i == layout.tokens else x for i, x in enumerate(inputs)]
-
-
-def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    expected, actual = expected.double(), actual.double()
-    finite = expected.isfinite()
-    if not torch.equal(finite, actual.isfinite()):
-        return float("nan")
-    if not finite.any():  # all undefined, or empty
-        return 0.0
-    scale = expected[finite].abs().max().clamp_min(1e-30)
-    return float((expected - actual)[finite].abs().max() / scale)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from thresher.compat import any_autocast
 from thresher.errors import ArgumentError
+from thresher.graph import autocast
 from thresher.graph.packed_layout import PackedLayout, Passed, Scatter
 from thresher.graph.program import Program
 from thresher.graph.tracing import compiling
@@ -71,9 +73,13 @@ class Session:
     def __call__(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         """Run on the caller's inputs, in the order of the captured program's placeholders.
 
-        weights: the live tensors by FQN. Inputs that the model writes to are written.
+        weights: the live tensors by FQN. Inputs that the model writes to are written. Autocast changes nothing: the casts
+        that a program ran with when it was captured stand in it.
         """
-        return self.program.settle(self.results(inputs, weights), inputs)
+        if not any_autocast():
+            return self.program.settle(self.results(inputs, weights), inputs)
+        with autocast.suspended():
+            return self.program.settle(self.results(inputs, weights), inputs)
 
     def results(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         """As a call, but new values of inputs are results like any other (see `Program.updates`), and nothing is

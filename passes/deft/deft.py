@@ -39,7 +39,6 @@ aten = torch.ops.aten
 MEASURED = -1.0  # tau: the operator measures its break-even on the machine that runs it
 _FLAT_ZERO_OPS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.hardswish.default,
                   aten.clamp_min.default}  # fmt: skip
-_ROUNDING = 2e-2  # of half types: each rewritten output is rounded once, after sums in another order
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,11 @@ class Deft(Pass):
     name, config_type, effect = "deft", DeftConfig, EXACT
     per_rank = True
 
+    def exact(self, context: Context) -> bool:
+        return not context.config.approximate and context.config.bits >= 16
+
     def budget(self, context: Context) -> float:
-        config: DeftConfig = context.config
-        if config.approximate or config.bits < 16:
-            return config.budget
-        mlps = context.structure().mlps
-        half = any(value(m.down.output).dtype in (torch.bfloat16, torch.float16) for m in mlps)
-        return _ROUNDING if half else self.effect.budget
+        return self.effect.budget if self.exact(context) else context.config.budget
 
     def taps(self, program: Program, context: Context) -> Sequence[Any]:
         """The hidden activations of every MLP whose activation has no flat zero."""

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from thresher.graph.capture import assemble
-from thresher.graph.dialect import unrepeated
+from thresher.graph.dialect import unrepeated_both
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of, free_number, symbol_of
@@ -116,7 +116,7 @@ def _packed_shape(node: fx.Node, axes: TokenAxes, packed: dict[str, Any]) -> lis
 
 def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: Any) -> Any:
     site = frontier.sites[node]
-    q, k, v = (env[n] for n in (site.q, _shared(site.k, frontier.axes), _shared(site.v, frontier.axes)))
+    q, k, v = (env[n] for n in (site.q, *_shared(site.k, site.v, frontier.axes)))
     scale = site.scale if site.scale is not None else value(site.q).shape[-1] ** -0.5
     seen = frontier.visibilities[node]
     if seen.kind == "generic":
@@ -166,10 +166,10 @@ def _attend_in_rows(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, 
     )
 
 
-def _shared(node: fx.Node, axes: TokenAxes) -> fx.Node:
-    """Keys or values before they are repeated for each query head: the operator shares them instead."""
-    source = unrepeated(node)
-    return source if source is not None and source in axes else node
+def _shared(k: fx.Node, v: fx.Node, axes: TokenAxes) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before they are repeated for each query head: the operator shares them instead."""
+    sources = unrepeated_both(k, v)
+    return sources if all(s in axes for s in sources) else (k, v)
 
 
 def _packed_fake(node: fx.Node, labels: Labels, packed: dict[str, Any]) -> torch.Tensor:

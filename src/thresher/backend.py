@@ -25,14 +25,14 @@ from thresher.passes.pipeline import Pipeline
 from thresher.runtime.artifact.fakes import materialise
 from thresher.runtime.artifact.loaded import OnFakes
 from thresher.runtime.call_session import CallSession
-from thresher.runtime.compare import relative_difference
+from thresher.runtime.judge import Judge
 from thresher.runtime.session import Session
 
 from . import sessions
 from .cache.rewrite_cache import Entry, Kept, later_masks
 from .compat import without_fake_mode
 from .errors import ThresherError
-from .graph import capture, sharded
+from .graph import autocast, capture, sharded
 from .graph.nodes import value
 from .graph.program import Program
 from .graph.tracing import compiling
@@ -111,7 +111,8 @@ def build(
         entry = None if apart else Entry.of(gm, places, inputs, recipe, target.name)
         kept = entry.find() if entry is not None else None
     if kept is not None:
-        session = _session_of(kept, recipe, target, inputs)
+        with autocast.suspended():
+            session = _session_of(kept, recipe, target, inputs)
     else:
         given = list(places.roles)
         program = capture.from_places(gm, places)
@@ -119,7 +120,7 @@ def build(
             entry, inputs = None, real_inputs(gm, places.roles)
         if inputs is not None and program.updates and not apart:
             capture.refuse_shared_writes(program, inputs)
-        with without_fake_mode(), torch.no_grad():
+        with without_fake_mode(), torch.no_grad(), autocast.suspended():
             rewritten, report = run_pipeline(program, recipe, inputs)
             report.target = target.name
             report.notes += provider_notes(rewritten)
@@ -148,7 +149,7 @@ def _session(rewritten: Program, program: Program, recipe: Recipe, target: Targe
             if config.name in choices:  # such a config has the option `choice`
                 passes[i] = dataclasses.replace(config, choice=choices[config.name])  # type: ignore[call-arg]
         other = dataclasses.replace(recipe, passes=tuple(passes), require=(), verify=False)
-        with without_fake_mode(), torch.no_grad():
+        with without_fake_mode(), torch.no_grad(), autocast.suspended():
             again, account = run_pipeline(program, other, inputs)
         account.target = target.name
         return _session(again, program, other, target, account)
@@ -165,7 +166,7 @@ def _session_of(kept: Kept, recipe: Recipe, target: Target, inputs: Sequence[Any
     if layout.reclassify is not None:
 
         def again(program: Program) -> Program:
-            with without_fake_mode(), torch.no_grad():
+            with without_fake_mode(), torch.no_grad(), autocast.suspended():
                 return run_pipeline(materialise(program), other, None, lengths)[0]
 
         layout.reclassify = later_masks(kept.captured, again)
@@ -198,7 +199,7 @@ def run_pipeline(
     pipeline = Pipeline(
         recipe,
         inputs=inputs,
-        compare=_compare if inputs is not None else None,
+        judge=judge_of(program, recipe, inputs) if inputs is not None and recipe.verify else None,
         device=device,
         stats=_statistics(recipe, program),
         cost=CostModel(devices.of(device), lengths or real_lengths(program, inputs)),
@@ -215,8 +216,11 @@ def real_lengths(program: Program, inputs: Sequence[Any] | None) -> list[int] | 
     return None if real is None else [int(n) for n in real.sum(1)]
 
 
-def _compare(before: Program, after: Program, inputs: Sequence[Any]) -> float:
-    return sharded.agreed(relative_difference(before, after, inputs, Reference()), before)
+def judge_of(program: Program, recipe: Recipe, inputs: Sequence[Any]) -> Judge:
+    """What judges the passes of a recipe on a captured program, alike on every rank."""
+    return Judge(
+        program, inputs, Reference(), lambda error: sharded.agreed(error, program), recipe.fixed_budgets
+    )
 
 
 def _statistics(recipe: Recipe, program: Program) -> Mapping[str, Any]:
@@ -234,13 +238,14 @@ def watching(calibration: Calibration) -> Callable[..., Any]:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         program, roles = capture.from_dynamo(gm, example_inputs)
         program.mask_name = calibration.recipe.mask_name
-        with without_fake_mode():
+        with without_fake_mode(), autocast.suspended():
             watched = calibration.watch(program)
 
         def run(*args: Any) -> Any:
             inputs = [a for a, role in zip(args, roles) if role.startswith("input:")]
             real = program.real_tokens(inputs)
-            return program.settle(calibration.run(watched, inputs, real), inputs)
+            with autocast.suspended():
+                return program.settle(calibration.run(watched, inputs, real), inputs)
 
         return run
 

@@ -49,6 +49,18 @@ def lazy_module(graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(torch.nn.Module(), graph)
 
 
+def any_autocast() -> bool:
+    """Whether autocast is on for any device, in one cheap question."""
+    ask = getattr(torch._C, "_is_any_autocast_enabled", None)
+    return ask() if ask is not None else torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def has_autocast_kernel(overload: Any, device: str) -> bool:
+    """Whether autocast on a device converts arguments of an operator."""
+    key = f"Autocast{device.upper()}"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), key)
+
+
 def without_fake_mode() -> Any:
     """A context in which tensors are real, also inside a compiler callback."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily

@@ -187,6 +187,14 @@ class Op:
 
     def direct(self, *args: Any, **kwargs: Any) -> Any:
         """A call past PyTorch's dispatcher, for code that has no use for it; arguments as the schema names them."""
+        return self._dispatch(*self._complete(args, kwargs))
+
+    def refer(self, *args: Any, **kwargs: Any) -> Any:
+        """The reference's result, whatever the device and the dtype; arguments as the schema names them."""
+        return self.reference(*self._complete(args, kwargs))
+
+    def _complete(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """All arguments by position, those not given from the schema's defaults."""
         given = list(args)
         for argument in self.overload._schema.arguments[len(args) :]:
             if not kwargs:
@@ -194,7 +202,7 @@ class Op:
             given.append(kwargs.pop(argument.name, argument.default_value))
         if kwargs:
             raise TypeError(f"thresher::{self.name} has no argument {next(iter(kwargs))!r} left to give.")
-        return self._dispatch(*given)
+        return given
 
     def _dispatch(self, *args: Any) -> Any:
         _check_devices(self.name, args)

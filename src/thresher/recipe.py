@@ -93,7 +93,8 @@ class Recipe:
         values and recomputes anything packed from them, said in the counters; "repack" is the same
         without the notice; "trust" never looks.
     require: least share of candidate sites that a pass must rewrite, by pass name, 0 to 1; else CoverageError.
-    verify: compare each pass's program before and after on the example inputs and roll back a failing one.
+    verify: judge each pass's program on the example inputs and batches made from them, and roll back a failing one.
+    fixed_budgets: judge exact passes by a fixed largest change on the example (1e-4), not by the model's own rounding.
     fuel: rewrite at most this many sites in all; -1 is no limit. For bisection.
     inductor: options for Inductor itself, as `torch.compile(options=...)` takes them.
     min_gain: leave sites whose speed, rewritten, the cost model expects to be below this, 1.0 being the speed they
@@ -109,6 +110,7 @@ class Recipe:
     min_gain: float = 0.0
     inductor: tuple[tuple[str, Any], ...] = ()
     stats: str | None = None
+    fixed_budgets: bool = False
 
     def __post_init__(self) -> None:
         option_types.check("option", self)

@@ -44,9 +44,13 @@ class Miss:
 class PassReport:
     """One pass: the sites it rewrote, those it did not with the reasons, and the error it caused.
 
-    error: largest difference from the program before the pass, relative to that output's largest value;
+    exact: whether the pass promises to change nothing but rounding.
+    error: largest difference of any output `against` what the pass was judged by, relative to that output's largest value;
         None when it was not measured, and then `unverified` says why.
-    budget: what the pass declared it may cause.
+    against: "float32" or "float64", a run of the captured program in that precision, or "the program before".
+    own: the captured program's own error there, which an exact pass is judged by; None where none was measured.
+    budget: what `error` may be: of an exact pass 1.5 times `own` and a floor, else what the pass declared.
+    checked: the batches it was judged on, in words.
     predicted, measured: time before over time after for each rewritten site, by the cost model and by the
         clock; empty without.
     guilty: the site whose rewrite broke the budget of a pass that was rolled back.
@@ -72,6 +76,10 @@ class PassReport:
     flops: dict[str, float] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     apart: list[Miss] = field(default_factory=list)
+    exact: bool = True
+    own: float | None = None
+    against: str = "the program before"
+    checked: list[str] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], strict: bool = False) -> PassReport:
@@ -89,9 +97,13 @@ class PassReport:
     def sentences(self) -> list[str]:
         """What there is to say beside the sites."""
         left = self.flops_left
-        return self.notes + (
-            [] if left is None else [f"{left:.0%} of the layers' FLOPs are left on the example."]
-        )
+        said = [] if left is None else [f"{left:.0%} of the layers' FLOPs are left on the example."]
+        if self.own is not None and self.error is not None:
+            said.append(
+                f"Its error to a run in {self.against} is {self.error:.1e}, the model's own {self.own:.1e}; checked on "
+                f"{len(self.checked)} batches: {'; '.join(self.checked)}."
+            )
+        return self.notes + said
 
     @property
     def activity(self) -> dict[str, dict[str, Any]]:
@@ -122,7 +134,8 @@ class PassReport:
 class Report:
     """Everything said about one compiled program.
 
-    error, budget, unverified: as in PassReport, for all passes together; the budget is the sum of theirs.
+    error, own, against, budget, checked, unverified: as in PassReport, for all passes together. With a pass among them that
+        is not exact, the error is from the captured program, and the budget the sum of theirs.
     predicted, measured: time before over time after, by the cost model and by the clock; None without.
     operators: each operator of ours that ran while the passes were verified, against its reference on the example.
     """
@@ -137,6 +150,9 @@ class Report:
     predicted: float | None = None
     measured: float | None = None
     operators: dict[str, OpCheck] = field(default_factory=dict)
+    own: float | None = None
+    against: str = "the program before"
+    checked: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> PassReport:
         for report in self.passes:
@@ -184,7 +200,7 @@ class Report:
     def __rich__(self) -> Group:
         overview = Table(title="Thresher report", title_justify="left", expand=False)
         for heading, align in [("pass", "left"), ("rewritten", "right"), ("missed", "right"), ("max rel. error", "right"),
-                               ("budget", "right"), ("expected", "right"), ("measured", "right"),
+                               ("model's own", "right"), ("budget", "right"), ("expected", "right"), ("measured", "right"),
                                ("seconds", "right")]:  # fmt: skip
             overview.add_column(heading, justify=align)  # type: ignore[arg-type]
         for p in self.passes:
@@ -194,6 +210,7 @@ class Report:
                 str(len(p.rewritten)),
                 str(len(p.missed)),
                 error,
+                "" if p.own is None else f"{p.own:.1e}",
                 f"{p.budget:.0e}",
                 speed(p.predicted),
                 speed(p.measured),

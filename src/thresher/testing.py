@@ -26,7 +26,7 @@ import torch
 
 from thresher.passes.base import PASSES, Pass
 from thresher.passes.calibrate import Calibration
-from thresher.passes.pipeline import ROLLED_BACK, Pipeline
+from thresher.passes.pipeline import Pipeline
 
 from . import api, backend
 from .errors import ArgumentError, ContractError, ThresherError
@@ -189,7 +189,7 @@ def _on_model(
         if account.rolled_back:
             problems.append(f"It breaks its declared budget: {account.rolled_back}")
         problems += [f"The reason for {m.site} is no full sentence: {m.reason!r}"
-                     for m in account.missed if m.reason != ROLLED_BACK and not _is_sentence(m.reason)]  # fmt: skip
+                     for m in account.missed if not _is_sentence(m.reason)]  # fmt: skip
         sites = [*account.rewritten, *(m.site for m in account.missed)]
         doubled = {s for s in sites if sites.count(s) > 1}
         if doubled:

@@ -25,6 +25,7 @@ from thresher.passes.base import PASSES
 
 from .. import kernels, lowering, ops, passes, runtime
 from ..compat import has_values
+from ..graph import autocast
 from ..graph.capture import Places
 from ..graph.nodes import module_fqn, module_types
 from ..machine import devices
@@ -121,7 +122,7 @@ def _settings() -> list[str]:
         str(torch.get_default_dtype()),
         torch.get_float32_matmul_precision(),
         str(torch.are_deterministic_algorithms_enabled()),
-        str(torch.is_autocast_enabled("cpu")),
+        str(autocast.ambient()),
         str(torch.backends.mkldnn.enabled),
         str(torch.get_flush_denormal() if hasattr(torch, "get_flush_denormal") else ""),
     ]

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..compat import is_fake, source_name
 from ..errors import CaptureError
-from . import names, sharded
+from . import autocast, names, sharded
 from .dialect import canonicalise, verify
 from .functional import Functional, has_writes
 from .nodes import module_fqn, name_modules
@@ -42,17 +42,19 @@ class _Inliner(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(target, "__name__", "")
+        if target is torch.amp.autocast_mode._enter_autocast:
+            region = torch.autocast(*args)
+            region.__enter__()  # so that what follows is traced under it; the entry is traced as well
+            return region
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return args[0].__exit__(None, None, None)
         if name in _GRAD_WRAPPERS:
             _, body, *rest = args
             return _Inliner(body).run(*rest)
         if name == "wrap_with_autocast":
-            _, _, enabled, _, body, *rest = args
-            if enabled:
-                raise CaptureError(
-                    "The model enables autocast inside its forward. Convert the model with .to(dtype) instead, "
-                    "so that the dtypes stand in the graph."
-                )
-            return _Inliner(body).run(*rest)
+            device, dtype, enabled, _, body, *rest = args
+            with torch.autocast(device, dtype=dtype, enabled=enabled):
+                return _Inliner(body).run(*rest)
         if sharded.takes(args, kwargs):
             return sharded.call(target, args, kwargs)
         return super().call_function(target, args, kwargs)
@@ -87,10 +89,12 @@ def _trace(
 
     with mode, torch.no_grad():  # factories inside must give fakes of the same mode
         traced = trace(run, fakes)
-        if not has_writes(traced.graph):
-            return traced, []
-        functional = Functional(run)
-        return trace(functional, fakes), functional.written
+        written: list[int] = []
+        if has_writes(traced.graph):
+            functional = Functional(run)
+            traced, written = trace(functional, fakes), functional.written
+    autocast.write_casts(traced.graph, autocast.ambient())
+    return traced, written
 
 
 def assemble(

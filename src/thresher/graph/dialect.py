@@ -104,6 +104,12 @@ def unrepeated(node: fx.Node) -> fx.Node | None:
     return lifted.args[0] if kept and same_size(flat[1], kv_heads * times) else None
 
 
+def unrepeated_both(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before their heads are repeated, where both are: an operator shares the heads of both, or of none."""
+    sources = unrepeated(k), unrepeated(v)
+    return (k, v) if sources[0] is None or sources[1] is None else (sources[0], sources[1])
+
+
 def _identity_of(node: fx.Node) -> fx.Node | None:
     """The argument a node merely repeats, or None."""
     target, result = node.target, value(node)

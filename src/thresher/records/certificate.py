@@ -64,9 +64,10 @@ class OpProof:
 class Certificate:
     """Plain data; see the module's docstring.
 
-    passes: as in `Report`. error: of the whole recipe, the rewritten program against the captured one on the
-        example inputs, relative to the largest value of the output; None when not measured, and then
-        `unverified` says why. budget: sum of the budgets of the passes that rewrote something.
+    passes: as in `Report`. error: of the whole recipe, relative to the largest value of the output; None when not
+        measured, and then `unverified` says why. against: what it was measured from: a run of the captured program in
+        "float32" or "float64", or "the program before". own: the captured program's own error from that run.
+    budget: what `error` may be. checked: the batches the proof saw, in words; docs/numerics.md says what it proves.
     weights, program, recipe_fingerprint: hashes. recipe: what `Recipe.of` turns into the same recipe.
     predicted: time before over time after by the cost model; None without a prediction.
     measured: the same, timed on `machine`; None until `thresher bench` or `thresher.measure` has run.
@@ -88,6 +89,9 @@ class Certificate:
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     created: str = ""
+    own: float | None = None
+    against: str = "the program before"
+    checked: tuple[str, ...] = ()
     format: str = FORMAT
 
     @property
@@ -112,7 +116,7 @@ class Certificate:
             known = dict(given)
             known["passes"] = tuple(PassReport.from_dict(p, strict=True) for p in known["passes"])
             known["ops"] = tuple(OpProof(**o) for o in known["ops"])
-            known["notes"] = tuple(known["notes"])
+            known["notes"], known["checked"] = tuple(known["notes"]), tuple(known["checked"])
             return cls(**known)
         except (KeyError, TypeError, ValueError) as reason:
             raise ArgumentError(
@@ -151,7 +155,7 @@ class Certificate:
         for name, shown in self._facts():
             facts.add_row(name, Text(shown, style="red" if shown.startswith("outside") else ""))
         passes = Table(title="passes", title_justify="left")
-        for heading in ("pass", "rewritten", "missed", "rel. error", "budget", "reasons"):
+        for heading in ("pass", "rewritten", "missed", "rel. error", "model's own", "budget", "reasons"):
             passes.add_column(heading, overflow="fold")
         for p in self.passes:
             reasons = Counter(m.reason for m in p.missed).most_common(3)
@@ -161,6 +165,7 @@ class Certificate:
                 str(len(p.rewritten)),
                 str(len(p.missed)),
                 _number(p.error),
+                "" if p.own is None else _number(p.own),
                 f"{p.budget:.0e}",
                 Text(why),
             )
@@ -182,8 +187,12 @@ class Certificate:
             f"not measured: {self.unverified}" if self.error is None
             else f"{'within' if self.holds else 'outside'} budget: {self.error:.1e} of {self.budget:.0e}"
         )  # fmt: skip
+        proof = f"{len(self.checked)} batches: {'; '.join(self.checked)}" if self.checked else "on no batch"
+        if self.own is not None:
+            proof += f". Error to a run in {self.against}; the model's own is {self.own:.1e}"
         return [
             ("whole recipe", verdict),
+            ("checked on", proof),
             ("expected gain", "no prediction" if self.predicted is None else f"{self.predicted:.2f}x"),
             ("measured gain", "not measured" if self.measured is None else f"{self.measured:.2f}x"),
             ("target", self.target),
@@ -218,6 +227,9 @@ def certify(before: Program, after: Program, recipe: Recipe, report: Report) -> 
         predicted=report.predicted,
         measured=report.measured,
         notes=tuple(report.notes),
+        own=report.own,
+        against=report.against,
+        checked=tuple(report.checked),
         versions=versions(),
         machine=machine(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -5,7 +5,7 @@ import pytest
 import torch
 import zoo
 
-from thresher.errors import CaptureError, DialectError, ThresherError
+from thresher.errors import DialectError, ThresherError
 from thresher.graph import dialect
 from thresher.graph.program import Program
 
@@ -74,23 +74,6 @@ def test_the_verifier_names_node_and_rule(how, rule):
     with pytest.raises(DialectError, match=rule) as raised:
         dialect.verify(broken(program, how), after="my pass")
     assert "my pass" in str(raised.value) and "silu" in str(raised.value)
-
-
-def test_autocast_in_a_forward_is_refused():
-    class Cast(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = torch.nn.Linear(8, 8)
-
-        def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.linear(x)
-
-    exported = torch.export.export(Cast().eval(), (torch.randn(2, 8),))
-    from thresher.graph.capture import from_export
-
-    with pytest.raises(CaptureError, match="autocast"):
-        from_export(exported)
 
 
 def test_a_model_that_writes_to_its_buffers_is_refused():

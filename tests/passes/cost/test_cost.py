@@ -92,9 +92,9 @@ def test_the_whole_prediction_of_packing_follows_the_share_of_padding():
     from thresher.passes.pipeline import Pipeline
 
     cost = CostModel(slow, backend.real_lengths(program, arguments))
-    _, report = Pipeline(Recipe.of(prepack=True), inputs=arguments, compare=backend._compare, cost=cost).run(
-        program
-    )
+    recipe = Recipe.of(prepack=True)
+    judge = backend.judge_of(program, recipe, arguments)
+    _, report = Pipeline(recipe, inputs=arguments, judge=judge, cost=cost).run(program)
     assert report.predicted == pytest.approx(1 / real, rel=0.15)  # attention gains more than the linears
     assert list(report["prepack"].predicted.values()) == [pytest.approx(report.predicted, rel=1e-6)]
 

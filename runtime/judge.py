@@ -1,0 +1,240 @@
+"""Judges a rewrite by the precision that the program computes in.
+
+A pass that is exact on paper sums in another order, and what that changes depends on the dtype: 1e-6 in fp32, 1e-2 in
+bf16. So the captured program is run in a higher precision, and a rewritten one may be FACTOR times as far from that as
+the captured one itself is, plus a floor. What rounding would hide, one key too many among hundreds, shows where both
+programs are run in the higher precision: there they must be the same.
+
+    other lengths     few short rows of 1, 2, 3, half and all columns; as written, and both in the higher precision
+    example           as given; the rewritten program against the captured one, and where that leaves a doubt, both
+                      against the higher precision
+    permuted, scaled  like the example
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from thresher.errors import ThresherError
+from thresher.graph.program import Program
+from thresher.lowering.raised import Raised, narrowest, wider
+from thresher.lowering.target import Target
+from thresher.verdict import FACTOR, FLOOR, SAME, Verdict
+
+from . import batches
+from .batches import Batch
+from .compare import Comparison, Outcome, as_packed, difference, errors, outcome
+from .witness import FEW, expected_errors
+
+# What a program raises that an operator will not run in another precision, or a batch it was not written for.
+_CANNOT = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, KeyError, ThresherError)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Of one batch: as in Verdict. why: what was compared, where the batch's name does not say it."""
+
+    error: float
+    allowed: float
+    own: float | None = None
+    why: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+    @property
+    def share(self) -> float:
+        share = self.error / max(self.allowed, 1e-30)
+        return share if share == share else float("inf")
+
+
+class Judge:
+    """Judges the passes of one pipeline on one caller's inputs.
+
+    captured: the program as it was captured. plain: runs programs as they are written. agree: the largest of a number
+    over all ranks that must decide alike. fixed: by the passes' budgets alone, on the example alone.
+    """
+
+    def __init__(
+        self,
+        captured: Program,
+        inputs: Sequence[Any],
+        plain: Target,
+        agree: Callable[[float], float] = float,
+        fixed: bool = False,
+    ):
+        self.captured, self.plain, self.agree, self.fixed = captured, plain, agree, fixed
+        self.dtype = narrowest(captured)
+        self.wide = wider(self.dtype)
+        self.raised = Raised(self.wide)
+        self.example = batches.example(captured, inputs)
+        self.cannot: str | None = None  # why the captured program does not run in the higher precision
+        self._kept: dict[Any, Any] = {}
+
+    @cached_property
+    def all(self) -> list[Batch]:
+        """The batches, the cheap and telling one first. Those that the captured program refuses are no batches of its."""
+        found = []
+        for batch in batches.further(self.captured, self.example.inputs):
+            try:
+                self._low(self.captured, batch, batch.inputs)
+            except _CANNOT:
+                continue
+            found.append(batch)
+        return [*found[:1], self.example, *found[1:]]
+
+    def exact(self, before: Program, after: Program, budget: float, anchored: bool = True) -> Verdict:
+        """Judge a pass that changes nothing but rounding.
+
+        anchored: every pass before it was exact too, so that the captured program says what is right; else the program
+        before does. budget: what may change under `fixed`, or where nothing can be run in the higher precision.
+        """
+        if self.fixed or after.calls is not None or before.calls is not None:
+            return self.within(before, after, budget)
+        base = self.captured if anchored else before
+        done = []
+        for batch in self.all:
+            done.append((batch, self._on(batch, base, after, budget, anchored)))
+            if not done[-1][1].holds:
+                break
+        return self._verdict(done)
+
+    def within(self, before: Program, after: Program, budget: float) -> Verdict:
+        """Judge a pass by how far it moved the program's results on the example: no further than its budget, beside
+        which the rounding of both programs is allowed."""
+        batch = self.example
+        packed, inputs = as_packed(before, after, batch.inputs)
+        comparison = Comparison(before, packed, inputs, self.plain)
+        low, made = self._low(before, batch, inputs), outcome(packed, inputs, self.plain)
+        error = self._most([difference(e, a) for e, a in comparison.parts(low, made).values()])
+        if error <= budget or error != error or self.fixed:
+            return self._verdict([(batch, _Found(error, budget))])
+        allowed = budget + (1 + FACTOR) * self.rounding
+        return self._verdict([(batch, _Found(error, allowed, self.rounding))])
+
+    @cached_property
+    def rounding(self) -> float:
+        """The captured program's own error on the first batch; 0 where it cannot be told."""
+        batch = self.all[0]
+        low, true = self._low(self.captured, batch, batch.inputs), self._true(batch, batch.inputs)
+        if true is None:
+            return 0.0
+        parts = Comparison(self.captured, self.captured, batch.inputs, self.plain).parts(low, true)
+        return self._most([errors(t, o, o)[0] for o, t in parts.values()])
+
+    def _on(self, batch: Batch, base: Program, after: Program, budget: float, anchored: bool) -> _Found:
+        packed, inputs = as_packed(base, after, batch.inputs)
+        low = self._low(base, batch, inputs)
+        try:
+            made = outcome(packed, inputs, self.plain)
+        except _CANNOT as reason:
+            return _Found(
+                float("nan"), 0.0, why=f"the rewritten program raised {type(reason).__name__}: {reason}"
+            )
+        comparison = Comparison(base, packed, inputs, self.plain)
+        if batch is not self.all[0] or not anchored:
+            error = self._most([difference(e, a) for e, a in comparison.parts(low, made).values()])
+            limit = FLOOR[self.dtype] + (1 + FACTOR) * self.rounding
+            if error <= limit or not anchored or self.cannot is not None:
+                return _Found(error, limit if self.cannot is None else max(limit, budget))
+        true = self._true(batch, inputs)
+        if true is None:
+            error = self._most([difference(e, a) for e, a in comparison.parts(low, made).values()])
+            return _Found(error, max(budget, FLOOR[self.dtype]))
+        worst = _Found(0.0, FLOOR[self.dtype], 0.0)
+        for place, (o, t, a) in comparison.parts(low, true, made).items():
+            own, error = errors(t, o, a)
+            told = max(own, self._expected(batch, inputs, place)) if t.numel() < FEW else own
+            found = _Found(self.agree(error), self.agree(FACTOR * told + FLOOR[self.dtype]), self.agree(own))
+            worst = found if found.share >= worst.share else worst
+        if batch is self.all[0] and worst.holds:
+            return self._unlike(base, packed, inputs, comparison, low, true) or worst
+        return worst
+
+    def _unlike(
+        self,
+        base: Program,
+        after: Program,
+        inputs: Sequence[Any],
+        comparison: Comparison,
+        low: Outcome,
+        true: Outcome,
+    ) -> _Found | None:
+        """What is wrong with the rewritten program in the higher precision, or None."""
+        try:
+            made = outcome(after, inputs, self.raised)
+        except _CANNOT:  # an operator that takes no such precision: what is written down was compared already
+            return None
+        error = self._most([errors(t, t, a)[1] for _, t, a in comparison.parts(low, true, made).values()])
+        known = {w.fqn for w in base.weights.values()}
+        rounded = any(
+            w.source and w.fqn not in known for w in after.weights.values()
+        )  # made in the narrow dtype
+        limit = FLOOR[self.dtype] if rounded else SAME[self.dtype]
+        shown = f"both programs were computed in {_name(self.wide)}"
+        return None if error <= limit else _Found(error, limit, 0.0, why=shown)
+
+    def _low(self, program: Program, batch: Batch, inputs: Sequence[Any]) -> Outcome:
+        """A program's results as it is written; the captured one's are kept."""
+        if program is not self.captured:
+            return outcome(program, inputs, self.plain)
+        key = ("low", batch.label, inputs is batch.inputs)
+        if key not in self._kept:
+            self._kept[key] = outcome(program, inputs, self.plain)
+        return self._kept[key]
+
+    def _true(self, batch: Batch, inputs: Sequence[Any]) -> Outcome | None:
+        """The captured program's results in the higher precision; None where it does not run so."""
+        key = ("true", batch.label, inputs is batch.inputs)
+        if key not in self._kept and self.cannot is None:
+            try:
+                self._kept[key] = outcome(self.captured, inputs, self.raised)
+            except _CANNOT as reason:
+                self.cannot = f"{type(reason).__name__}: {reason}"
+        return self._kept.get(key)
+
+    def _expected(self, batch: Batch, inputs: Sequence[Any], place: int) -> float:
+        """What the error of a small result may be expected to be; see `witness`."""
+        key = ("expected", batch.label, inputs is batch.inputs)
+        if key not in self._kept:
+            self._kept[key] = expected_errors(self.captured, inputs, self.plain, self.raised)
+        return self._kept[key][place]
+
+    def _most(self, found: Sequence[float]) -> float:
+        return self.agree(max(found, default=0.0, key=lambda d: (d != d, d)))
+
+    def _verdict(self, done: Sequence[tuple[Batch, _Found]]) -> Verdict:
+        against = {f: _name(self.wide) if f.own is not None else "the program before" for _, f in done}
+        batch, worst = max(done, key=lambda d: (not d[1].holds, d[1].own is not None, d[1].share))
+        checked = [b.label for b, _ in done]
+        if self.cannot is not None:
+            checked.append(f"nothing in {_name(self.wide)}: {self.cannot.splitlines()[0]}")
+        from_what = against[worst]
+        why = _sentence(batch, worst, from_what)
+        return Verdict(worst.holds, worst.error, worst.allowed, worst.own, from_what, tuple(checked), why)
+
+
+def _sentence(batch: Batch, found: _Found, against: str) -> str:
+    """What went wrong, and what may be done, for a rewrite that does not hold; else nothing."""
+    if found.holds:
+        return ""
+    largest = "of that output's largest value"
+    if found.own is None:
+        said = f"it changed an output by {found.error:.2e} {largest}, and its budget is {found.allowed:.1e}"
+    else:
+        said = (
+            f"its error to a run in {against} was {found.error:.2e} {largest}; the program's own is {found.own:.2e}, and "
+            f"its budget, {FACTOR:g} times that and a floor, is {found.allowed:.1e}"
+        )
+    said = f"on {batch.label} {said}"
+    return f"{said}{f' ({found.why})' if found.why else ''}."
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,234 @@
+"""The proof knows the precision: it keeps what only rounds, and finds what is wrong, in every dtype."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import captures
+import pytest
+import torch
+import zoo
+
+from thresher import backend, ops
+from thresher.compiled import specialized_floats
+from thresher.graph import autocast
+from thresher.kernels import catalog
+from thresher.passes import base
+from thresher.recipe import CONFIGS, PassConfig, Recipe
+from thresher.runtime import batches
+
+aten = torch.ops.aten
+catalog.load()
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = ["fp32", "bf16", "fp16", "autocast"]
+MODELS = ["bert", "roberta", "modernbert", "llama", "qwen3", "gemma3"]
+
+
+@functools.cache
+def case(name, dtype):
+    """A zoo model captured as it runs in that dtype, with its inputs in the program's order."""
+    model, inputs = zoo.ZOO[name].build()
+    model = model.to(HALF.get(dtype, torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
+        program = captures.dynamo(model, inputs)
+    return program, captures.arguments(program, inputs)
+
+
+def account_of(name, dtype, **options):
+    program, inputs = case(name, dtype)
+    recipe = Recipe.of(options or {"prepack": True})
+    with torch.no_grad():
+        report = backend.run_pipeline(program, recipe, inputs)[1]
+    return report.passes[0]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "autocast"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packing_is_kept_in_half_precision(name, dtype):
+    account = account_of(name, dtype)
+    assert account.rewritten and account.rolled_back is None and account.against == "float32"
+    assert account.own > 1e-5 and account.error <= account.budget
+    assert account.budget < 0.3, "so wide a budget finds nothing"
+    assert [c.split(" (")[0] for c in account.checked] == ["other lengths", "the example", "permuted"]
+
+
+def next_segment_too(op):
+    """One key too many: each token but the last segment's sees the first token of the next segment."""
+
+    def run(q, k, v, cu, max_len, scale, causal, window, softcap):
+        out = op.reference(q, k, v, cu, max_len, scale, causal, window, softcap).clone()
+        ends = cu.tolist()
+        for begin, end in itertools.pairwise(ends):
+            if begin == end or end == q.shape[2]:
+                continue
+            seen = torch.ones(end - begin, end - begin + 1, dtype=torch.bool)
+            if causal:
+                seen = seen.tril()
+                seen[:, -1] = True
+            parts = q[:, :, begin:end], k[:, :, begin : end + 1], v[:, :, begin : end + 1]
+            out[:, :, begin:end] = attend(*parts, scale, softcap, seen)
+        return out
+
+    from thresher.kernels.varlen.attention import attend
+
+    return run
+
+
+def other_scale(op):
+    return lambda q, k, v, cu, max_len, scale, *rest: op.reference(q, k, v, cu, max_len, scale * 1.25, *rest)
+
+
+def read_as_fp32(op):
+    """What a kernel does that takes any pointer for one to fp32 numbers."""
+
+    def run(q, k, v, *rest):
+        words = v.contiguous().view(torch.int16).flatten()
+        wide = torch.cat([words, words])[: 2 * words.numel()].view(torch.float32).reshape(v.shape)
+        return op.reference(q, k, wide.nan_to_num(0.0).clamp(-8, 8).to(v.dtype), *rest)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", [next_segment_too, other_scale, read_as_fp32])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_wrong_attention_is_found_in_every_dtype(monkeypatch, name, fault, dtype):
+    if fault is read_as_fp32 and dtype == "fp32":
+        pytest.skip("fp32 values read as fp32 are right")
+    op = ops.get("varlen_attention")
+    monkeypatch.setattr(op, "providers", [ops.Provider("wrong", "cpu", fault(op))])
+    account = account_of(name, dtype)
+    assert not account.rewritten and "prepack is wrong here" in account.rolled_back
+    for number in (account.error, account.own, account.budget):
+        assert (
+            number is None or f"{number:.1e}" in account.rolled_back or f"{number:.2e}" in account.rolled_back
+        )
+
+
+@dataclass(frozen=True)
+class NudgeConfig(PassConfig):
+    """how: "key" multiplies attention's keys by 1 + by; "long" adds `by` at the fourth token and behind."""
+
+    name = "nudge"
+    how: str = "key"
+    by: float = 0.0
+
+
+class Nudge(base.Pass):
+    """Claims to be exact, and is not."""
+
+    name, config_type = "nudge", NudgeConfig
+
+    def match(self, program, context):
+        return [base.Match(n.name, n) for n in program.nodes(aten.scaled_dot_product_attention.default)]
+
+    def rewrite(self, program, match, context):
+        node, config = match.data, context.config
+        if config.how == "key":
+            made = program.insert(node, aten.mul.Tensor, node.args[1], 1 + config.by)
+            node.update_arg(1, made)
+            return
+        at = node.next
+        size = program.insert(at, aten.sym_size.int, node, 2)
+        few = program.insert(
+            at, torch.ops.aten.lt.Scalar, program.insert(at, aten.arange.default, size), config.by
+        )
+        wide = program.insert(at, aten.unsqueeze.default, few, -1)
+        made = program.insert(at, aten.mul.Tensor, node, wide)
+        node.replace_all_uses_with(made, delete_user_cb=lambda u: u is not made and u not in (size,))
+
+
+@pytest.fixture
+def nudge():
+    base.register_pass(Nudge)
+    yield
+    base.PASSES.pop("nudge")
+    CONFIGS.pop("nudge")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_error_below_the_rounding_shows_in_the_higher_precision(nudge, dtype):
+    """A thousandth of a scale is lost in bf16, and a wrong pass all the same."""
+    account = account_of("bert", dtype, nudge={"by": 1e-3})
+    assert account.rolled_back and ("both programs were computed" in account.rolled_back or dtype == "fp32")
+    assert account_of("bert", dtype, nudge={"by": 0.0}).rewritten
+
+
+def test_fixed_budgets_are_an_option(nudge):
+    assert account_of("bert", "fp32", nudge={"by": 1e-5}).rolled_back
+    kept = account_of("bert", "fp32", nudge={"by": 1e-5}, fixed_budgets=True)
+    assert kept.rewritten and kept.budget == 1e-4 and kept.own is None
+    assert kept.against == "the program before" and kept.checked == ["the example (3 x 12)"]
+    coarse = account_of(
+        "bert", "bf16", nudge={"by": 1e-2}, fixed_budgets=True
+    )  # more than 1e-4, less than bf16 rounds
+    assert coarse.rolled_back and coarse.own is None
+
+
+def test_what_is_wrong_beside_the_example_alone_is_found(nudge):
+    """Rows of six tokens, and a rewrite that forgets what stands behind the sixth: only another length shows it."""
+    model, inputs = zoo.ZOO["bert"].build()
+    short = torch.zeros_like(inputs["attention_mask"])
+    short[:, :6] = 1
+    inputs = {**inputs, "attention_mask": short}
+    program = captures.dynamo(model, inputs)
+    recipe = Recipe.of(nudge={"how": "long", "by": 6.0})
+    arguments = captures.arguments(program, inputs)
+    with torch.no_grad():
+        fixed = backend.run_pipeline(program, Recipe.of(recipe, fixed_budgets=True), arguments)[1].passes[0]
+        found = backend.run_pipeline(program, recipe, arguments)[1].passes[0]
+    assert fixed.rewritten  # on the example it is right
+    assert found.rolled_back and "other lengths" in found.rolled_back
+
+
+def test_batches_are_few_short_rows_where_sizes_are_free():
+    model, inputs = zoo.ZOO["llama"].build()
+    inputs = {k: v.repeat(4, 4) for k, v in inputs.items()}
+    with specialized_floats():
+        program = captures.dynamo(model, inputs, dynamic=True)
+    rows, columns = inputs["input_ids"].shape
+    sizes = {rows: rows, columns: columns}
+    arguments = []
+    for name, place in zip(program.input_names, program.placeholders):
+        known = place.meta["val"]
+        arguments.append(sizes[int(known.node.hint)] if isinstance(known, torch.SymInt) else inputs[name])
+    found = batches.further(program, arguments)
+    assert [b.label.split(" (")[0] for b in found] == ["other lengths", "permuted"]
+    mask = found[0].inputs[program.input_names.index("attention_mask")]
+    assert mask.shape == (batches.ROWS, batches.WIDTH)
+    assert sorted(mask.sum(1).tolist()) == [1, 2, 3, 12, 23, 24]
+    ids = [b.inputs[program.input_names.index("input_ids")] for b in found]
+    assert ids[0].shape == ids[1].shape and not torch.equal(*ids)
+
+
+def test_floating_inputs_are_scaled():
+    model, inputs = zoo.ZOO["llama"].build()
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    given = {"inputs_embeds": embedded, "attention_mask": inputs["attention_mask"]}
+    program = captures.dynamo(model, given)
+    found = batches.further(program, captures.arguments(program, given))
+    (scaled,) = [b for b in found if b.label.startswith("scaled")]
+    at = program.input_names.index("inputs_embeds")
+    assert torch.equal(scaled.inputs[at], found[0].inputs[at] * batches.SCALE)
+
+
+def test_a_small_result_is_judged_by_what_it_is_computed_from():
+    """Two logits may be right by chance; that is no measure for the other program."""
+    from thresher.lowering.raised import Raised
+    from thresher.lowering.reference import Reference
+    from thresher.runtime.witness import expected_errors
+
+    program, inputs = case("bert", "bf16")
+    expected = expected_errors(program, inputs, Reference(), Raised(torch.float32))
+    assert len(expected) == len(program.outputs) and all(1e-3 < e < 0.2 for e in expected)
+
+
+def test_autocast_is_off_while_passes_are_judged():
+    program, inputs = case("llama", "fp32")
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert autocast.ambient()
+        with autocast.suspended():
+            account = backend.run_pipeline(program, Recipe.of(prepack=True), inputs)[1].passes[0]
+    assert account.rewritten and account.error < 1e-5
