@@ -116,7 +116,7 @@ class Judge:
         if error <= budget or error != error or self.fixed:
             return self._verdict([(batch, _Found(error, budget))])
         allowed = budget + (1 + FACTOR) * self.rounding
-        return self._verdict([(batch, _Found(error, allowed, self.rounding))])
+        return self._verdict([(batch, _Found(error, allowed))])
 
     @cached_property
     def rounding(self) -> float:

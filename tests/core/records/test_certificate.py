@@ -15,6 +15,7 @@ from thresher.kernels import catalog
 from thresher.passes import base
 from thresher.recipe import CONFIGS, PassConfig, Recipe
 from thresher.records.certificate import FORMAT, Certificate
+from thresher.strict import compile_strictly
 
 aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ def double():
 
 def compiled(**options):
     model, inputs = zoo.ZOO["bert"].build()
-    return thresher.compile(model, inputs, target="reference", **options)
+    return compile_strictly(model, inputs, Recipe.of(**options), target="reference", may_do_nothing=True)
 
 
 def test_it_holds_everything_and_survives_json():
