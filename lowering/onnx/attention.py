@@ -23,8 +23,10 @@ from torch import fx
 
 from thresher.graph.dialect import unrepeated
 from thresher.graph.nodes import argument, value
+from thresher.graph.program import Program
 from thresher.kernels.varlen.plain import SAYS
 
+from ..decompose import trace_before
 from ..target import DECOMPOSED, Runtime
 from .weights import Weights, symbolic
 
@@ -53,6 +55,23 @@ def group_query(weights: Weights) -> None:
             continue
         form = functools.partial(_form, scale=given.get("scale"))  # type: ignore[arg-type]
         weights.replace(node, form, [q, unrepeated(k) or k, unrepeated(v) or v])
+
+
+def whole_masks(program: Program) -> None:
+    """Repeat masks of one row for all queries, in place: ONNX Runtime's Attention does not."""
+    for node in program.nodes(aten.scaled_dot_product_attention.default):
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        q = cast(fx.Node, node.args[0])
+        if not isinstance(mask, fx.Node) or not isinstance(value(mask).shape[-2], int):
+            continue
+        if value(mask).shape[-2] != 1 or value(q).shape[-2] == 1:
+            continue
+        whole = trace_before(program, node, _repeated, [mask, q])
+        node.replace_input_with(mask, whole)
+
+
+def _repeated(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return mask.expand(*mask.shape[:-2], q.shape[-2], mask.shape[-1])
 
 
 def account(node: fx.Node, runtime: Runtime) -> tuple[str, str]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from thresher.errors import ThresherError
+
 _GPU_ALONE = ("PackedMultiHeadAttention",)
 _MOST = 1 << 28  # bytes of a model that the reference evaluator, which is slow, is still tried on
 
@@ -55,23 +57,30 @@ def _without_gpu_operators(path: Path) -> Iterator[tuple[Path, str]]:
         copy.unlink(missing_ok=True)
 
 
-def _runner(path: Path) -> tuple[str, Callable[[Mapping[str, torch.Tensor]], Any]] | str:
-    reasons = []
+_ABSENT = "onnxruntime is not installed"
+
+
+def _opened(path: Path) -> Any:
+    """A session of ONNX Runtime on the CPU, or why there is none."""
     try:
         import onnxruntime
     except ImportError:
-        reasons.append("onnxruntime is not installed")
-    else:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        # where it fuses blocked DequantizeLinear with MatMul it would round activations to int8 by default
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as reason:
-            reasons.append(f"ONNX Runtime on the CPU: {str(reason).splitlines()[0]}")
-        else:
-            return "onnxruntime", lambda inputs: session.run(None, {k: _array(v) for k, v in inputs.items()})
+        return _ABSENT
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    # where it fuses blocked DequantizeLinear with MatMul it would round activations to int8 by default
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as reason:
+        return f"ONNX Runtime on the CPU: {str(reason).splitlines()[0]}"
+
+
+def _runner(path: Path) -> tuple[str, Callable[[Mapping[str, torch.Tensor]], Any]] | str:
+    session = _opened(path)
+    if not isinstance(session, str):
+        return "onnxruntime", lambda inputs: session.run(None, {k: _array(v) for k, v in inputs.items()})
+    reasons = [session]
     if path.stat().st_size > _MOST:
         return f"{'; '.join(reasons)}; onnx.reference: the model is too large to be run in Python"
     from onnx.reference import ReferenceEvaluator
@@ -83,10 +92,18 @@ def _runner(path: Path) -> tuple[str, Callable[[Mapping[str, torch.Tensor]], Any
     return "onnx.reference", lambda inputs: evaluator.run(None, {k: _array(v) for k, v in inputs.items()})
 
 
+def lacks(path: Path) -> str | None:
+    """Why ONNX Runtime on the CPU does not take a file, in its words; None where it does, or is not installed."""
+    found = _opened(path)
+    return found if isinstance(found, str) and found != _ABSENT else None
+
+
 def compare(
     path: str | Path, calls: Sequence[tuple[Mapping[str, torch.Tensor], Sequence[Any], torch.Tensor | None]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """One record for each call, and notes about what could not be run.
+
+    Raises ThresherError where ONNX Runtime takes the file and fails on the first call, its own example.
 
     calls: inputs by name, the Program's results, and a bool [B, S] mask of real tokens: results of a packed
     program are undefined elsewhere. None compares all.
@@ -101,11 +118,16 @@ def compare(
         try:
             actual = run(inputs)
         except Exception as reason:
-            return records, [f"{engine} failed at sizes {sizes}: {str(reason).splitlines()[0]}"]
+            said = f"{engine} failed at sizes {sizes}: {str(reason).splitlines()[0]}"
+            if not records and engine.startswith("onnxruntime"):
+                raise ThresherError(
+                    f"The file does not run on its own example: {said}. It is left at {path}."
+                ) from None
+            return records, [said]
         worst = (0.0, 0.0)
         for a, e in zip(actual, expected, strict=True):
             if isinstance(e, torch.Tensor) and e.numel():
-                worst = max(worst, difference(torch.from_numpy(np.asarray(a)), e, real), key=lambda w: w[1])
+                worst = max(worst, difference(_tensor(np.asarray(a)), e, real), key=lambda w: w[1])
         records.append({"engine": engine, "sizes": sizes, "absolute": worst[0], "relative": worst[1]})
     return records, []
 
@@ -135,6 +157,12 @@ def difference(
     largest = expected[expected.isfinite()].abs().max().clamp_min(1e-30) if expected.isfinite().any() else 1.0
     worst = float(gap.max())
     return worst, float(gap.max() / largest)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype.name == "bfloat16":  # of ml_dtypes, which torch does not know
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

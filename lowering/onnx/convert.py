@@ -14,7 +14,7 @@ from thresher.graph.program import Program
 from ..decompose import add_masks, columns_wanted, decompose, losses, op_name, own_nodes
 from ..target import Runtime
 from . import tables as onnx_tables
-from .attention import group_query
+from .attention import group_query, whole_masks
 from .translate import translate
 from .weights import Weights
 
@@ -62,6 +62,8 @@ class Parts:
             add_masks(copy)
         if self.runtime.segments:
             group_query(weights)
+        if not self.runtime.added_masks:
+            whole_masks(copy)
         self.notes += [f"{count} {name} nodes: {loss}" for count, name, loss in losses(copy)]
         tokens = columns_wanted(copy)
         columns = _columns(copy, tokens) if tokens is not None else None

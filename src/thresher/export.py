@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from thresher.lowering.onnx.check import compare
 from thresher.lowering.onnx.export import Exported, require_onnx
@@ -28,10 +25,11 @@ from thresher.runtime.session import Session
 
 from . import backend, sessions
 from .errors import ArgumentError, ThresherError
+from .export_example import captured, fixed, refuse_half
 from .files import check_writable
 from .graph.call_plan import refuse_to_keep
 from .graph.program import Program
-from .model_capture import example, exported, without_cache
+from .model_capture import example
 from .notices import warn
 from .recipe import Recipe
 from .records.certificate import plain
@@ -164,7 +162,7 @@ def export_onnx(
             inputs = [named.get(n, given[i]) for i, n in enumerate(outside.input_names)] if given else []
         else:
             stage("capturing the model")
-            program, names, inputs = _captured(model, positional, named, dynamic_shapes)
+            program, names, inputs = captured(model, positional, named, dynamic_shapes)
             stage("rewriting")
             program = _rewritten(program, Recipe.of(recipe, **options), inputs)
         if program.calls is not None:
@@ -179,8 +177,10 @@ def export_onnx(
             )
         if check and inputs:
             stage("running the file and the program")
+            refuse_half(program, Path(path), runtime)
             record.differences, notes = compare(Path(path), _calls(program, inputs, record, body_only))
             record.notes += notes
+        record.notes += fixed(program)
     return record
 
 
@@ -193,33 +193,6 @@ def _rewritten(program: Program, recipe: Recipe, inputs: list[Any]) -> Program:
     if report.passes and not report.rewritten:
         warn(f"thresher rewrote nothing: {rewrote_nothing([report])}", stacklevel=3)
     return program
-
-
-def _captured(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> tuple[Program, list[str], list[Any]]:
-    """The model's Program, its results' names, and the example inputs in the order of its placeholders."""
-    shapes = dynamic_shapes
-    if shapes is None:
-        shapes = pytree.tree_map(_free, (args, kwargs))
-        shapes = {**dict(zip(_parameters(model), shapes[0])), **shapes[1]}
-    holds_cache = any(not isinstance(v, torch.Tensor) for v in (*args, *kwargs.values()))
-    with contextlib.nullcontext() if holds_cache else without_cache(model):
-        program, whole = exported(model, args, kwargs, shapes)
-    spec = whole.call_spec.out_spec
-    flat, _ = pytree.tree_flatten((args, kwargs))
-    return program, _flat_names(spec), [x for x in flat if isinstance(x, (torch.Tensor, int, float))]
-
-
-def _free(given: Any) -> dict[int, Any] | None:
-    """Both of the first two dimensions may vary, if the model lets them."""
-    if not isinstance(given, torch.Tensor):
-        return None
-    return {dim: torch.export.Dim.AUTO for dim in range(min(2, given.dim()))}
-
-
-def _parameters(model: torch.nn.Module) -> list[str]:
-    return list(inspect.signature(model.forward).parameters)
 
 
 def _calls(program: Program, inputs: Sequence[Any], record: Exported, body_only: bool) -> list[Any]:
@@ -294,10 +267,3 @@ def _sizes(program: Program, inputs: Sequence[Any]) -> list[list[Any]]:
             sized.append(tensor)
         found.append(sized)
     return found
-
-
-def _flat_names(spec: pytree.TreeSpec) -> list[str]:
-    """A name for each leaf of an exported program's result."""
-    numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    leaves, _ = pytree.tree_flatten_with_path(numbered)
-    return [pytree.keystr(path).strip(".[]'\"").replace("']['", ".") or "output" for path, _ in leaves]

@@ -1,0 +1,94 @@
+"""An exported file runs in ONNX Runtime on its own example, at one row too, or export raises."""
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import thresher
+from thresher.errors import ArgumentError, ThresherError
+from thresher.lowering.onnx.check import compare
+from thresher.testing import tiny_model
+
+
+def ort(path, batch):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {k: v.numpy() for k, v in batch.items()})[0])
+
+
+class Encoder(torch.nn.Module):
+    """With torch's own encoder, whose padding mask has one row for all queries."""
+
+    def __init__(self):
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.table = torch.nn.Embedding(97, 32)
+        self.encoder = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, input_ids, attention_mask):
+        return self.encoder(self.table(input_ids), src_key_padding_mask=attention_mask == 0)
+
+
+def test_a_mask_of_one_row_for_all_queries(tmp_path):
+    torch.manual_seed(0)
+    model, (_, batch) = Encoder().eval(), tiny_model()
+    path = tmp_path / "m.onnx"
+    record = thresher.export_onnx(model, batch, path, "none")
+    assert len(record.differences) == 3 and all(d["relative"] < 1e-5 for d in record.differences)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(ort(path, batch)[real], model(**batch)[real], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["none", "exact"])
+def test_an_example_of_one_row_is_exported_for_any_number(tmp_path, recipe):
+    model, batch = tiny_model()
+    path = tmp_path / "m.onnx"
+    one = {k: v[2:, :7] for k, v in batch.items()}
+    one["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    thresher.export_onnx(model, one, path, recipe)
+    for given in (one, batch):
+        real = given["attention_mask"].bool()
+        with torch.no_grad():
+            torch.testing.assert_close(ort(path, given)[real], model(**given)[real], atol=1e-5, rtol=1e-4)
+    sizes = [[d.dim_param for d in i.type.tensor_type.shape.dim] for i in onnx.load(path).graph.input]
+    assert sizes == [["batch", "sequence"]] * 2
+
+
+def test_what_stays_fixed_is_said(tmp_path):
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    record = thresher.export_onnx(Double().eval(), (torch.randn(3, 1),), tmp_path / "m.onnx", "none")
+    assert any("x keeps dimension 1 at 1" in n for n in record.notes)
+
+
+def test_training_mode_is_refused(tmp_path):
+    model, batch = tiny_model()
+    with pytest.raises(ArgumentError, match=r"Call model.eval\(\) first"):
+        thresher.export_onnx(model.train(), batch, tmp_path / "m.onnx")
+
+
+def test_bf16_names_the_operator_that_is_lacking(tmp_path):
+    model, batch = tiny_model()
+    with pytest.raises(ThresherError, match=r"in bf16: .*implementation for \w+.*model.float\(\)"):
+        thresher.export_onnx(model.bfloat16(), batch, tmp_path / "m.onnx", "none")
+    record = thresher.export_onnx(model, batch, tmp_path / "p.onnx", "none", runtime="portable")
+    assert record.differences and all(d["relative"] < 0.05 for d in record.differences)
+
+
+def test_a_file_that_fails_on_its_first_call_raises_and_on_a_later_one_is_noted(tmp_path):
+    node = onnx.helper.make_node("Add", ["x", "y"], ["z"])
+    kinds = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [n]) for n in "xyz"]
+    graph = onnx.helper.make_graph([node], "g", kinds[:2], kinds[2:])
+    path = tmp_path / "m.onnx"
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path
+    )
+    good = ({"x": torch.ones(3), "y": torch.ones(3)}, [torch.full((3,), 2.0)], None)
+    bad = ({"x": torch.ones(3), "y": torch.ones(2)}, [torch.ones(3)], None)
+    with pytest.raises(ThresherError, match="does not run on its own example"):
+        compare(path, [bad])
+    records, notes = compare(path, [good, bad])
+    assert records[0]["absolute"] == 0.0 and "failed at sizes" in notes[0]
