@@ -80,5 +80,10 @@ class TransPruneConfig(PassConfig):
                     "Each stage keeps a part of the last.",
                 )
         self.at_least(instruction=1, bucket=1, min_image_tokens=1)
-        self.within(0, 1, "reserve", "min_saving")
+        if self.accumulate_from is not None and self.accumulate_from < 1:
+            raise ArgumentError(
+                "accumulate_from", self.accumulate_from, "at least 1", "Layers count from one."
+            )
+        self.within(0, 1, "reserve")
+        self.within(float("-inf"), 1, "min_saving")  # below 0: also where it costs
         self.within(0, float("inf"), "budget", "image_token_id")

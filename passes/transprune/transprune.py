@@ -117,6 +117,10 @@ class TransPrune(Pass):
         offsets, counted = None, types
         if packed:
             offsets, counted = _packed(program, config, types)
+        if config.accumulate_from is not None and config.accumulate_from > stages[0][0]:
+            raise NotPrunable(
+                f"accumulate_from={config.accumulate_from} is behind the first stage, which is after layer {stages[0][0]}."
+            )
         axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
         if packed and any(n in axes and value(n).dim() != 3 for n in program.outputs):
             raise NotPrunable(

@@ -107,9 +107,10 @@ class ZipVL(Pass):
         for stretch in stretches:
             for layer in stretch.layers:
                 number += 1
+                early = None
                 if number < config.first_layer:
-                    continue
-                why = _why_not(layer) or self._why_dense(layer, stretch, lengths[stretch], context)
+                    early = f"It is layer {number}, and first_layer={config.first_layer} leaves it as it is."
+                why = early or _why_not(layer) or self._why_dense(layer, stretch, lengths[stretch], context)
                 if why is not None:
                     misses.append(Miss(layer.attention.fqn if layer.attention else layer.fqn, why))
                 else:

@@ -83,8 +83,37 @@ def test_shares_are_calibrated_to_hold_tau(model, tmp_path):
     assert call.report["zipvl"].rewritten
     call(input_ids=ids, use_cache=False)
     assert (call.sessions[-1].extras["realised_tau"] > 0.75).all()
-    reasons = [m.reason for m in compiled(model, ids, tau=0.8).report["zipvl"].missed]
+    torch._dynamo.reset()
+    dry = thresher.explain(model, dict(input_ids=ids, use_cache=False), zipvl=options)
+    reasons = [m.reason for m in dry.report["zipvl"].missed]
     assert len(reasons) == 2 and all("needs calibration" in r for r in reasons)
+
+
+def test_the_quantile_of_the_calibrated_shares_is_taken(model, tmp_path):
+    """The three prompts need different shares; the note says which were taken for the two layers."""
+    batches = [dict(input_ids=prompt(seed=s), use_cache=False) for s in range(3)]
+    torch._dynamo.reset()
+    found = thresher.calibrate(model, batches, zipvl={**OPTIONS, "tau": 0.8})
+    path = tmp_path / "shares.safetensors"
+    found.save(path)
+    shares = [s["shares"].double() for s in found["zipvl"].values() if "shares" in s]
+    assert all(s.min() < s.max() for s in shares)
+    for quantile in (0.01, 0.5, 1.0):
+        torch._dynamo.reset()
+        options = {**OPTIONS, "tau": 0.8, "quantile": quantile}
+        report = thresher.explain(model, batches[0], zipvl=options, stats=str(path)).report["zipvl"]
+        (note,) = [n for n in report.notes if "share of tokens that attend" in n]
+        said = [float(s) for s in note.rsplit(": ", 1)[1].rstrip(".").split(", ")]
+        assert said == [round(float(torch.quantile(s, quantile)), 2) for s in shares]
+
+
+@torch.no_grad()
+def test_layers_before_the_first_are_left_as_they_are_and_say_so(model):
+    ids = prompt()
+    account = compiled(model, ids, keep=0.4, first_layer=2).report["zipvl"]
+    assert account.rewritten == ["model.layers.1"]
+    (missed,) = account.missed
+    assert missed.site == "model.layers.0.self_attn" and "first_layer=2 leaves it as it is" in missed.reason
 
 
 @torch.no_grad()
@@ -155,8 +184,8 @@ def test_attention_in_no_layer_is_a_miss(options):
 
     torch._dynamo.reset()
     given = [torch.randn(1, 2, 8, 4) for _ in range(3)]
-    fast = thresher.compile(Attend().eval(), tuple(given), recipe="none", target="reference", **options)
-    (missed,) = fast.report.passes[0].missed
+    found = thresher.explain(Attend().eval(), tuple(given), recipe="none", **options)
+    (missed,) = found.report.passes[0].missed
     assert missed.reason.startswith(
         "No layers on a residual stream were recovered in this graph. The first thing"
     )
