@@ -23,6 +23,15 @@ from .freshness import Freshness
 from .packing.boundary import argument, make_plan, per_token, restore
 from .packing.plan import PackPlan, survey
 
+aten = torch.ops.aten
+_PRODUCTS = (
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.matmul.default,
+    aten.conv2d.default,
+)
+
 
 @dataclass
 class Counters:
@@ -66,7 +75,7 @@ class Session:
         layout = program.packing
         # a packed body waits for the first batch with padding: there may be none
         self._body: Lowered | None = self._lower(program) if layout is None else None
-        self._prologue = plain.lower(layout.prologue) if layout and layout.prologue else None
+        self._prologue = self._lower_prologue(layout)
         self._epilogue = self._lower_epilogue(layout)
         self._padded: tuple[Lowered, Freshness] | None = None
 
@@ -219,6 +228,13 @@ class Session:
                 for r, where in zip(results, layout.results)
             ]
         return [*results, *(None for _ in layout.extras)]
+
+    def _lower_prologue(self, layout: PackedLayout | None) -> Lowered | None:
+        """Positions and masks run as they stand; another tower, an image's, is worth compiling."""
+        if layout is None or layout.prologue is None:
+            return None
+        heavy = layout.prologue.nodes(*_PRODUCTS)
+        return self._lower(layout.prologue) if heavy else self.plain.lower(layout.prologue)
 
     def _lower_epilogue(self, layout: PackedLayout | None) -> tuple[Lowered, Freshness] | None:
         if layout is None or layout.epilogue is None:

@@ -12,6 +12,8 @@ from thresher.graph.packed_layout import PackedLayout, Packing, Passed, Scatter,
 from thresher.graph.program import Program
 
 from ..extract import extract
+from ..structure.linears import PRODUCTS
+from ..structure.pattern import CASTS
 from ..structure.sdpa import Attention
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Stop, TokenAxes
 from .body import trace_body
@@ -19,6 +21,7 @@ from .frontier import Frontier, body_inputs
 from .visibility import MaskProbe
 
 aten = torch.ops.aten
+_LAID_OUT = {*CASTS, aten.t.default, aten.transpose.int, aten.permute.default, aten.reshape.default}
 
 
 class NotPackable(Exception):
@@ -39,12 +42,20 @@ class Packable:
 
 
 def linears(program: Program) -> list[tuple[fx.Node, int]]:
-    """Each linear with the number of elements of its weight."""
-    found = []
-    for node in program.nodes(aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
-        held = (program.weight(a) for a in node.all_input_nodes)  # a bias among them is smaller
-        found.append((node, max((w.tensor.numel() for w in held if w is not None), default=0)))
-    return found
+    """Each product with the number of elements of the stored matrix it multiplies by; 0 without one."""
+    return [(node, _matrix(program, node)) for node in program.nodes(*PRODUCTS)]
+
+
+def _matrix(program: Program, product: fx.Node) -> int:
+    """Elements of the largest stored matrix among a product's operands; a bias is none."""
+    sizes = [0]
+    for argument in product.all_input_nodes:
+        while argument.target in _LAID_OUT and isinstance(argument.args[0], fx.Node):
+            argument = argument.args[0]
+        held = program.weight(argument)
+        if held is not None and held.tensor.dim() > 1:
+            sizes.append(held.tensor.numel())
+    return max(sizes)
 
 
 def cut(program: Program, padded: Program, found: Packable, packing: Packing) -> tuple[PackedLayout, Program]:

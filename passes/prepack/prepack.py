@@ -35,10 +35,12 @@ from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, propagate
 from .attention_sites import attention_sites
 from .cut import NotPackable, Packable, cut, linears
 from .early_gather import gather_early
+from .towers import Outside, outside
 from .visibility import LeaksPads, MaskProbe
 
 aten = torch.ops.aten
 WHOLE = "the whole program"
+_MIND_NO_CUT = {"prepack", "decode_attention", "causal_mask"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Prepack(Pass):
 
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         try:
-            return [Match(WHOLE, find(program, context.config))]
+            behind = [c.name for c in context.recipe.passes if c.name not in _MIND_NO_CUT]
+            return [Match(WHOLE, find(program, context.config, behind))]
         except NotPackable as reason:
             return [Miss(WHOLE, str(reason))]
 
@@ -116,8 +119,11 @@ class Prepack(Pass):
                                  f" (one of {len(layout.visibilities)} attention sites).")  # fmt: skip
 
 
-def find(program: Program, config: PrepackConfig) -> Packable:
-    """Everything that decides whether and how a program is packed. Raises NotPackable."""
+def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) -> Packable:
+    """Everything that decides whether and how a program is packed. Raises NotPackable.
+
+    behind: passes of the recipe that would see nothing but the packed part.
+    """
     padding = _padding_mask(program, config.mask)
     tokens = _token_input(program, padding)
     batch, sequence = value(tokens).shape[:2]
@@ -133,6 +139,10 @@ def find(program: Program, config: PrepackConfig) -> Packable:
     axes = propagate(program, {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start}, sites)
     if not sites:
         raise NotPackable(_no_attention(axes))
+    apart = outside(program, sites, axes, padding)
+    sites = {node: site for node, site in sites.items() if node not in apart.attentions}
+    if not sites:
+        raise NotPackable("No attention of this program is among the tokens that the padding mask is for.")
     visibilities, probes = {}, {}
     for node, site in sites.items():
         where = module_fqn(node) or node.name
@@ -162,7 +172,12 @@ def find(program: Program, config: PrepackConfig) -> Packable:
     written = [i for i in program.updates if outputs[i] in axes or outputs[i] in axes.stopped]
     if written:
         raise NotPackable(of_writes("prepack", program, written))
-    share = _packed_share(program, axes)
+    if behind and (foreign := _foreign(program, axes, apart)):
+        raise NotPackable(
+            f"{foreign} weights are multiplied in another tower than the padded one, where {' and '.join(behind)} behind a "
+            "packed program would not reach them. Leave prepack or them out of the recipe."
+        )
+    share = _packed_share(program, axes, apart)
     if share < config.min_share:
         first = next(iter(axes.stopped.values()), "they do not see the tokens")
         raise NotPackable(
@@ -239,10 +254,22 @@ def _classify(probe: MaskProbe, where: str, length: int) -> Visibility:
         ) from None
 
 
-def _packed_share(program: Program, axes: TokenAxes) -> float:
-    sizes = linears(program)
+def _packed_share(program: Program, axes: TokenAxes, apart: Outside) -> float:
+    """The share of weights that run packed, of those that these tokens go through: another tower's are not theirs."""
+    sizes = [
+        (n, size) for n, size in linears(program) if n in axes or (n in axes.stopped and n not in apart.nodes)
+    ]
     total = sum(size for _, size in sizes)
     return sum(size for node, size in sizes if node in axes) / total if total else 1.0
+
+
+def _foreign(program: Program, axes: TokenAxes, apart: Outside) -> int:
+    """Weights that are multiplied in a tower whose tokens are not the packed ones."""
+    if not apart.attentions:
+        return 0
+    return sum(
+        size for n, size in linears(program) if n not in axes and (n not in axes.stopped or n in apart.nodes)
+    )
 
 
 def packing(program: Program, found: Packable, config: PrepackConfig) -> Packing:

@@ -83,7 +83,7 @@ def _composite(node: fx.Node, site: Composite, axes: TokenAxes) -> None:
     held_up = next((a for a in (site.q, site.k, site.v) if a in axes.stopped), None)
     if held_up is not None:
         axes.stopped[node] = axes.stopped[held_up]
-    elif site.q in axes:
+    elif any(a in axes for a in (site.q, site.k, site.v)):
         try:
             axes.labels[node] = attends((site.q, site.k, site.v), site.mask, axes)
         except Stop as stop:

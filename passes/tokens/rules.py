@@ -170,6 +170,20 @@ def _cut(node: fx.Node, labels: TokenAxes) -> Any:
     return of_x
 
 
+@rule_of(aten.index.Tensor)
+def _index(node: fx.Node, labels: TokenAxes) -> Any:
+    """Picks from one dimension, by places that the model stores: the heads of a fused projection."""
+    of_x = only_first(node, labels)
+    chosen = [(d, i) for d, i in enumerate(sequence_of(node.args[1])) if i is not None]
+    for d, _ in chosen:
+        free(of_x[d], "picks from")
+    if len(chosen) != 1 or not isinstance(chosen[0][1], fx.Node) or chosen[0][1].op != "get_attr":
+        raise Stop("picks by places that are computed")
+    if value(chosen[0][1]).dim() != 1 or value(chosen[0][1]).dtype == torch.bool:
+        raise Stop("picks by a mask, or in several dimensions")
+    return of_x
+
+
 @rule_of(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.topk.default,
        aten.sort.default)  # fmt: skip
 def _several(node: fx.Node, labels: TokenAxes) -> Any:

@@ -105,7 +105,13 @@ def attends(operands: Sequence[Any], mask: Any, labels: TokenAxes) -> Labels:
     expected = (BATCH, None, SEQUENCE, None)
     for argument in operands:
         if labels.get(argument) != expected:
-            raise Stop(f"attends over {labels.get(argument)}, not over [batch, heads, sequence, head_dim]")
+            seen = labels.get(argument)
+            said = (
+                f"over {seen}, not over [batch, heads, sequence, head_dim]"
+                if seen
+                else "for, or over, other tokens"
+            )
+            raise Stop(f"attends {said}")
     if mask in labels:
         raise Stop("takes a mask that depends on the tokens")
     return expected
