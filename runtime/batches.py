@@ -16,7 +16,7 @@ import torch
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
-ROWS, WIDTH = 6, 24  # of a small batch, where sizes are free
+ROWS, WIDTH = 6, 16  # of a small batch, where sizes are free
 SCALE = 2.0
 _NO_SCALE = ("mask", "bias", "cache", "past", "key", "value", "scale")  # in names of inputs that are not data
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from thresher import ops
+from thresher.errors import ArgumentError
 from thresher.kernels import catalog
 
 catalog.load()
@@ -60,3 +61,27 @@ def test_providers_agree_with_reference(op, dtype, device):
                 assert relative_error(a, e) <= op.tolerance[dtype], (provider.name, sample.label)
             ran += 1
         assert ran or dtype != torch.float32, f"{provider.name} accepted none of the samples"
+
+
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("op", ops.all_ops(), ids=_id)
+def test_another_dtype_of_one_tensor_is_refused_or_computed_right(op):
+    """No kernel reads numbers of one dtype as those of another: a call is refused in Python, or equals the reference."""
+    for dtype in [d for d in HALVES if d in op.tolerance]:
+        sample = op.inputs(torch.device("cpu"), dtype)[0]
+        for place, given in enumerate(sample.args):
+            if not isinstance(given, torch.Tensor) or given.dtype not in HALVES:
+                continue
+            for other in HALVES:
+                args = [given.to(other) if i == place else a for i, a in enumerate(sample.args)]
+                try:
+                    actual = _tensors(op(*args))
+                except ArgumentError as refused:
+                    assert other != given.dtype and str(other) in str(refused), (place, refused)
+                    continue
+                limit = max(op.tolerance.get(d, 0.0) for d in (dtype, other))
+                for a, e in zip(actual, _tensors(op.reference(*args)), strict=True):
+                    assert a.shape == e.shape and a.dtype == e.dtype
+                    assert relative_error(a, e) <= limit, (place, dtype, other)
