@@ -20,7 +20,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import thresher
 from thresher.passes.transprune.scores import POLICIES
 from thresher.runtime.kv.cache import MixedPrecisionCache
-from thresher.runtime.kv.layer import KVPolicy
+from thresher.runtime.kv.policy import KVPolicy
 
 IMAGE = 96
 PARTS: dict[str, Callable[[Benchmark, argparse.Namespace], None]] = {}
@@ -214,9 +214,7 @@ def cache(bench: Benchmark, args: argparse.Namespace) -> None:
     attend = torch.nn.functional.scaled_dot_product_attention
     calls = {
         "bf16": lambda: attend(q, plain.keys, plain.values, enable_gqa=True),
-        "4/2 bits": lambda: torch.ops.thresher.kv_attention(
-            q, pools, layer.tail_keys, layer.tail_values, None, 0.125
-        ),
+        "4/2 bits": lambda: torch.ops.thresher.kv_attention(q, pools, layer.keys, layer.values, None, 0.125),
     }
     times = timed(args, calls, 15)
     for name, timing in times.items():

@@ -32,7 +32,8 @@ class CallSession(Session):
     rebuild: a session for other choices, from the inputs of a call that made them; for a choice of None, without
         that pass. kept, whole: where nothing can be rebuilt, the programs for other choices, and the one that
         calls with still others run, said once each in a warning.
-    ran: how often each choice was asked for. keep_inputs: remember the last call's as `inputs`, for `rebuild`.
+    ran: how often each choice was asked for. last: the session whose program the last call ran. keep_inputs: remember
+        the last call's as `inputs`, for `rebuild`.
     """
 
     keep_inputs = False
@@ -49,6 +50,7 @@ class CallSession(Session):
         self._kept = {**(kept or {}), **({WHOLE: whole} if whole is not None else {})}
         self.inputs: list[Any] = []
         self._missed: set[Key] = set()
+        self._told = False
         self.rebuild = rebuild
         self.plan: CallPlan = self.program.calls
         self.made: Choices = {name: c.made for name, c in self.plan.choices.items()}
@@ -65,9 +67,10 @@ class CallSession(Session):
             self.inputs = list(inputs)
         wanted = self.wanted(inputs, weights)
         self.ran[tuple(n for _, value in sorted(wanted.items()) for n in value)] += 1
+        self.last: Session = self
         if wanted == self.made:
             return self.run_made(inputs, weights)
-        variant = self._variant(wanted, inputs)
+        self.last = variant = self._variant(wanted, inputs)
         if isinstance(variant, CallSession):
             results = variant.run_made(inputs, weights)
             self.extras = variant.extras
@@ -91,10 +94,28 @@ class CallSession(Session):
             given_tokens.publish(results[index], self.extras[name])
         for index, short in self.plan.shortened.items():
             given_tokens.note(results[index], kept=self.extras[short.kept])
+        self._warn_of_spare_places(results)
         for index, name in self.plan.scored.items():
             if name in self.extras:
                 given_tokens.note(results[index], scores=self.extras[name])
         return results
+
+    def _warn_of_spare_places(self, results: Sequence[Any]) -> None:
+        """Say once that keys and values hold places of no token, to a caller who may take them for tokens."""
+        caches = {short.kept for i, short in self.plan.shortened.items() if results[i].dim() == 4}
+        if (
+            given_tokens.kept_is_read()
+            or self._told
+            or not any(bool((self.extras[n] < 0).any()) for n in caches)
+        ):
+            return
+        self._told = True
+        warnings.warn(
+            "The rows of this call keep different numbers of tokens, so that the keys and values handed back have places "
+            "that hold none, which transformers' own decoding would read. Generate with fast.generate(...) of "
+            "thresher.compile, whose cache knows them, or pass use_cache=False.",
+            stacklevel=3,
+        )
 
     def wanted(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> Choices:
         """What each pass would choose for a call."""

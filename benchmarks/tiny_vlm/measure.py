@@ -20,9 +20,9 @@ import torch
 
 import thresher
 from thresher import given_tokens
+from thresher.generation.prefill import prefill
 from thresher.runtime.kv.cache import ATTENTION, MixedPrecisionCache
-from thresher.runtime.kv.layer import KVPolicy
-from thresher.runtime.kv.prefill import prefill
+from thresher.runtime.kv.policy import KVPolicy
 
 from . import data, train
 from .model import TinyVLM

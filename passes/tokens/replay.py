@@ -132,12 +132,21 @@ def put(base: torch.Tensor, labels: Labels, index: torch.Tensor, t: torch.Tensor
     return base.scatter(at, index.reshape(shape).expand(t.shape), t)
 
 
+def _along(real: torch.Tensor, labels: Labels) -> torch.Tensor:
+    """bool [L] or [B, L] with the dimensions of a labelled value."""
+    if real.dim() == 1:
+        return real.reshape([-1 if label == SEQUENCE else 1 for label in labels])
+    sizes = [1] * len(labels)
+    sizes[labels.index(BATCH)], sizes[labels.index(SEQUENCE)] = real.shape  # type: ignore[union-attr]
+    return real.reshape(sizes)
+
+
 @dataclass(eq=False)
 class Frame:
     """One choice of tokens, and the values computed for it.
 
     parent, step: this frame's tokens are `step` int64 [B, L] of the parent's; None for all tokens.
-    length: L. offsets: int32, where packed sequences begin and end, or None. real: bool [L], false for
+    length: L. offsets: int32, where packed sequences begin and end, or None. real: bool [L] or [B, L], false for
     places that hold a token only to fill up, or None. values: of labelled nodes computed here. fitted:
     values of elsewhere, picked for these tokens. numbered: int64 [B, L], the tokens of the whole sequence whose
     positions these have been given, or None where they keep their own.
@@ -271,6 +280,10 @@ class Replay:
                 full = pick(full, (BATCH, None, SEQUENCE, None), index)
             if not (isinstance(columns, int) and columns == 1):
                 full = pick(full, (BATCH, None, None, SEQUENCE), index)
+                if frame.real is not None and frame.real.dim() == 2:
+                    shown = frame.real[:, None, None]
+                    least = torch.finfo(full.dtype).min if full.is_floating_point() else None
+                    full = full & shown if least is None else full.masked_fill(~shown, least)
             frame.fitted[(mask, "mask")] = full
         return frame.fitted[(mask, "mask")]
 
@@ -336,7 +349,7 @@ class Replay:
         if BATCH not in labels:
             raise Stop(f"{module_fqn(node) or node.name} has no batch dimension to put tokens back into")
         if home.real is not None:  # fillers leave nothing behind
-            real = home.real.reshape([-1 if label == SEQUENCE else 1 for label in labels])
+            real = _along(home.real, labels)
             left = torch.zeros_like(known) if base is None else pick(base, labels, index)
             known = torch.where(real, known, left)
         if base is None:

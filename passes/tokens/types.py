@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -186,25 +187,36 @@ def types_from(facts: Mapping[str, Any]) -> Types:
     return Types(facts["kind"], source, facts["image_token"], span, padding)
 
 
+def _flags(
+    types: Types, values: Sequence[Any], inputs: Sequence[Any]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`Types.flags` of a call, from what `counts_program` gives."""
+    values = list(values)
+    env: dict[Any, Any] = {n: values.pop(0) for n in (types.node, types.padding) if n is not None}
+    if types.kind == "extra":
+        env["token_types"] = given_tokens.known(inputs)["token_types"]
+    like = next(iter(env.values()), None)
+    return types.flags(env, torch.empty(1, (types.span or (0, 0))[1]) if like is None else like)
+
+
 def image_counts(
     types: Types, values: Sequence[Any], inputs: Sequence[Any]
 ) -> tuple[list[int] | None, list[int]]:
     """Image and padding tokens of each row; None when nobody says which these are."""
-    values = list(values)
-    env: dict[Any, Any] = {n: values.pop(0) for n in (types.node, types.padding) if n is not None}
-    given = given_tokens.known(inputs) if types.kind == "extra" else {}
-    if types.kind == "extra":
-        if "token_types" not in given:
-            return None, []
-        env["token_types"] = given["token_types"]
-    like = next(iter(env.values()), None)
-    if types.kind in ("span", "none") and like is None:
-        first, end = types.span or (0, 0)
-        return [end - first], [0]
-    assert like is not None
-    image, pad = types.flags(env, like)
+    if types.kind == "extra" and "token_types" not in given_tokens.known(inputs):
+        return None, []
+    image, pad = _flags(types, values, inputs)
     pads = [0] * image.shape[0] if pad is None else pad.sum(1).tolist()
     return image.sum(1).tolist(), pads
+
+
+def image_runs(types: Types, values: Sequence[Any], inputs: Sequence[Any]) -> list[list[int]]:
+    """Tokens of each image of each row, an image being neighbouring image tokens; where `image_counts` knows them."""
+    image = _flags(types, values, inputs)[0]
+    found = []
+    for row in image.tolist():
+        found.append([len(list(same)) for one, same in itertools.groupby(row) if one])
+    return found
 
 
 def whole(site: str, reason: object) -> list[Miss]:

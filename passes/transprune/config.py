@@ -30,6 +30,8 @@ class TransPruneConfig(PassConfig):
         through final norm and head; "none": such results are shorter. Keys and values always are.
     position: "kept", or "renumbered" as in the published code: kept tokens stand side by side behind a cut, up to
         the prompt's end, for models with rotary positions.
+    keep is a share of each row's image tokens; padding never counts. per_image: of each image's, an image being
+        image tokens that stand side by side.
     min_image_tokens: rows with fewer keep them all. min_saving: least share of the layers' FLOPs to save.
     bucket: tokens left out are a multiple of this; a larger one makes fewer programs.
     image_token_id, image_span: which ids, or which columns, are the image, where the graph does not tell.
@@ -46,6 +48,7 @@ class TransPruneConfig(PassConfig):
     reserve: float = 0.0
     restore: str = "zeros"
     position: str = "kept"
+    per_image: bool = False
     min_image_tokens: int = 64
     min_saving: float = 0.05
     bucket: int = 16
@@ -87,3 +90,5 @@ class TransPruneConfig(PassConfig):
         self.within(0, 1, "reserve")
         self.within(float("-inf"), 1, "min_saving")  # below 0: also where it costs
         self.within(0, float("inf"), "budget", "image_token_id")
+        if self.per_image and self.reserve:
+            raise ArgumentError("reserve", self.reserve, "0 with per_image=True", "Leave one of them out.")

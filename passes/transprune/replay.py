@@ -12,9 +12,10 @@ from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
 from ..tokens.axes import SEQUENCE
-from ..tokens.replay import Frame, Replay, put, retrace
+from ..tokens.replay import Frame, Replay, retrace
 from ..tokens.segments import Segments
 from ..tokens.types import Types
+from .rows import choose, ranks_in_runs, runs
 from .scores import Scorer, State, spread
 
 _EXTRA = {"token_types": torch.int8, "token_scores": torch.float32}
@@ -56,6 +57,7 @@ class _Builder:
     def replay(self, env: dict[Any, Any], extra: Mapping[str, Any]) -> list[Any]:
         axes, types = self.found.axes, self.found.types
         self.shortened, self.state, self.full, self.frames = {}, None, None, []
+        self.kept: list[Any] = []
         self.real: torch.Tensor | None = None
         replay = Replay(axes, {**env, **extra}, None, self.found.tables)
         for node in self.program.graph.nodes:
@@ -70,8 +72,12 @@ class _Builder:
                 replay.home[node], replay.frame = replay.root, replay.root
             if node in self.cuts:
                 self._cut(node, *self.cuts[node], replay, types)
-        kept = [] if self.packed else [frame.since(replay.root) for frame in self.frames]
-        return [*(self._result(i, n, replay) for i, n in enumerate(self.results)), *kept]
+        return [*(self._result(i, n, replay) for i, n in enumerate(self.results)), *self.kept]
+
+    def _kept(self, frame: Frame, replay: Replay) -> Any:
+        """A stage's tokens in the whole prompt, int64 [B, L]; -1 for places that only fill a row up."""
+        index = frame.since(replay.root)
+        return index if frame.real is None else index.masked_fill(~frame.real, -1)  # type: ignore[union-attr]
 
     def _cut(self, node: fx.Node, stage: int, after: int, replay: Replay, types: Types) -> None:
         hidden = replay.env[node]
@@ -90,6 +96,15 @@ class _Builder:
             self.scorer = Scorer(self.config, self.layers, first)
             self.state = State(image, pad, position, replay.env.get("token_scores"), offsets=offsets)
             self.ends = self.state.ends()
+            if offsets is None:
+                self.images, self.lengths = image.sum(1), self.state.rows()[1][:, 0]
+                # else all rows lose as many, and no place is left over
+                self.uneven = (
+                    pad is not None or self.config.per_image or not (isinstance(batch, int) and batch == 1)
+                )
+            if self.config.per_image:
+                self.state.run = runs(image)
+                self.runs = torch.zeros_like(self.state.run).scatter_add(1, self.state.run, image.long())
         state = self.state
         drops = self.found.drops
         going = drops[stage] - (drops[stage - 1] if stage else 0)
@@ -97,21 +112,28 @@ class _Builder:
         protected = ~state.image
         if state.pad is not None:
             protected = protected & ~state.pad
-        if self.config.reserve:
-            evenly = (self._image_kept(stage, going, state) * round(self.config.reserve * 1024)) // 1024
+        gone = self._gone(stage)
+        if self.config.per_image:
+            protected = protected | self._best_of_images(stage, score, state)
+        elif self.config.reserve:
+            evenly = (self._image_kept(gone, state) * round(self.config.reserve * 1024)) // 1024
             protected = protected | spread(evenly, state.image, state)
+        real: torch.Tensor | None = None
         if state.offsets is None:
-            index = torch.ops.thresher.topk_sorted(score, protected, state.pad, length - going, None)
+            counts = self.lengths - gone if self.uneven else None
+            index, real = choose(score, protected, state.pad, counts, length - going)
         else:
             index = self._choose_packed(stage, score, protected, length - going, state)
         if self.config.restore == "passthrough":
             at = replay.frame.since(replay.root)
             whole = self.full is None or at is None
-            self.full = hidden if whole else put(self.full, replay.axes[node], at, hidden)  # type: ignore[arg-type]
+            self.full = hidden if whole else self._restored(node, replay, self.full)
         frame = replay.narrow(index, length - going)
-        frame.offsets, frame.real = state.offsets, self.real
+        frame.offsets, frame.real = state.offsets, self.real if self.packed else real
         self.frames.append(frame)
-        state.narrow(index)
+        if not self.packed:
+            self.kept.append(self._kept(frame, replay))
+        state.narrow(index, real)
         if self.found.tables:
             frame.numbered = self._numbered(state, replay.root.length)
 
@@ -127,22 +149,32 @@ class _Builder:
         place = torch.arange(state.position.shape[1], device=shift.device)
         return (place + shift).clamp_min(0).clamp_max(length - 1)
 
-    def _image_kept(self, stage: int, going: int, state: State) -> torch.Tensor:
+    def _image_kept(self, gone: torch.Tensor, state: State) -> torch.Tensor:
         """Image tokens left in each row, int64 [B, 1]; of packed sequences, [1, n] at each of their tokens."""
+        kept = self.images - gone
         if state.offsets is not None:
-            kept = self.images - self._gone(stage)
             return kept[state.segments().long().clamp_max(kept.shape[0] - 1)]  # type: ignore[union-attr]
-        kept = state.image.sum(1, keepdim=True) - going
-        if state.pad is not None:  # padding goes before any image token
-            kept = kept + torch.minimum(state.pad.sum(1, keepdim=True), torch.full_like(kept, going))
-        return kept.clamp_min(0)
+        return kept[:, None].clamp_min(0)
 
     def _gone(self, stage: int) -> torch.Tensor:
-        """int64 [S]: image tokens that each packed sequence loses by this stage and those before."""
+        """int64 [S] or [B]: image tokens that each sequence loses by this stage and those before; see `rows.going`."""
         keep = self.found.stages[stage][1]
-        gone = torch.floor((1 - keep) * self.images.double() + 1e-6).long()
-        gone = torch.minimum(gone, (self.images - 1).clamp_min(0))
+        images = self.runs if self.config.per_image else self.images
+        gone = torch.floor((1 - keep) * images.double() + 1e-6).long()
+        gone = torch.minimum(gone, (images - 1).clamp_min(0))
+        if self.config.per_image:
+            gone = gone.sum(1)
+        elif not self.packed:
+            gone = gone // self.config.bucket * self.config.bucket
         return torch.where(self.images < self.config.min_image_tokens, 0, gone)
+
+    def _best_of_images(self, stage: int, score: torch.Tensor, state: State) -> torch.Tensor:
+        """bool [B, n]: the tokens that each image keeps, its share of those it had."""
+        keep = self.found.stages[stage][1]
+        quota = self.runs - torch.floor((1 - keep) * self.runs.double() + 1e-6).long()
+        few = (self.images < self.config.min_image_tokens)[:, None]
+        quota = torch.where(few, self.runs, quota.clamp_min(1))
+        return state.image & (ranks_in_runs(score, state.image, state.run) < quota.gather(1, state.run))
 
     def _choose_packed(
         self, stage: int, score: Any, protected: Any, places: Any, state: State
@@ -154,10 +186,10 @@ class _Builder:
         index, state.offsets, self.real = segments.choose(score, protected, counts, places)
         return index
 
-    def _restored(self, node: fx.Node, replay: Replay) -> Any:
-        """A labelled value with all tokens' places."""
-        end = self.layers[-1].output
-        base = self.full if node is end and self.config.restore == "passthrough" else None
+    def _restored(self, node: fx.Node, replay: Replay, base: torch.Tensor | None = None) -> Any:
+        """A labelled value with all tokens' places; `base` at those left out, else zeros, or what they left with."""
+        if base is None and node is self.layers[-1].output and self.config.restore == "passthrough":
+            base = self.full
         return replay.restored(node, base)
 
     def _restore_arguments(self, node: fx.Node, replay: Replay) -> None:

@@ -34,7 +34,8 @@ class State:
     image, pad: bool [B, n]; pad None when no token is padding.
     position: int64 [B, n] in the whole row, or in the packed sequence.
     given: the caller's scores. moved: transition variation summed over layers so far; None before the first.
-    scored: layers it covers. offsets: int32, where each packed sequence begins and ends; None without packing.
+    scored: layers it covers. run: int64 [B, n], the image of each token, where images have budgets of their own.
+    offsets: int32, where each packed sequence begins and ends; None without packing.
     """
 
     image: torch.Tensor
@@ -44,13 +45,17 @@ class State:
     moved: torch.Tensor | None = None
     scored: set[int] = field(default_factory=set)
     offsets: torch.Tensor | None = None
+    run: Any = None
 
-    def narrow(self, index: torch.Tensor) -> None:
-        """Keep tokens `index` [B, L] only."""
-        for name in ("image", "pad", "position", "given", "moved"):
+    def narrow(self, index: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        """Keep tokens `index` [B, L] only. real: bool [B, L], false for places that only fill a row up, or None."""
+        for name in ("image", "pad", "position", "given", "moved", "run"):
             t = getattr(self, name)
             if t is not None:
                 setattr(self, name, t.gather(1, index))
+        if real is not None:
+            self.image = self.image & real
+            self.pad = ~real if self.pad is None else self.pad | ~real
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """starts, lengths int64 [B, 1] of the real tokens in each row."""

@@ -41,6 +41,7 @@ from ..tokens.types import (
     embeddings_fed,
     find_types,
     image_counts,
+    image_runs,
     publish_image,
     types_facts,
     types_from,
@@ -49,6 +50,7 @@ from ..tokens.types import (
 from .config import TransPruneConfig
 from .positions import position_tables
 from .replay import prune
+from .rows import going
 from .scores import ASK_ATTENTION
 
 # The published schedule: behind layers 7, 9 and 12 of 32, as shares of the depth, and what stays.
@@ -174,6 +176,7 @@ class TransPrune(Pass):
             "types": types_facts(counted),
             "stages": [[*s] for s in stages],
             "packed": packed,
+            "per_image": config.per_image,
         }
         extra = []
         if found.types.kind == "extra":
@@ -251,18 +254,22 @@ def drops_for(
     values: of `counts_program`.
     """
     image, pads = image_counts(types, values, inputs)
+    each = image_runs(types, values, inputs) if config.per_image and image is not None else None
     if image is None:
         return (0,) * len(stages)
     found: list[int] = []
     for _, keep in stages:
-        going = [_going(config, keep, count) for count in image]
-        spare = sum(going) if packed else min(go + pad for go, pad in zip(going, pads))
+        if packed:
+            spare = sum(_going(config, keep, count) for count in image)
+        else:
+            gone = [going(config, keep, n, each[i] if each else None) for i, n in enumerate(image)]
+            spare = min(go + pad for go, pad in zip(gone, pads)) if any(gone) else 0
         found.append(max([spare // config.bucket * config.bucket, *found[-1:]]))
     return tuple(found)
 
 
 def _going(config: TransPruneConfig, keep: float, images: int) -> int:
-    """How many of a sequence's image tokens go where a share of them is kept."""
+    """How many of a packed sequence's image tokens go where a share of them is kept."""
     if images < config.min_image_tokens:
         return 0
     return min(images - 1, floor((1 - keep) * images + 1e-6))
@@ -271,7 +278,11 @@ def _going(config: TransPruneConfig, keep: float, images: int) -> int:
 @rule("transprune.drops")
 def _drops(facts: Any, _: Any, values: Sequence[Any], inputs: Sequence[Any]) -> tuple[int, ...]:
     """What a call can spare; see `Choice.decide`."""
-    config = TransPruneConfig(bucket=facts["bucket"], min_image_tokens=facts["min_image_tokens"])
+    config = TransPruneConfig(
+        bucket=facts["bucket"],
+        min_image_tokens=facts["min_image_tokens"],
+        per_image=facts.get("per_image", False),
+    )
     return drops_for(types_from(facts["types"]), config, facts["stages"], values, inputs, facts["packed"])
 
 
@@ -284,6 +295,10 @@ def _behind(facts: Any, _: Any, lengths: Sequence[int], images: Sequence[int]) -
 
 def _packed(program: Program, config: TransPruneConfig, types: Types) -> tuple[fx.Node, Types]:
     """Offsets of a packed program's sequences, and where types come from in the caller's inputs."""
+    if config.per_image:
+        raise Declined(
+            "The program is packed, and budgets of single images are counted in rows. Leave prepack out."
+        )
     if types.kind != "ids":
         raise NotPrunable("The program is packed, and image tokens are found in it by image_token_id only.")
     return offsets_node(program), caller_types(program, config)

@@ -105,6 +105,9 @@ class _Tokens:
             self.image = before.image.gather(1, picked)
             self.pad = None if before.pad is None else before.pad.gather(1, picked)
             self.origin = picked if before.origin is None else before.origin.gather(1, picked)
+            if stretch.kept is not None:  # places that only fill a row up
+                spare = env[stretch.kept] < 0
+                self.pad = spare if self.pad is None else self.pad | spare
         place = torch.arange(self.length, device=hidden.device)[None].expand(self.batch, self.length)
         self.packed: Segments | None = None
         self.segments, self.counts = None, None

@@ -30,6 +30,7 @@ class Stretch:
     """Layers that see the same tokens.
 
     picked: the tokens' places among those of the stretch before, int64 [L] or [B, L, ...]; None for all tokens.
+    kept: those in the whole prompt, int64 [B, L], -1 for places that only fill a row up; None where there are none such.
     offsets: where packed sequences begin and end, or None.
     """
 
@@ -37,6 +38,7 @@ class Stretch:
     axes: TokenAxes
     picked: fx.Node | None = None
     offsets: fx.Node | None = None
+    kept: fx.Node | None = None
 
     @property
     def start(self) -> fx.Node:
@@ -61,7 +63,17 @@ def find_stretches(program: Program, structure: Structure) -> list[Stretch]:
         offsets = next((_offsets(l.attention) for l in tower.layers if l.attention is not None), None)
         axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
         found.append(Stretch(list(tower.layers), axes, _source(start)[1], offsets))
+    for stretch, kept in zip(found[1:], _kept(program)):
+        stretch.kept = kept
     return found
+
+
+def _kept(program: Program) -> list[fx.Node | None]:
+    """What token pruning says it kept behind each of its cuts; None where every place is a token's."""
+    names = program.calls.extra_outputs if program.calls is not None else []
+    said = dict(zip(names, program.outputs[len(program.outputs) - len(names) :]))
+    nodes = [node for name, node in said.items() if name.startswith("kept.")]
+    return [n if isinstance(n, fx.Node) and n.target is aten.masked_fill.Scalar else None for n in nodes]
 
 
 def _chains(structure: Structure) -> Iterator[list[Tower]]:
@@ -107,16 +119,25 @@ def shown(site: AttentionSite) -> Visibility:
     """
     if site.visibility.kind != "generic" or site.mask is None:
         return site.visibility
-    whole, picked = _ungathered(site.mask, -1)
+    whole, picked = _ungathered(_unhidden(site.mask), -1)
     whole, rows = _ungathered(whole, -2)
     if picked is None or picked is not rows:
         return site.visibility
     return shown_by([whole])
 
 
+def _unhidden(mask: fx.Node) -> fx.Node:
+    """A gathered mask before the places that only fill a row up were hidden in it."""
+    arguments: Any = mask.args
+    hides = mask.target in (aten.bitwise_and.Tensor, aten.logical_and.default, aten.masked_fill.Scalar)
+    if hides and _ungathered(arguments[0], -1)[1] is not None:
+        return arguments[0]
+    return mask
+
+
 def shown_by(masks: Sequence[fx.Node]) -> Visibility:
     """What masks show that may have been gathered more than once."""
-    whole, picked = _ungathered(masks[0], -1)
+    whole, picked = _ungathered(_unhidden(masks[0]), -1)
     whole, rows = _ungathered(whole, -2)
     return shown_by([whole]) if picked is not None and picked is rows else read_masks(masks, False)
 

@@ -1,10 +1,13 @@
-"""One layer's keys and values: quantized pools behind, a full-precision tail in front."""
+"""One layer's keys and values: quantized pools behind, a full-precision tail in front.
+
+A step may be compiled. Inside it a layer only joins tensors (`extend`, `attend`); what depends on numbers, how many tokens
+were seen and whether it is time to compress, is settled behind it (`advance`), so that one program serves all lengths.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,46 +17,9 @@ from thresher.errors import ArgumentError
 from thresher.kernels import catalog
 from thresher.kernels.kv.format import Pool, append, dequantize, quantize
 
+from .policy import KVPolicy
+
 catalog.load()
-
-
-@dataclass(frozen=True)
-class KVPolicy:
-    """How a layer stores its past.
-
-    important: share of tokens stored as important, above 0, at most 1; or None to take as many as hold
-        a share `tau` of the probes' attention (one count for the whole batch, its largest).
-    bits: bits of important and of other tokens; None keeps full precision.
-    drop: forget the other tokens (ZipVL's second version) instead of storing them at fewer bits.
-    block: a tail of so many tokens is compressed; also the slots that share a key's scale.
-    recent, spread, seed: the rows whose attention tells what is important (`probe_positions`).
-    """
-
-    important: float | None = 0.3
-    tau: float = 0.975
-    bits: tuple[int, int] | None = (4, 2)
-    drop: bool = False
-    block: int = 128
-    recent: int = 64
-    spread: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.important is not None and not 0.0 < self.important <= 1.0:
-            raise ArgumentError(
-                "important", self.important, "a share above 0, at most 1, or None", "Try 0.3."
-            )
-        if self.bits is not None and not set(self.bits) <= {2, 4, 8}:
-            raise ArgumentError("bits", self.bits, "two of 2, 4 and 8, or None", "Use (4, 2).")
-        if self.block < 1:
-            raise ArgumentError("block", self.block, "at least 1 token", "128 is usual.")
-        if self.bits is None and not self.drop:
-            raise ArgumentError(
-                "bits",
-                None,
-                "two bit widths unless drop=True",
-                "A cache that neither rounds nor drops is DynamicCache.",
-            )
 
 
 class KVLayer(CacheLayerMixin):
@@ -65,10 +31,12 @@ class KVLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    keys: torch.Tensor  # buffers of the tail, which may be longer than it; None until the first tokens come
+    keys: torch.Tensor  # of the tail, [B, Hkv, tail, D]; None until the first tokens come
     values: torch.Tensor
-    tail_places: torch.Tensor  # int32 [B, tail]
-    is_croppable = False  # a rollback may reach into what is already compressed
+    tail_places: (
+        torch.Tensor
+    )  # int32 [tail, B]: this way round, a row of none or one is laid out like any other
+    asked: torch.Tensor | None  # the last compiled step's queries, until `advance`
 
     def __init__(self, policy: KVPolicy):
         super().__init__()
@@ -78,29 +46,38 @@ class KVLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.keys = self.values = self.tail_places = None  # type: ignore[assignment]
         self.is_initialized = False
-        self.tail = self.fresh = self.seen = 0
+        self.fresh = 0
+        self.clock = torch.empty(
+            0, 0
+        )  # of `seen` rows: a compiled step reads a size, where a number would be a constant
         self.pools: list[Pool] = []
-        self.places: list[torch.Tensor] = []  # int32 [B, slots], the position of each token, of each pool
+        self.places: list[torch.Tensor] = []  # int32 [slots, B], the position of each token, of each pool
         self.gaps = False  # some slots hold no token: their position is -1
+        self.asked, self.scale = None, 1.0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.tail_places = torch.empty(key_states.shape[0], 0, dtype=torch.int32, device=self.device)
+        self.tail_places = torch.empty(0, key_states.shape[0], dtype=torch.int32, device=self.device)
         self.is_initialized = True
 
     @property
-    def tail_keys(self) -> torch.Tensor:
-        return self.keys[:, :, : self.tail]
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Elsewhere a rollback may reach into what is already compressed."""
+        return self.policy.lossless
 
     @property
-    def tail_values(self) -> torch.Tensor:
-        return self.values[:, :, : self.tail]
+    def seen(self) -> int:
+        return self.clock.shape[0]
+
+    @property
+    def tail(self) -> int:
+        return self.keys.shape[2] if self.is_initialized else 0
 
     @property
     def positions(self) -> torch.Tensor:
         """int32 [B, slots], the position of each slot's token; -1 where there is none."""
-        return torch.cat([*self.places, self.tail_places], dim=1)
+        return torch.cat([*self.places, self.tail_places]).t()
 
     @property
     def slots(self) -> int:
@@ -108,7 +85,7 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def bytes(self) -> int:
-        """Bytes held, spare room and positions included."""
+        """Bytes held, positions included."""
         if not self.is_initialized:
             return 0
         held = [self.keys, self.values, self.tail_places, *self.places]
@@ -150,58 +127,86 @@ class KVLayer(CacheLayerMixin):
             )
         else:
             self.gaps = self.gaps or bool((positions < 0).any())
-        end = self.tail + count
-        if end > self.keys.shape[2]:
-            self._make_room(end + (self.policy.block if self.tail or count == 1 else 0))
-        self.keys[:, :, self.tail : end] = keys
-        self.values[:, :, self.tail : end] = values
-        self.tail_places = torch.cat([self.tail_places, positions.int()], dim=1)
-        self.tail, self.fresh = end, self.fresh + count
-        self.seen = self.seen + count if seen is None else seen
+        self.keys = torch.cat([self.keys, keys], 2)
+        self.values = torch.cat([self.values, values], 2)
+        self.tail_places = torch.cat([self.tail_places, positions.int().t()])
+        if not torch.compiler.is_compiling():
+            self._count(count, seen)
+
+    def _count(self, new: int, seen: int | None = None) -> None:
+        self.fresh += new
+        self.clock = torch.empty(self.seen + new if seen is None else seen, 0)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append new tokens and return the tail."""
         self.extend(key_states, value_states)
-        return self.tail_keys, self.tail_values
+        return self.keys, self.values
 
-    def _make_room(self, slots: int) -> None:
-        """Move the tail into buffers of so many slots."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty((*old.shape[:2], slots, old.shape[3]))
-            new[:, :, : self.tail] = old[:, :, : self.tail]
-            setattr(self, name, new)
+    def shown(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """bool [B, 1 or H, queries or 1, slots]: what the queries see; None where they see all slots, causally.
 
-    def visible(self, real: torch.Tensor | None) -> torch.Tensor | None:
-        """bool [B, slots], false where a slot holds no token or padding; None where all hold one.
-
-        real: bool [B, seen] or None, false for padding.
+        mask: bool [B or 1, 1 or H, queries, seen] over the sequence's positions, or None for a causal one.
         """
-        if real is None and not self.gaps:
+        if mask is None and not self.gaps:
             return None
         positions = self.positions
-        held = positions >= 0
-        return held if real is None else held & real.gather(1, positions.clamp_min(0).long())
+        held = (positions >= 0)[:, None, None]
+        if mask is None:
+            return held
+        at = positions.clamp_min(0).long()[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+        return held & mask.expand(positions.shape[0], -1, -1, -1).gather(3, at)
 
-    def attend(self, q: torch.Tensor, scale: float, real: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attention [B, Hq, m, Dv] of the m newest tokens; compresses a full tail afterwards.
 
-        q: [B, Hq, m, D], rotated. real: bool [B, seen] or None, false for padding.
+        q: [B, Hq, m, D], rotated. mask: see `shown`.
         """
-        visible = self.visible(real)
-        keys, values = self.tail_keys, self.tail_values
-        if not self.pools and visible is None and self.tail == q.shape[2]:
+        compiling = torch.compiler.is_compiling()
+        shown, queries = self.shown(mask), q.shape[2]
+        visible = None if shown is None else shown[:, 0, -1]
+        if mask is not None and queries != 1:  # each query sees its own: windows, pads, blocks
+            keys, values = self._all()
             grouped = q.shape[1] != keys.shape[1]
+            out = scaled_dot_product_attention(q, keys, values, shown, scale=scale, enable_gqa=grouped)
+        elif shown is None and not self.pools and not compiling and self.tail == queries:
+            grouped = q.shape[1] != self.keys.shape[1]
             out = scaled_dot_product_attention(
-                q, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
+                q, self.keys, self.values, is_causal=True, scale=scale, enable_gqa=grouped
             )
         else:
             pools = [t for pool in self.pools for t in pool]
-            out = torch.ops.thresher.kv_attention(q, pools, keys, values, visible, scale)
-        if self.fresh >= self.policy.block:
-            real = None if visible is None else visible[:, -self.fresh :]
-            self.compress(*self._scores(q, scale, real), real)
+            out = torch.ops.thresher.kv_attention(q, pools, self.keys, self.values, visible, scale)
+        self.scale = scale
+        if compiling:
+            self.asked = None if self.policy.lossless else q
+        elif self.fresh >= self.policy.block:
+            self._judge(q, None if visible is None else visible[:, -self.fresh :])
         return out
+
+    def advance(self, count: int, real: torch.Tensor | None = None) -> None:
+        """Settle a compiled step that appended `count` tokens. real: bool [B, seen], false for padding, or None."""
+        self._count(count)
+        asked, self.asked = self.asked, None
+        if asked is None or self.fresh < self.policy.block:
+            return
+        if real is not None:
+            fresh = self.tail_places[-self.fresh :].t()
+            real = (fresh >= 0) & real.gather(1, fresh.clamp_min(0).long())
+        self._judge(asked, real)
+
+    def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, Hkv, slots, D] of all slots, as they lie."""
+        if not self.pools:
+            return self.keys, self.values
+        parts = [dequantize(pool) for pool in self.pools] + [(self.keys, self.values)]
+        keys, values = (torch.cat([t.to(self.dtype) for t in side], 2) for side in zip(*parts, strict=True))
+        return keys, values
+
+    def _judge(self, q: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Compress the fresh tokens by what these queries attend to. real: bool [B, fresh], or None."""
+        if self.policy.lossless:
+            return
+        self.compress(*self._scores(q, self.scale, real), real)
 
     def _scores(
         self, q: torch.Tensor, scale: float, real: torch.Tensor | None
@@ -219,7 +224,7 @@ class KVLayer(CacheLayerMixin):
             rows = torch.arange(fresh - min(queries, policy.recent), fresh, device=q.device).expand(batch, -1)
         at = (rows - (fresh - queries)).clamp_min(0)[:, None, :, None].expand(-1, heads, -1, dim)
         segments = None if real is None else real.int() - 1
-        keys = self.tail_keys[:, :, -fresh:]
+        keys = self.keys[:, :, -fresh:]
         sums, seen = torch.ops.thresher.probe_scores(q.gather(2, at), keys, rows, segments, scale)
         return sums / seen.clamp_min(1), sums
 
@@ -233,6 +238,8 @@ class KVLayer(CacheLayerMixin):
         real: bool [B, fresh] or None, false for padding.
         """
         policy, fresh = self.policy, self.fresh
+        if policy.lossless:
+            return
         batch = self.keys.shape[0]
         if scores is None:
             count = fresh
@@ -251,13 +258,13 @@ class KVLayer(CacheLayerMixin):
         self._forget_fresh()
         if policy.bits is None:
             (keys, values, places), *_ = chosen
-            self.extend(keys, values, places, seen=self.seen)
+            self.extend(keys, values, places.t(), seen=self.seen)
         else:
             new = [quantize(*c[:2], bits, policy.block) for c, bits in zip(chosen, policy.bits)]
             new_places = [places for _, _, places in chosen]
             if self.pools:
                 new = [append(old, pool) for old, pool in zip(self.pools, new, strict=True)]
-                new_places = [torch.cat(pair, 1) for pair in zip(self.places, new_places, strict=True)]
+                new_places = [torch.cat(pair) for pair in zip(self.places, new_places, strict=True)]
             self.pools, self.places = new, new_places
         self.fresh = 0
 
@@ -265,15 +272,16 @@ class KVLayer(CacheLayerMixin):
         """Keys, values and positions of fresh tokens `index` [B, k]."""
         index = index + self.tail - self.fresh
         at = index[:, None, :, None]
-        tails = (self.tail_keys, self.tail_values)
-        keys, values = (t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])) for t in tails)
-        return keys, values, self.tail_places.gather(1, index)
+        keys, values = (
+            t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])) for t in (self.keys, self.values)
+        )
+        return keys, values, self.tail_places.gather(0, index.t())
 
     def _forget_fresh(self) -> None:
-        """Drop the fresh tokens from the tail, and give back the room a long prompt took."""
-        self.tail -= self.fresh
-        self.tail_places = self.tail_places[:, : self.tail].clone()
-        self._make_room(self.tail + self.policy.block)
+        """Drop the fresh tokens from the tail, and give back the memory that a long prompt took."""
+        rest = self.tail - self.fresh
+        self.keys, self.values = self.keys[:, :, :rest].clone(), self.values[:, :, :rest].clone()
+        self.tail_places = self.tail_places[:rest].clone()
         self.fresh = 0
 
     def restore(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,29 +293,39 @@ class KVLayer(CacheLayerMixin):
                 "a cache that dropped none, for attention that wants them all",
                 "Call model.set_attn_implementation('thresher_kv').",
             )
-        parts = [dequantize(pool) for pool in self.pools] + [(self.tail_keys, self.tail_values)]
-        keys, values = (torch.cat([t.to(self.dtype) for t in side], 2) for side in zip(*parts, strict=True))
+        keys, values = self._all()
         order = self.positions.argsort(1)[:, None, :, None]
         return keys.gather(2, order.expand_as(keys)), values.gather(2, order.expand_as(values))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; only those not compressed yet can be."""
         count = -tokens_to_remove
-        if not 0 <= count <= self.fresh:
+        if not 0 <= count <= (self.seen if self.policy.lossless else self.fresh):
             raise ArgumentError(
                 "tokens_to_remove",
                 tokens_to_remove,
                 f"-{self.fresh} to 0: older tokens are compressed",
                 "Keep a copy of the cache to go back further.",
             )
-        self.tail, self.fresh, self.seen = self.tail - count, self.fresh - count, self.seen - count
-        if self.is_initialized:
-            self.tail_places = self.tail_places[:, : self.tail]
+        end = self.seen - count
+        self.clock = torch.empty(end, 0)
+        if not self.is_initialized or not count:
+            return
+        late = self.tail_places >= end
+        last = int(late[:, 0].sum())
+        if bool((late.sum(0) == last).all()) and bool(late[self.tail - last :].all()):
+            rest = self.tail - last
+            self.keys, self.values = self.keys[:, :, :rest], self.values[:, :, :rest]
+            self.tail_places = self.tail_places[:rest]
+            self.fresh -= min(last, self.fresh)
+        else:  # rows kept different tokens of the stretch that goes
+            self.tail_places, self.gaps = self.tail_places.masked_fill(late, -1), True
 
     def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:
-            self.keys, self.values, self.tail_places = map(change, (self.keys, self.values, self.tail_places))
-            self.places = [change(t) for t in self.places]
+            self.keys, self.values = change(self.keys), change(self.values)
+            self.tail_places = change(self.tail_places.t()).t().contiguous()
+            self.places = [change(t.t()).t().contiguous() for t in self.places]
             self.pools = [Pool._make([*map(change, pool[:4]), pool.ends]) for pool in self.pools]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

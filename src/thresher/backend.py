@@ -7,6 +7,7 @@ Session. A graph it cannot take runs as plain Inductor compiles it, and that is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from thresher.runtime.call_session import CallSession
 from thresher.runtime.judge import Judge
 from thresher.runtime.session import Session
 
-from . import sessions
+from . import sessions, side_graphs
 from .cache.rewrite_cache import Entry, Kept, later_masks
 from .compat import without_fake_mode
 from .errors import ThresherError
@@ -94,8 +95,10 @@ def thresher_backend(
 
 def _say_what_is_undone(gm: fx.GraphModule, report: Report) -> None:
     reason = rewrote_nothing([report])
-    if reason is not None:
-        warn(f"thresher rewrote nothing, and the model runs as plain Inductor compiles it: {reason}", gm)
+    said = f"thresher rewrote nothing, and the model runs as plain Inductor compiles it: {reason}"
+    side_graphs.tell(
+        gm, bool(report.rewritten), functools.partial(warn, said, gm) if reason is not None else None
+    )
     for said in dict.fromkeys(n for p in report.passes for n in p.notes if n.startswith("keep=")):
         warn(f"thresher: {said}", gm)
 
@@ -277,6 +280,7 @@ def _entry(session: Session, roles: Sequence[str]) -> Callable[..., list[Any]]:
     parts = sharded.Parts()
 
     def call(*arguments: Any) -> list[Any]:
+        side_graphs.called()
         live = parts.of({fqn: arguments[i] for i, fqn in weights})
         results = session([arguments[i] for i in inputs], live)
         sessions.tell(session, results, live)

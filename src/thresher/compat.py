@@ -130,10 +130,28 @@ def isolated() -> dict[str, Any]:
 
 
 def room_for_graphs() -> contextlib.AbstractContextManager[Any]:
-    """Within the context, models of one class that are not kept apart may have many graphs between them.
+    """Within the context a model may have many graphs, and past their limit torch raises.
 
-    Dynamo's usual limit is eight, behind which it runs further models as they are, unsaid.
+    Dynamo's usual limit is eight, behind which it runs calls as they are, unsaid.
     """
-    if isolated():
-        return contextlib.nullcontext()
-    return torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, accumulated_recompile_limit=_MOST_GRAPHS)
+    return torch._dynamo.config.patch(
+        recompile_limit=_MOST_GRAPHS,
+        accumulated_recompile_limit=_MOST_GRAPHS,
+        fail_on_recompile_limit_hit=True,
+    )
+
+
+def free_sizes(apart: bool) -> contextlib.AbstractContextManager[Any]:
+    """Within the context a size of one may be one that changes. apart: sizes equal in one call may differ in the next."""
+    from torch.fx.experimental import _config
+
+    return _config.patch(backed_size_oblivious=True, use_duck_shape=not apart)  # type: ignore[attr-defined]
+
+
+def changing_size(tensor: torch.Tensor, dim: int) -> None:
+    """Say that a tensor's size changes from call to call; a program that needs it fixed may still fix it."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def constant_size(tensor: torch.Tensor, dim: int) -> None:
+    torch._dynamo.mark_static(tensor, dim)

@@ -12,9 +12,12 @@ import torch
 
 from thresher.runtime.session import Counters, Session
 
-from . import backend, generation, sessions
+from . import backend, sessions
 from .compat import isolated, room_for_graphs, tracing
 from .errors import ArgumentError, ThresherError
+from .generation.last_call import LastCall
+from .generation.programs import Sizes
+from .generation.run import generate
 from .model_capture import specialized_floats, unwrapped
 from .notices import disabled, logger, warn
 from .recipe import Recipe
@@ -34,6 +37,7 @@ class Compiled(torch.nn.Module):
     """A compiled model, which stands where the model stood. Call it as the model; it records no gradients.
 
     model, recipe: what was compiled and how; the weights are the model's own, not copies. sessions: what runs its graphs.
+    last_call: what the last `generate` did, a `LastCall`; None before.
 
     It is a module with the model's parameters, sub-modules, state dict and attributes, and an instance of its
     class: setting an attribute sets the model's, and a method of the model's class runs with the compiled model as
@@ -41,6 +45,8 @@ class Compiled(torch.nn.Module):
     or cast (`to`, `half`), it compiles again when it is next called, and so does a copy, or one read from a pickle
     (of the model, the recipe and the hooks).
     """
+
+    last_call: LastCall | None
 
     def __new__(cls, model: torch.nn.Module, *_: Any, **__: Any) -> Compiled:
         return super().__new__(_of(model.forward.__func__) if inspect.ismethod(model.forward) else cls)
@@ -61,6 +67,7 @@ class Compiled(torch.nn.Module):
             recipe=recipe,
             sessions=[],
             training=False,
+            last_call=None,
             _settings={"dynamic": dynamic, "mode": mode, "target": target},
         )
         self._forget()
@@ -69,7 +76,7 @@ class Compiled(torch.nn.Module):
         """Drop what was compiled; the next call compiles."""
         if disabled():
             logger.info("THRESHER_DISABLE is set: %s runs as it was written.", type(self.model).__name__)
-            self.__dict__.update(_call=self.model, sessions=[])
+            self.__dict__.update(_call=self.model, sessions=[], _sizes=Sizes(False))
             return
         dynamic, mode, target = self._settings.values()
         # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs
@@ -81,7 +88,7 @@ class Compiled(torch.nn.Module):
             options={"recipe": self.recipe, "target": target, "mode": mode, "strict": True},
             **isolated(),
         )
-        self.__dict__.update(_call=call, sessions=[])
+        self.__dict__.update(_call=call, sessions=[], _sizes=Sizes(dynamic))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # inside another compiled function it is a call, not code
@@ -101,8 +108,9 @@ class Compiled(torch.nn.Module):
             unwrapped(),
             specialized_floats(),
             room_for_graphs(),
+            self._sizes.prepared(args, kwargs) as given,
         ):
-            result = self._call(*args, **kwargs)
+            result = self._call(*args, **given)
         self.sessions += made
         undone = rewrote_nothing([s.report for s in made]) if anew else None
         if undone is not None:
@@ -144,8 +152,13 @@ class Compiled(torch.nn.Module):
         return [s.counters for s in self.sessions]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own `generate` (transformers), with each step compiled; see `generation.generate`."""
-        return generation.generate(self, self.model, *args, **kwargs)
+        """As the model's own `generate` (transformers), with each step compiled; see `generation.generate`.
+
+        Raises ArgumentError before the first token for what cannot work. `last_call` then says what it did.
+        """
+        result, done = generate(self, self.model, *args, **kwargs)
+        self.__dict__["last_call"] = done
+        return result
 
     # -- as a module ------------------------------------------------------------------------------------------------
 

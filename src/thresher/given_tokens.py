@@ -94,3 +94,20 @@ def note(result: torch.Tensor, **facts: torch.Tensor) -> None:
 def about(result: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a pruned program said about one of its results; empty for any other tensor."""
     return dict(_ABOUT.get(result, {}))
+
+
+_READ: ContextVar[bool] = ContextVar("thresher_kept_is_read", default=False)
+
+
+@contextlib.contextmanager
+def reading_kept() -> Iterator[None]:
+    """Within the context, whoever calls a pruned program looks at what it kept (`about`)."""
+    token = _READ.set(True)
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
+def kept_is_read() -> bool:
+    return _READ.get()

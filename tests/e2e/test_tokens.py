@@ -8,12 +8,12 @@ from tiny_llama import IMAGE, make, prompt
 
 import thresher
 from thresher.backend import run_pipeline
+from thresher.generation.prefill import prefill
 from thresher.lowering.reference import Reference
 from thresher.recipe import Recipe
 from thresher.runtime.compare import run_plainly
 from thresher.runtime.kv.cache import MixedPrecisionCache
-from thresher.runtime.kv.layer import KVPolicy
-from thresher.runtime.kv.prefill import generate, prefill
+from thresher.runtime.kv.policy import KVPolicy
 from thresher.sessions import collect
 
 PRUNE = dict(min_image_tokens=2, bucket=1, min_saving=-1.0)
@@ -68,7 +68,7 @@ def test_generation_behind_a_prefill_that_kept_all_is_the_models_own(llama):
     inputs = dict(input_ids=ids)
     call = _compile(llama, {**inputs, "use_cache": True}, **_pruning(stages=((1, 1.0),), always=True))
     cache = MixedPrecisionCache(llama.config, WHOLE)
-    assert torch.equal(generate(llama, call, inputs, cache, max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(call.generate(**inputs, cache=cache, max_new_tokens=8, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("restore", ["zeros", "none"])
@@ -106,7 +106,7 @@ def test_generation_behind_zipvl(llama, kv, lengths):
     options = dict(ZIP, kv=kv, image_token_id=IMAGE, keep=0.1)
     call = _compile(llama, dict(input_ids=ids, use_cache=True), zipvl=options)
     cache = MixedPrecisionCache(llama.config, WHOLE if kv == "drop" else KVPolicy(important=0.5, block=16))
-    text = generate(llama, call, dict(input_ids=ids), cache, max_new_tokens=8, do_sample=False)
+    text = call.generate(input_ids=ids, cache=cache, max_new_tokens=8, do_sample=False)
     assert text.shape == (2, 56) and cache.get_seq_length() == 55
     assert cache.lengths == lengths
     if kv == "quantize":
@@ -171,7 +171,7 @@ def test_generation_behind_zipvl_on_packed_prompts(llama):
     call = _compile(llama, {**inputs, "use_cache": True}, prepack=True, zipvl=options)
     assert call.report["prepack"].rewritten and call.report["zipvl"].rewritten
     cache = MixedPrecisionCache(llama.config, WHOLE)
-    assert torch.equal(generate(llama, call, inputs, cache, max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(call.generate(**inputs, cache=cache, max_new_tokens=8, do_sample=False), expected)
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from tiny_llama import IMAGE, make, prompt
 from transformers import DynamicCache
 
 import thresher
+from thresher.generation.prefill import prefill
 from thresher.runtime.kv.cache import MixedPrecisionCache
-from thresher.runtime.kv.layer import KVPolicy
-from thresher.runtime.kv.prefill import prefill
+from thresher.runtime.kv.policy import KVPolicy
 
 OPTIONS = dict(
     image_token_id=IMAGE,

@@ -11,8 +11,7 @@ import thresher
 from thresher.errors import ArgumentError, ThresherError
 from thresher.lowering.inductor.inductor import Inductor
 from thresher.runtime.kv.cache import MixedPrecisionCache
-from thresher.runtime.kv.layer import KVPolicy
-from thresher.runtime.kv.prefill import generate
+from thresher.runtime.kv.policy import KVPolicy
 
 EXACT = dict(OPTIONS, counts="exact", tau=0.8)
 
@@ -77,7 +76,7 @@ def test_generation_goes_on_from_as_many_keys_as_each_row_needed(model):
     ids = tiny_llama.prompt(2, 60, span=None)
     call = compiled(model, dict(input_ids=ids, use_cache=True), zipvl=dict(EXACT, tau=1.0, kv="drop"))
     cache = MixedPrecisionCache(model.config, KVPolicy(bits=None, important=1.0, drop=True))
-    text = generate(model, call, dict(input_ids=ids), cache, max_new_tokens=4, do_sample=False)
+    text = call.generate(input_ids=ids, cache=cache, max_new_tokens=4, do_sample=False)
     assert torch.equal(text, model.generate(ids, max_new_tokens=4, do_sample=False)), (
         "tau 1 keeps all that is seen"
     )

@@ -6,7 +6,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from thresher.errors import ArgumentError
 from thresher.runtime.kv.cache import MixedPrecisionCache
-from thresher.runtime.kv.layer import KVPolicy
+from thresher.runtime.kv.policy import KVPolicy
 
 EIGHT = KVPolicy(bits=(8, 8), block=32)
 
@@ -90,7 +90,7 @@ def test_important_tokens_are_worth_more_bits_than_others():
     layer.extend(keys, values)
     layer.attend(q, 0.18)
     assert [pool.slots for pool in layer.pools] == [25, 75] and [pool.bits for pool in layer.pools] == [4, 2]
-    assert torch.isin(torch.arange(10, 30), layer.places[0][0]).all()
+    assert torch.isin(torch.arange(10, 30), layer.places[0][:, 0]).all()
 
 
 def test_second_turn_of_several_tokens_is_right_aligned(model):
@@ -165,7 +165,7 @@ def test_dropping_without_rounding_attends_to_exactly_the_kept(model):
     assert torch.equal(positions, positions.sort().values)
     q = torch.randn(1, 4, 1, 32)
     keys, values = torch.randn(1, 2, 1, 32), torch.randn(1, 2, 1, 32)
-    kept = [torch.cat(pair, 2) for pair in ((layer.tail_keys, keys), (layer.tail_values, values))]
+    kept = [torch.cat(pair, 2) for pair in ((layer.keys, keys), (layer.values, values))]
     layer.extend(keys, values)
     expected = torch.nn.functional.scaled_dot_product_attention(q, *kept, scale=0.2, enable_gqa=True)
     torch.testing.assert_close(layer.attend(q, 0.2), expected)
@@ -283,9 +283,31 @@ def test_policies_that_make_no_sense_are_named(change, argument):
     assert error.value.argument == argument
 
 
-def test_windowed_layers_are_refused():
+def test_windowed_layers_are_kept_whole_and_recurrent_ones_as_they_are():
     from transformers import Qwen2Config
 
     config = Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    with pytest.raises(ArgumentError, match="layer 1 of type 'sliding_attention'"):
+    assert len(MixedPrecisionCache(config).own) == 2
+    config.layer_types = ["linear_attention", "full_attention"]
+    cache = MixedPrecisionCache(config)
+    assert [type(layer).__name__ for layer in cache.layers] == ["LinearAttentionLayer", "KVLayer"]
+    assert cache.get_seq_length() == 0 and cache.lengths == [0]
+
+
+def test_layers_whose_past_is_more_than_keys_and_values_are_refused():
+    config = LlamaConfig(num_hidden_layers=2)
+    config.layer_types = ["full_attention", "indexed_attention"]
+    with pytest.raises(ArgumentError, match="layer 1 of type 'indexed_attention'"):
         MixedPrecisionCache(config)
+
+
+def test_a_cache_that_keeps_all_goes_back_beyond_its_prompt():
+    """Where rows kept different tokens of the stretch that goes, their places hold none any more."""
+    model = _model(num_hidden_layers=1)
+    cache = MixedPrecisionCache(model.config, KVPolicy(bits=None, important=1.0, drop=True))
+    keys = torch.randn(2, 2, 4, 32)
+    cache.fill(0, keys, keys, torch.tensor([[0, 1, 2, 5], [0, 3, 4, 5]]), seen=6)
+    cache.crop(-1)
+    assert cache.layers[0].positions.tolist() == [[0, 1, 2], [0, 3, 4]] and cache.get_seq_length() == 5
+    cache.crop(-2)
+    assert cache.layers[0].positions.tolist() == [[0, 1, 2], [0, -1, -1]] and cache.get_seq_length() == 3

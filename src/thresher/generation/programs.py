@@ -1,0 +1,158 @@
+"""How a call is handed to Dynamo, so that few programs serve all calls of a kind.
+
+Rows, lengths and what caches hold are sizes that change from call to call. Each is marked as such before the first program
+is made, also where it is one (which Dynamo would make a constant), and no two are taken for the same because they once were
+equal. So one program serves any number of rows and any length: one for prompts with padding, one for those without, one for
+steps of each kind of cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from thresher.compat import changing_size, constant_size, free_sizes
+
+# A model's inputs by name: [batch, tokens, ...], whatever stands before in models with positions on several axes.
+_PER_TOKEN = tuple(
+    before + name
+    for before in ("", "decoder_")
+    for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+) + ("token_type_ids", "mm_token_type_ids")
+CACHES = ("cache", "past_key_values")
+_STATIC = "_dynamo_static_input_type"
+
+
+def cache_of(named: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, or None."""
+    return next((named[name] for name in CACHES if named.get(name) is not None), None)
+
+
+class Sizes:
+    """The sizes that calls of one compiled model have had.
+
+    dynamic: as in torch.compile. None: a program for exactly the first call's sizes, and for all others those that take
+    any. True: those from the first call on. False: Dynamo makes a program for each.
+    """
+
+    def __init__(self, dynamic: bool | None):
+        self.dynamic = dynamic
+        self._first: list[Any] | None = None
+
+    @contextlib.contextmanager
+    def prepared(self, args: tuple[Any, ...], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Within the context these arguments may be given to programs made for other sizes; gives the keyword ones."""
+        mine = _signature(args, named)
+        if self._first is None:
+            self._first = mine
+        alone = mine is None or (self.dynamic is None and mine == self._first)
+        if self.dynamic is False or alone:
+            yield named
+            return
+        mask = named.get(
+            "attention_mask"
+        )  # of a static cache it is made beside it, and its width is the cache's
+        with free_sizes(apart=not (isinstance(mask, torch.Tensor) and mask.dim() == 4)):
+            yield _Marks(self.dynamic is True).prepared(named)
+
+
+def _signature(args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any] | None:
+    """What a call's programs may depend on; None for a call that is not a transformer's, by names."""
+    if args or not any(isinstance(named.get(name), torch.Tensor) for name in _PER_TOKEN):
+        return None
+    shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else type(v) for k, v in named.items()}
+    held = [
+        tuple(k.shape)
+        for k in (getattr(layer, "keys", None) for layer in _layers(cache_of(named)))
+        if k is not None
+    ]
+    return [shapes, held]
+
+
+def _layers(cache: Any) -> list[Any]:
+    if cache is None:
+        return []
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    return [layer for part in (*parts, cache) for layer in getattr(part, "layers", ())]
+
+
+class _Marks:
+    """Marks the sizes that change. others: mark the remaining ones as constant, where torch would let all change."""
+
+    def __init__(self, others: bool):
+        self.others = others
+
+    def prepared(self, named: dict[str, Any]) -> dict[str, Any]:
+        """A call's keyword arguments, laid out alike in every call."""
+        given = dict(named)
+        for name in _PER_TOKEN:
+            tensor = given.get(name)
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if not tensor.is_floating_point():
+                given[name] = tensor = alike(tensor)
+            mask = name.endswith("attention_mask")
+            if mask and tensor.dim() == 4:  # of a static cache: [batch, 1, queries, slots]
+                self._mark(tensor, 0, 3, *self._tokens(tensor, 2))
+            elif tensor.dim() >= 2:
+                first = tensor.dim() - 2 if name.endswith("position_ids") else 0
+                self._mark(tensor, first, *((1,) if mask else self._tokens(tensor, first + 1)))
+        for layer in _layers(cache_of(named)):
+            self._lay_out(layer)
+        return given
+
+    def _lay_out(self, layer: Any) -> None:
+        """Lay a cache layer's tensors out as any other call's."""
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, torch.Tensor) and keys.dim() == 4:
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name)
+                if not tensor.is_contiguous():
+                    tensor = tensor.contiguous()
+                    setattr(layer, name, tensor)
+                # transformers marks a static cache's memory as one of a kind, which would be compiled for anew
+                vars(tensor).pop(_STATIC, None)
+                self._mark(tensor, 0, 2)
+            length = getattr(layer, "cumulative_length", None)
+            if isinstance(length, torch.Tensor):
+                vars(length).pop(_STATIC, None)
+        clock = getattr(layer, "clock", None)  # of a MixedPrecisionCache
+        if isinstance(clock, torch.Tensor):
+            self._mark(clock, 0)
+            for pool in layer.pools:
+                for tensor in pool[:-1]:
+                    self._mark(tensor, 0, 2)
+                self._mark(pool[-1], 0)
+            for tensor in (*layer.places, *([layer.tail_places] if layer.is_initialized else [])):
+                self._mark(tensor, 0, 1)
+        for name in ("conv_states", "recurrent_states"):
+            held = getattr(layer, name, None)
+            for tensor in held.values() if isinstance(held, dict) else (held,):
+                if isinstance(tensor, torch.Tensor) and tensor.dim():
+                    vars(tensor).pop(_STATIC, None)
+                    self._mark(tensor, 0)
+
+    def _mark(self, tensor: torch.Tensor, *dims: int) -> None:
+        for dim in range(tensor.dim()) if self.others else dims:
+            (changing_size if dim in dims else constant_size)(tensor, dim)
+
+    def _tokens(self, tensor: torch.Tensor, dim: int) -> tuple[int, ...]:
+        """The dimension of tokens, if it changes: a step of one is a program of its own, which needs no causal mask."""
+        if tensor.shape[dim] == 1:
+            constant_size(tensor, dim)
+            return ()
+        return (dim,)
+
+
+def alike(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, with the strides that its shape has when made anew: a slice with one row or column keeps others."""
+    wanted, step = [], 1
+    for size in reversed(tensor.shape):
+        wanted.append(step)
+        step *= max(size, 1)
+    if list(tensor.stride()) == wanted[::-1] and not tensor._is_view():
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

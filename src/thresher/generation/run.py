@@ -1,0 +1,198 @@
+"""Runs transformers' `generate` with the compiled model in the model's place."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from thresher import given_tokens
+from thresher.errors import ArgumentError
+from thresher.notices import warn
+
+from .last_call import LastCall
+from .prefill import move, prompt_cache
+from .programs import CACHES, cache_of
+from .request import Request, check_model
+
+EAGER_PREFILL = (
+    "generate makes its static cache during the prefill, which transformers does not compile, and this prefill is not one "
+    "whole prompt of a decoder with attention in every layer and a mask of one row a sequence: that call runs as the model "
+    "was written, padded. Later steps are compiled. Leave cache_implementation out to have the prefill compiled."
+)
+
+
+def generate(compiled: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, LastCall]:
+    """Run `model.generate` with the compiled model in the model's place; its result, and what was done.
+
+    A prompt runs compiled over a cache that it hands back, in which tokens may be packed or left out, and what it holds
+    moves into the one to generate with: a static one, or, behind a recipe that leaves tokens out or rounds them, one of
+    ours (see `request`).
+
+    While it runs, other threads that call the model get the compiled one too.
+
+    Raises ArgumentError for what cannot work, before the first token.
+    """
+    check_model(model, kwargs)
+    request = Request(model, getattr(compiled, "recipe", None), kwargs)
+    calls = _Calls(compiled, model, request)
+    began, programs = time.perf_counter(), _programs(compiled)
+    with calls.installed():
+        # on a GPU, transformers would have Inductor compile a decode step that calls the compiled model
+        result = model.generate(*args, **{"disable_compile": True, **request.options})
+    done = calls.done
+    done.seconds = time.perf_counter() - began
+    done.programs = _programs(compiled) - programs
+    return result, done
+
+
+def _programs(compiled: Any) -> int:
+    return sum(1 + len(getattr(s, "variants", ())) for s in getattr(compiled, "sessions", ()))
+
+
+class _Calls:
+    """The model's forward while it generates."""
+
+    def __init__(self, compiled: Any, model: Any, request: Request):
+        self.compiled, self.model, self.request = compiled, model, request
+        self.done = LastCall([])
+        self.own = model.__dict__.get("forward")  # a hook, such as accelerate's
+        self.written, self.prepare_inputs = model.forward, model.prepare_inputs_for_generation
+        # of the call that is prepared, before transformers widens it to the cache
+        self.mask: torch.Tensor | None = None
+        self.text = model.config.get_text_config(decoder=True)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        @functools.wraps(self.written)
+        def forward(*inputs: Any, **named: Any) -> Any:
+            return self.forward(*inputs, **named)
+
+        @functools.wraps(self.prepare_inputs)
+        def prepare(*inputs: Any, **named: Any) -> Any:
+            self.mask = named.get("attention_mask")
+            return self.prepare_inputs(*inputs, **named)
+
+        model = self.model
+        with _instead(model, "forward", forward), _instead(model, "prepare_inputs_for_generation", prepare):
+            yield
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        cache = cache_of(named)
+        tokens = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
+        ours = self.request.cache is not None and cache is self.request.cache
+        began = time.perf_counter()
+        first = not self.done.tokens_in
+        before = {id(s): s.counters.calls for s in getattr(self.compiled, "sessions", ())}
+        if ours and not cache.get_seq_length():
+            out = self._prompt(inputs, named, tokens)
+        elif ours:
+            out = self._step(inputs, named, tokens)
+        elif _is_empty_and_static(cache):
+            out = self._static_prompt(inputs, named, cache)
+        else:
+            out = self._call(*inputs, **named)
+        seconds = time.perf_counter() - began
+        if tokens is None:
+            return out
+        if first:
+            ran = [
+                s for s in getattr(self.compiled, "sessions", ()) if s.counters.calls != before.get(id(s), 0)
+            ]
+            self._note(cache_of(named) if ours else cache_of(vars(out) | dict(out)), tokens, ran)
+            self.done.prefill_seconds = seconds
+        else:
+            self.done.step_seconds += seconds
+            self.done.steps += 1
+        self.done.new += tokens.shape[1] if not first else 1
+        return out
+
+    def _note(self, cache: Any, tokens: torch.Tensor, ran: list[Any]) -> None:
+        real, length = self.mask, cache.get_seq_length() if cache is not None else tokens.shape[1]
+        if real is None or tuple(real.shape) != (tokens.shape[0], length):
+            real = torch.ones(tokens.shape[0], length, dtype=torch.bool, device=tokens.device)
+        self.done.tokens_in = real.bool().sum(1).tolist()
+        self.done.prompt(self.model, cache, real.bool(), ran)
+
+    def _call(self, *inputs: Any, **named: Any) -> Any:
+        with _instead(self.model, "forward", self.own):  # what is compiled is the model's own
+            return self.compiled(*inputs, **named)
+
+    def _prompt(self, inputs: tuple[Any, ...], named: dict[str, Any], tokens: Any) -> Any:
+        """Run a prompt compiled, and give what it leaves to our cache."""
+        name = next(name for name in CACHES if named.get(name) is not None)
+        if inputs or tokens is None:
+            raise ArgumentError(
+                "inputs", "a prompt by position", "input_ids or inputs_embeds by name", "Name it."
+            )
+        with given_tokens.reading_kept():
+            out = self._call(**{**named, name: prompt_cache(self.model.config, named[name])})
+        move(cache_of(out), named[name], tokens.shape[1])
+        out["cache" if "cache" in out else name] = named[name]
+        return out
+
+    def _step(self, inputs: tuple[Any, ...], named: dict[str, Any], tokens: Any) -> Any:
+        """Run one token, or a later turn's, compiled over our cache."""
+        from thresher.runtime.kv.cache import ATTENTION
+
+        cache, given = cache_of(named), dict(named)
+        length = cache.get_seq_length() + tokens.shape[1]
+        if given.get("attention_mask") is None:  # one program for rows with padding and without
+            given["attention_mask"] = torch.ones(
+                tokens.shape[0], length, dtype=torch.long, device=tokens.device
+            )
+        before = self.text._attn_implementation
+        self.text._attn_implementation = ATTENTION
+        try:
+            out = self._call(*inputs, **given)
+        finally:
+            self.text._attn_implementation = before
+        cache.advance(tokens.shape[1], given["attention_mask"].bool())
+        return out
+
+    def _static_prompt(self, inputs: tuple[Any, ...], named: dict[str, Any], static: Any) -> Any:
+        from transformers.cache_utils import DynamicCache, StaticLayer
+
+        name = next(name for name in CACHES if named.get(name) is not None)
+        layers = getattr(static, "layers", ())  # an encoder-decoder's cache has none of its own
+        keys_and_values = bool(layers) and all(isinstance(layer, StaticLayer) for layer in layers)
+        if inputs or not keys_and_values or not _one_prompt(named, self.mask):
+            warn(EAGER_PREFILL)
+            return self.written(*inputs, **named)
+        out = self._call(**{**named, name: DynamicCache(), "attention_mask": self.mask})
+        for index, layer in enumerate(cache_of(out).layers):
+            static.update(layer.keys, layer.values, index)
+        out["cache" if "cache" in out else name] = static
+        return out
+
+
+@contextlib.contextmanager
+def _instead(model: torch.nn.Module, name: str, function: Any) -> Iterator[None]:
+    """Give one model another method for a while; None gives it the one of its class."""
+    before = model.__dict__.pop(name, None)
+    if function is not None:
+        model.__dict__[name] = function
+    try:
+        yield
+    finally:
+        model.__dict__.pop(name, None)
+        if before is not None:
+            model.__dict__[name] = before
+
+
+def _is_empty_and_static(cache: Any) -> bool:
+    """Whether a cache has a fixed size and does not hold its tensors yet; a decoder's own, where it has two."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    return bool(getattr(cache, "is_compileable", False)) and not getattr(cache, "is_initialized", True)
+
+
+def _one_prompt(named: dict[str, Any], mask: torch.Tensor | None) -> bool:
+    """Whether a call is a whole prompt, with a mask [rows, tokens] or none."""
+    tokens = named.get("input_ids")
+    if tokens is None:
+        tokens = named.get("inputs_embeds")
+    return tokens is not None and (mask is None or mask.shape == tokens.shape[:2])
