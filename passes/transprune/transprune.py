@@ -296,7 +296,7 @@ def _behind(facts: Any, _: Any, lengths: Sequence[int], images: Sequence[int]) -
 def _packed(program: Program, config: TransPruneConfig, types: Types) -> tuple[fx.Node, Types]:
     """Offsets of a packed program's sequences, and where types come from in the caller's inputs."""
     if config.per_image:
-        raise Declined(
+        raise NotPrunable(
             "The program is packed, and budgets of single images are counted in rows. Leave prepack out."
         )
     if types.kind != "ids":
