@@ -100,8 +100,12 @@ class Session:
             body = self._lowered_body()
             return body.run(inputs, self._live(body, self._fresh, weights))
         self._check_mask(inputs, layout)
-        lengths, holed = survey(inputs[layout.mask], layout.mask_name)
-        reason = self._why_padded(lengths, holed, inputs[layout.mask].shape[1], layout)
+        lengths, holed, strange = survey(inputs[layout.mask], layout.mask_name)
+        reason = (
+            f"{layout.mask_name} holds values other than 0 and 1; the model itself says what they mean."
+            if strange
+            else self._why_padded(lengths, holed, inputs[layout.mask].shape[1], layout)
+        )
         if reason is None:
             packing = make_plan(inputs[layout.mask], lengths, layout.packing)
             early = self._run_prologue(inputs, layout, weights)

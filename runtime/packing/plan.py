@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -116,17 +117,32 @@ def ladder(limit: int, count: int = 12, step: int = 64) -> Callable[[int], int]:
     return bucket
 
 
-def row_lengths(mask: torch.Tensor) -> list[int]:
-    """Real tokens of each row of a [B, S] padding mask; see `survey`."""
-    return survey(mask)[0]
+class Survey(NamedTuple):
+    """lengths: real tokens (not 0) of each row. holed: some row has pads between them. strange: values other than
+    0 and 1, of which only the model knows what they mean."""
+
+    lengths: list[int]
+    holed: bool
+    strange: int
 
 
-def survey(mask: torch.Tensor, name: str = MASK_NAME) -> tuple[list[int], bool]:
-    """Real tokens of each row of a [B, S] padding mask, and whether some row has pads between them.
+def row_lengths(mask: torch.Tensor, name: str = MASK_NAME) -> list[int]:
+    """Real tokens of each row of a [B, S] padding mask. Raises ArgumentError for values other than 0 and 1."""
+    lengths, _, strange = survey(mask, name)
+    if strange:
+        raise ArgumentError(
+            name,
+            f"{strange} values other than 0 and 1",
+            "1 at real tokens and 0 at padding",
+            "Additive masks and segment ids are not padding masks; pass mask.ne(0) if nonzero means real.",
+        )
+    return lengths
 
-    Waits for the device: the one wait of a call. name: what errors call the mask.
 
-    Raises ArgumentError for a mask of another shape or dtype or with values other than 0 and 1.
+def survey(mask: torch.Tensor, name: str = MASK_NAME) -> Survey:
+    """What a [B, S] padding mask holds. Waits for the device: the one wait of a call. name: what errors call it.
+
+    Raises ArgumentError for a mask of another shape or dtype.
     """
     if mask.dim() != 2 or mask.dtype.is_complex:
         raise ArgumentError(
@@ -138,15 +154,8 @@ def survey(mask: torch.Tensor, name: str = MASK_NAME) -> tuple[list[int], bool]:
     real = mask if mask.dtype == torch.bool else mask != 0
     counts, runs = real.sum(1), (real[:, 1:] > real[:, :-1]).sum() + real[:, :1].sum()
     strange = counts.new_zeros(()) if real is mask else (mask != real).sum()
-    *lengths, begun, bad = torch.cat([counts, runs.reshape(1), strange.reshape(1)]).tolist()
-    if bad:
-        raise ArgumentError(
-            name,
-            f"{bad} values other than 0 and 1",
-            "1 at real tokens and 0 at padding",
-            "Additive masks and segment ids are not padding masks; pass mask.ne(0) if nonzero means real.",
-        )
-    return lengths, begun > sum(n > 0 for n in lengths)
+    *lengths, begun, others = torch.cat([counts, runs.reshape(1), strange.reshape(1)]).tolist()
+    return Survey(lengths, begun > sum(n > 0 for n in lengths), others)
 
 
 def plan(

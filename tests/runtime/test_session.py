@@ -76,13 +76,17 @@ class TestBadInput:
         with pytest.raises(ArgumentError, match="attention_mask"):
             session(arguments(session, ids, mask), {})
 
-    def test_values_other_than_zero_and_one(self, llama):
-        session = session_of(llama[1])
-        for bad in (2, -1):
-            inputs = zoo.tokens(masks.right((5, 8, 12)))
-            inputs["attention_mask"][0, 0] = bad
-            with pytest.raises(ArgumentError, match="values other than 0 and 1"):
-                session(arguments(session, inputs["input_ids"], inputs["attention_mask"]), {})
+    @pytest.mark.parametrize("value", [2, -1, -10000, 1 << 40])
+    def test_values_other_than_zero_and_one_mean_what_the_model_makes_of_them(self, llama, value):
+        eager, ours = llama
+        inputs = zoo.tokens(masks.right((5, 8, 12)))
+        inputs["attention_mask"][0, 0] = value
+        session, why = session_of(ours), "attention_mask holds values other than 0 and 1"
+        before = sum(n for reason, n in session.counters.padded.items() if reason.startswith(why))
+        expected = expected_of(eager, inputs)[0]
+        results = session(arguments(session, inputs["input_ids"], inputs["attention_mask"]), {})
+        torch.testing.assert_close(next(r for r in results if r.shape == expected.shape), expected)
+        assert before + 1 == sum(n for r, n in session.counters.padded.items() if r.startswith(why))
 
     @pytest.mark.parametrize(
         "options", [{"form": "bins"}, {"outputs": "flat"}, {"buckets": -1}, {"form": "rows", "buckets": 3}]

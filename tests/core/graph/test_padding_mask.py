@@ -7,6 +7,7 @@ import thresher
 from thresher import testing
 from thresher.errors import ArgumentError
 from thresher.recipe import Recipe
+from thresher.runtime.packing.plan import row_lengths
 
 OPTIONS = {"prepack": {"mask": "pad"}}
 
@@ -53,11 +54,24 @@ def test_the_cost_model_counts_real_tokens_under_either_name():
     assert not any("No example was at hand" in note for note in b.report.notes)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_values_other_than_zero_and_one_mean_what_the_model_makes_of_them(dtype):
+    plain, inputs = model(Pad, layers=1), renamed()
+    inputs["pad"] = inputs["pad"].to(dtype)
+    call = thresher.compile(plain, inputs, OPTIONS, target="reference")
+    for factor in (3, -1, 0.5) if dtype.is_floating_point else (3, -1):
+        strange = inputs["pad"] * factor
+        with torch.no_grad():
+            expected = plain(input_ids=inputs["input_ids"], pad=strange)
+            actual = call(input_ids=inputs["input_ids"], pad=strange)
+        torch.testing.assert_close(actual, expected)
+
+
 def test_an_error_calls_the_mask_by_its_name():
-    inputs = renamed()
-    call = thresher.compile(model(Pad, layers=1), inputs, OPTIONS, target="reference")
-    with pytest.raises(ArgumentError, match=r"^pad: got .* values other than 0 and 1"):
-        call(input_ids=inputs["input_ids"], pad=inputs["pad"] * 3)
+    with pytest.raises(ArgumentError, match=r"^pad: got 1 values other than 0 and 1"):
+        row_lengths(torch.tensor([[1, 3, 0]]), "pad")
+    with pytest.raises(ArgumentError, match=r"^pad: got .* of shape"):
+        row_lengths(torch.ones(2, 1, 3), "pad")
 
 
 def test_calibration_leaves_out_pads_under_either_name():
