@@ -26,6 +26,7 @@ from torch import fx
 from thresher.errors import ArgumentError, ThresherError
 from thresher.graph.program import Program, weights_fingerprint
 from thresher.graph.snapshot import Snapshot
+from thresher.hashing import of_tensors
 from thresher.recipe import Recipe
 
 from .base import PASSES, Context, Pass
@@ -95,6 +96,7 @@ class Statistics(Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]]):
         names = [[p, s, n] for p, sites in self.tensors.items() for s, named in sites.items() for n in named]
         flat = {str(i): self.tensors[p][s][n].contiguous() for i, (p, s, n) in enumerate(names)}
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "names": json.dumps(names)}
+        metadata["sha256"] = _digest(flat, metadata)
         partial = path.with_name(path.name + ".partial")
         save_file(flat, str(partial), metadata)
         partial.replace(path)
@@ -107,9 +109,14 @@ class Statistics(Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]]):
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}")
-                found = cls(metadata["fingerprint"])
+                found, flat = cls(metadata["fingerprint"]), {}
                 for index, (p, s, n) in enumerate(json.loads(metadata["names"])):
-                    found.tensors.setdefault(p, {}).setdefault(s, {})[n] = file.get_tensor(str(index))
+                    flat[str(index)] = file.get_tensor(str(index))
+                    found.tensors.setdefault(p, {}).setdefault(s, {})[n] = flat[str(index)]
+                if "sha256" in metadata and metadata["sha256"] != _digest(
+                    flat, metadata
+                ):  # older files have none
+                    raise ValueError("it was changed since it was written: its checksum differs")
                 return found
         except Exception as reason:
             raise ArgumentError(
@@ -118,6 +125,10 @@ class Statistics(Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]]):
                 "a file written by thresher.calibrate(...).save(path)",
                 "Calibrate the model and save its statistics first.",
             ) from None
+
+
+def _digest(flat: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    return of_tensors(flat.items(), *(metadata[key] for key in ("format", "fingerprint", "names")))
 
 
 class Calibration:

@@ -19,10 +19,14 @@ from typing import Any
 
 import torch
 
+from thresher.reading import reading
+
 from .program_json import ArtifactError
 
 MANIFEST = "manifest.json"
+SAVE_AGAIN = "Save the model again."
 _PIECE = 1 << 23
+_MOST_TEXT = 1 << 28
 
 
 def write(file: Any, members: Mapping[str, Iterable[memoryview]], manifest: dict[str, Any]) -> None:
@@ -78,29 +82,67 @@ def opened(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
     with file:
         try:
             archive = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError, ...
             raise ArtifactError(
                 f"{path} is truncated or not a Thresher artifact: its table of contents is missing. Copy it again."
             ) from error
         with archive:
+            _check_places(file, archive, path)
             yield file, archive
 
 
+def _check_places(file: Any, archive: zipfile.ZipFile, path: Any) -> None:
+    """Raise ArtifactError unless every member lies in the file as it is, apart from the others.
+
+    A member that is packed can grow to any size, and members that overlap to many times the file's.
+    """
+    size, end = file.seek(0, os.SEEK_END), 0
+    for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        if not stored or info.flag_bits & 1 or info.header_offset < end:
+            raise ArtifactError(
+                f"{path} was altered: {info.filename!r} is packed, encrypted or overlaps another."
+            )
+        end = _start(file, info) + info.file_size
+        if end > size:
+            raise ArtifactError(f"{path} is truncated: {info.filename!r} goes beyond its end. Copy it again.")
+
+
+def _start(file: Any, info: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin: behind a header whose length it says itself."""
+    file.seek(info.header_offset)
+    header = file.read(30)
+    return info.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+
+
 def manifest_of(archive: zipfile.ZipFile, path: Any) -> dict[str, Any]:
-    """An archive's manifest. Raises ArtifactError where it cannot be read. path: for the error."""
+    """The manifest, checked against its checksum and the archive's members. Raises ArtifactError."""
     try:
+        if archive.getinfo(MANIFEST).file_size > _MOST_TEXT:
+            raise ArtifactError(f"{path} was altered: its manifest is larger than {_MOST_TEXT} bytes.")
         text = archive.read(MANIFEST)
-    except (KeyError, zipfile.BadZipFile, OSError) as error:
+    except ArtifactError:
+        raise
+    except Exception as error:
         raise ArtifactError(
             f"{path} is not a Thresher artifact, or is damaged: it has no readable manifest."
         ) from error
     if hashlib.sha256(text).hexdigest().encode() != archive.comment:
         raise ArtifactError(f"{path} was altered: its manifest does not match its checksum.")
-    manifest = json.loads(text)
+    with reading(path, f"a manifest ({MANIFEST})", SAVE_AGAIN, ArtifactError):
+        manifest = json.loads(text)
+        _check_manifest(manifest)
     extra = set(archive.namelist()) - {MANIFEST, *manifest["sha256"]}
     if extra or len(archive.namelist()) != len(set(archive.namelist())):
         raise ArtifactError(f"{path} was altered: it holds members its manifest does not list.")
     return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raise ArtifactError unless the manifest is a table with a hash for each member."""
+    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or not all(isinstance(h, str) for h in hashes.values()):
+        raise ArtifactError("it lists no checksums")
 
 
 def member(file: Any, archive: zipfile.ZipFile, manifest: Any, name: str, path: Any) -> torch.Tensor:
@@ -109,19 +151,11 @@ def member(file: Any, archive: zipfile.ZipFile, manifest: Any, name: str, path: 
         info = archive.getinfo(name)
     except KeyError:
         raise ArtifactError(f"{path} is damaged: it has no {name}.") from None
-    file.seek(info.header_offset)
-    header = file.read(30)
-    start = (
-        info.header_offset
-        + 30
-        + int.from_bytes(header[26:28], "little")
-        + int.from_bytes(header[28:30], "little")
-    )
+    start = _start(file, info)
     data = torch.empty(info.file_size, dtype=torch.uint8)
     view = memoryview(data.numpy())  # type: ignore[arg-type]
     file.seek(start)
-    whole = info.compress_type == zipfile.ZIP_STORED and _read(file, view) == manifest["sha256"][name]
-    if not whole:
+    if _read(file, view) != manifest["sha256"].get(name):
         raise ArtifactError(
             f"{path} was altered or truncated: {name} does not match its checksum. Copy it again."
         )

@@ -33,7 +33,15 @@ def readable(text: str) -> bool:
     try:
         names = {n.id: 7 for n in ast.walk(ast.parse(text, mode="eval")) if isinstance(n, ast.Name)}
         evaluate(text, names)
-    except (ValueError, SyntaxError, ZeroDivisionError):
+    except (
+        ValueError,
+        SyntaxError,
+        ZeroDivisionError,
+        RecursionError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ):
         return False
     return True
 

@@ -35,6 +35,7 @@ from thresher.graph.program import Program
 from thresher.kernels import catalog
 from thresher.lowering import catalog as targets
 from thresher.lowering.inductor import aoti
+from thresher.reading import reading
 from thresher.report import Report
 
 from ..call_session import Key
@@ -43,7 +44,7 @@ from .calls_json import decode_all, encode_all
 from .layout_json import programs_of, prove
 from .loaded import Loaded
 from .program_json import ArtifactError, find_target, relations
-from .signature import describe_inputs
+from .signature import check_described, describe_inputs
 from .tensor_file import Pool, parse
 
 FORMATS = (1, 2)  # 2: with programs for calls of several kinds
@@ -140,13 +141,15 @@ def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compil
     catalog.load()
     with archive.opened(Path(path)) as (file, found):
         manifest = archive.manifest_of(found, path)
-        _check_versions(manifest, path)
+        with reading(path, f"a manifest ({archive.MANIFEST})", archive.SAVE_AGAIN, ArtifactError):
+            _check_versions(manifest, path)
         members = {name: archive.member(file, found, manifest, name, path) for name in manifest["sha256"]}
     code = members.get(COMPILED)
     if target == "compiled":
         _check_compiled(manifest, code, path)
-    try:
+    with reading(path, f"tensors as its manifest promises ({WEIGHTS})", archive.SAVE_AGAIN, ArtifactError):
         tensors = parse(members[WEIGHTS], manifest["strides"])
+    with reading(path, f"a program ({PROGRAMS})", archive.SAVE_AGAIN, ArtifactError):
         programs = json.loads(members[PROGRAMS].numpy().tobytes())
         program = decode_all(programs, tensors)
         whole = decode_all(programs["whole"], tensors) if "whole" in programs else None
@@ -154,10 +157,12 @@ def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compil
             tuple((name, tuple(made)) for name, made in other["choices"]): decode_all(other, tensors)
             for other in programs.get("others", ())
         }
-    except (KeyError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{path} does not hold what its manifest promises: {error!r}.") from error
     machine_code = code.numpy().tobytes() if target == "compiled" and code is not None else None
-    return Loaded(program, manifest, target, machine_code, others, whole)
+    with reading(path, f"a manifest ({archive.MANIFEST})", archive.SAVE_AGAIN, ArtifactError):
+        outside = program.packing.padded if program.packing is not None else program
+        symbols = outside.graph_module.meta["symbols"]
+        check_described(manifest, symbols, len(outside.placeholders) if whole is None else None)
+        return Loaded(program, manifest, target, machine_code, others, whole, path)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -8,17 +8,21 @@ from typing import Any
 
 import torch
 
+from thresher.errors import ThresherError
 from thresher.graph.program import Program
 from thresher.graph.tracing import compiling
 from thresher.lowering import catalog
 from thresher.lowering.inductor import aoti
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Lowered, Target
+from thresher.reading import reading
 from thresher.report import Report
 
 from ..call_session import CallSession, Key
 from ..session import Counters, Session
+from .archive import SAVE_AGAIN
 from .fakes import materialise, materialise_for_compiler
+from .program_json import ArtifactError
 from .signature import bind
 
 
@@ -35,7 +39,7 @@ class Loaded:
     """Runs a saved program. The first call lowers it.
 
     program: the graph and its weights. manifest: what the file says about itself. others, whole: see
-        `runtime.artifact.write`.
+        `runtime.artifact.write`. path: where it came from, for errors.
     """
 
     def __init__(
@@ -46,7 +50,9 @@ class Loaded:
         machine_code: bytes | None = None,
         others: Mapping[Key, Program] | None = None,
         whole: Program | None = None,
+        path: Any = "The file",
     ):
+        self.path = path
         self._others, self._whole = others, whole
         self.program, self.manifest, self.target = program, manifest, target
         self.report = (
@@ -87,9 +93,27 @@ class Loaded:
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         """Run on the model's inputs, by name or in order."""
         inputs = bind(self.manifest["inputs"], self.manifest["relations"], self._symbols, args, kwargs)
-        with torch.no_grad():
-            results = self.session(inputs, {})
+        try:
+            with torch.no_grad():
+                results = self.session(inputs, {})
+        except ThresherError:
+            raise
+        except Exception:
+            self._blame()
+            raise
+        if len(results) != len(self.output_names):
+            given = f"{len(self.output_names)} names for the program's {len(results)} results"
+            raise ArtifactError(f"{self.path} was altered: it has {given}. {SAVE_AGAIN}")
         return Result(zip(self.output_names, results, strict=True))
+
+    def _blame(self) -> None:
+        """Raise ArtifactError where a call failed because the program in the file can run on no input."""
+        layout = self.program.packing
+        parts = [layout.prologue, layout.epilogue, layout.padded] if layout is not None else []
+        for program in [self.program, *parts, self._whole]:
+            if program is not None:
+                with reading(self.path, "a program that can be run", SAVE_AGAIN, ArtifactError):
+                    materialise(program)
 
     def _lowering(self) -> Target:
         if self._code is not None:

@@ -12,6 +12,7 @@ from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
 from . import expressions
+from .program_json import ArtifactError
 
 
 def describe_inputs(program: Program) -> list[dict[str, Any]]:
@@ -36,6 +37,42 @@ def describe_inputs(program: Program) -> list[dict[str, Any]]:
         else:
             entries.append({"name": name, "kind": "number", "value": known})
     return entries
+
+
+def check_described(manifest: Mapping[str, Any], symbols: Mapping[str, Any], places: int | None) -> None:
+    """Raise ArtifactError unless `bind` can read what a file says of its inputs, outputs and sizes.
+
+    symbols: the range of each size. places: how many inputs the program has, where that is known.
+    """
+    for name, facts in symbols.items():
+        if type(facts["hint"]) is not int or type(facts["min"]) is not int or not _whole(facts["max"]):
+            raise ArtifactError(f"the range of the size {name} is {facts}")
+    known = dict.fromkeys(symbols, 7)
+    entries = manifest["inputs"]
+    if places is not None and len(entries) != places:
+        raise ArtifactError(f"it describes {len(entries)} inputs, and the program takes {places}")
+    for entry in entries:
+        name, kind = entry["name"], entry["kind"]
+        if not isinstance(name, str) or kind not in ("tensor", "size", "number", "unused"):
+            raise ArtifactError(f"an input is called {name!r} and is a {kind!r}")
+        if kind == "tensor" and not isinstance(getattr(torch, entry["dtype"], None), torch.dtype):
+            raise ArtifactError(f"the input {name} has the dtype {entry['dtype']!r}")
+        if kind == "tensor":
+            torch.device(entry["device"])
+        sizes = entry["shape"] if kind == "tensor" else [entry["size"]] if kind == "size" else []
+        if not all(type(size) in (int, str) for size in sizes):
+            raise ArtifactError(f"the input {name} has the sizes {sizes}")
+        for size in sizes:
+            expressions.evaluate(size, known)
+    if not all(isinstance(name, str) for name in manifest["outputs"]):
+        raise ArtifactError("an output has no name")
+    for text in manifest["relations"]:
+        if not isinstance(text, str) or not expressions.readable(text):
+            raise ArtifactError(f"it relates the sizes by {text!r}")
+
+
+def _whole(limit: Any) -> bool:
+    return limit is None or type(limit) is int
 
 
 def bind(

@@ -9,7 +9,9 @@ round differently on unaligned memory, and a loaded model must give the same bit
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,20 +104,44 @@ def parse(data: torch.Tensor, strides: Sequence[Sequence[int] | None]) -> list[t
     if not 0 < length <= data.numel() - 8:
         raise ValueError(f"its header says {length} bytes, and the file has {data.numel() - 8}")
     entries = json.loads(data[8 : 8 + length].numpy().tobytes())
+    if not isinstance(entries, dict) or entries.keys() != {str(i) for i in range(len(strides))}:
+        raise ValueError(f"its header does not list the tensors 0 to {len(strides) - 1}")
     body = data[8 + length :]
-    tensors: list[torch.Tensor] = []
-    for number, stride in enumerate(strides):
-        entry = entries[str(number)]
-        begin, end = entry["data_offsets"]
-        if not 0 <= begin <= end <= body.numel():
-            raise ValueError(f"tensor {number} lies outside the data")
-        piece = body[begin:end]
-        if piece.data_ptr() % ALIGNMENT:
-            piece = piece.clone()
-        flat = piece.view(_DTYPES[entry["dtype"]])
-        shape = entry["shape"]
-        tensors.append(flat.as_strided(shape, stride) if stride else flat.reshape(shape))
-    return tensors
+    ends = sorted(_range(n, entries[n], body.numel()) for n in entries)
+    for (_, end, number), (begin, _, other) in pairwise(ends):
+        if begin < end:
+            raise ValueError(f"tensors {number} and {other} overlap")
+    return [_tensor(str(number), entries[str(number)], stride, body) for number, stride in enumerate(strides)]
+
+
+def _range(number: str, entry: Any, size: int) -> tuple[int, int, str]:
+    """(first byte, end, number) of a tensor. Raises ValueError where that is not in the data."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int for o in offsets):
+        raise ValueError(f"tensor {number} has no place in the data")
+    if not 0 <= offsets[0] <= offsets[1] <= size:
+        raise ValueError(f"tensor {number} lies outside the data")
+    return offsets[0], offsets[1], number
+
+
+def _tensor(number: str, entry: dict[str, Any], stride: Any, body: torch.Tensor) -> torch.Tensor:
+    """One tensor over its bytes. Raises ValueError where its dtype, shape or strides do not fill them exactly."""
+    begin, end, _ = _range(number, entry, body.numel())
+    dtype, shape = _DTYPES.get(entry.get("dtype")), entry.get("shape")
+    if dtype is None:
+        raise ValueError(f"tensor {number} has the dtype {entry.get('dtype')!r}")
+    for what, sizes in (("shape", shape), ("strides", stride if stride is not None else [])):
+        if not isinstance(sizes, list) or not all(type(s) is int and 0 <= s < 1 << 62 for s in sizes):
+            raise ValueError(f"tensor {number} has the {what} {str(sizes)[:80]}")
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"tensor {number} is {dtype} {shape} and has {end - begin} bytes")
+    if stride is not None and (len(stride) != len(shape) or not fills(shape, stride)):
+        raise ValueError(f"tensor {number}'s strides {stride} do not fill its shape {shape}")
+    piece = body[begin:end]
+    if piece.data_ptr() % ALIGNMENT:
+        piece = piece.clone()
+    flat = piece.view(dtype)
+    return flat.as_strided(shape, stride) if stride is not None else flat.reshape(shape)
 
 
 def _alignment(tensor: torch.Tensor) -> int:
@@ -125,9 +151,13 @@ def _alignment(tensor: torch.Tensor) -> int:
 
 
 def _dense(tensor: torch.Tensor) -> bool:
+    return fills(tensor.shape, tensor.stride())
+
+
+def fills(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether a tensor fills one stretch of memory without gaps or overlap."""
     at = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride()), key=lambda p: (p[1], p[0])):
+    for size, stride in sorted(zip(shape, strides), key=lambda p: (p[1], p[0])):
         if size != 1 and stride != at:
             return False
         at *= size

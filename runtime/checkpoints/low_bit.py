@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 
 from thresher.errors import ArgumentError
 from thresher.formats import bitpack
+from thresher.reading import reading
 
 FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
+_FIX = "Fetch or write it again, or pass the layout and bits it really has."
 _GPTQ_KEYS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 _COMPRESSED_KEYS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "bias")
 
@@ -170,7 +172,7 @@ def load(
 ) -> tuple[dict[str, LowBitLinear], dict[str, torch.Tensor]]:
     """(linears by FQN, the other tensors). layout and bits are read from the file where `save` wrote it;
     for another tool's file pass both (bits: one number, or one per FQN)."""
-    with safe_open(path, framework="pt") as file:
+    with reading(path, "a checkpoint", _FIX), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     layout = layout or metadata.get("thresher.graph.packed_layout")
@@ -179,20 +181,21 @@ def load(
             "layout",
             f"{layout}, bits={bits}",
             f"one of {', '.join(FORMATS)}, and bits",
-            "This file names neither.",
+            f"{path} does not name both.",
         )
-    _check_layout(layout)
-    widths = json.loads(metadata["thresher.bits"]) if bits is None else bits
-    marker = ".weight_packed" if layout == "compressed-tensors" else ".qweight"
-    keys = _COMPRESSED_KEYS if layout == "compressed-tensors" else _GPTQ_KEYS
     linears = {}
-    for name in [key.removesuffix(marker) for key in tensors if key.endswith(marker)]:
-        parts = {key: tensors.pop(f"{name}.{key}") for key in keys if f"{name}.{key}" in tensors}
-        width = widths if isinstance(widths, int) else widths[name]
-        if layout == "compressed-tensors":
-            linears[name] = from_compressed_tensors(parts, width)
-        else:
-            linears[name] = from_gptq(parts, width, 2 if layout == "gptq_v2" else 1)
+    with reading(path, f"low-bit linears ({layout})", _FIX):
+        _check_layout(layout)
+        widths = json.loads(metadata["thresher.bits"]) if bits is None else bits
+        marker = ".weight_packed" if layout == "compressed-tensors" else ".qweight"
+        keys = _COMPRESSED_KEYS if layout == "compressed-tensors" else _GPTQ_KEYS
+        for name in [key.removesuffix(marker) for key in tensors if key.endswith(marker)]:
+            parts = {key: tensors.pop(f"{name}.{key}") for key in keys if f"{name}.{key}" in tensors}
+            width = widths if isinstance(widths, int) else widths[name]
+            if layout == "compressed-tensors":
+                linears[name] = from_compressed_tensors(parts, width)
+            else:
+                linears[name] = from_gptq(parts, width, 2 if layout == "gptq_v2" else 1)
     return linears, tensors
 
 

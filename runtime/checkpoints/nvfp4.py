@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from thresher.errors import ArgumentError, ThresherError, unknown_key
 from thresher.formats.nvfp4 import BLOCK, unswizzle
 from thresher.kernels.nvfp4.quantize import NVFP4Weight
+from thresher.reading import reading
 
 KEYS: dict[str, tuple[str, str, str, str]] = {
     "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
@@ -135,16 +136,16 @@ def load(path: str | Path) -> dict[str, NVFP4Weight]:
 
     Raises CheckpointError for a damaged file or layer.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            weights = {}
-            for layer, form in layers(names).items():
-                wanted = {f"{layer}.{key}" for key in KEYS[form]}.intersection(names)
-                weights[layer] = from_tensors(layer, {name: file.get_tensor(name) for name in wanted}, form)
-            return weights
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Fetch or write it again.") from error
+    with (
+        reading(path, "NVFP4 weights", "Fetch or write it again.", CheckpointError),
+        safe_open(path, framework="pt") as file,
+    ):
+        names = list(file.keys())
+        weights = {}
+        for layer, form in layers(names).items():
+            wanted = {f"{layer}.{key}" for key in KEYS[form]}.intersection(names)
+            weights[layer] = from_tensors(layer, {name: file.get_tensor(name) for name in wanted}, form)
+        return weights
 
 
 def from_torchao(tensor: Any) -> NVFP4Weight:

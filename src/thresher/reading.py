@@ -41,8 +41,5 @@ def said(reason: BaseException) -> str:
     if isinstance(reason, OSError) and reason.strerror:
         return reason.strerror
     text = str(reason).split("\n")[0][:300].rstrip(". ")
-    return (
-        text
-        if isinstance(reason, (ThresherError, ValueError)) and text
-        else f"{type(reason).__name__} {text}".strip()
-    )
+    plain = isinstance(reason, (ThresherError, ValueError)) or type(reason).__module__ != "builtins"
+    return text if plain and text else f"{type(reason).__name__} {text}".strip()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError
+from .reading import said
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,8 +51,15 @@ def read(path: Path) -> dict[str, Any]:
             "the path of an existing TOML file",
             "Check the path.",
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArgumentError("recipe", repr(str(path)), "valid TOML", f"The parser says: {error}.") from None
+    except (
+        ValueError,
+        RecursionError,
+        MemoryError,
+        TypeError,
+    ) as error:  # bytes that are no text, deep nesting
+        raise ArgumentError(
+            "recipe", repr(str(path)), "valid TOML", f"The parser says: {said(error)}."
+        ) from None
     for key in ("stats", "recipe"):
         if isinstance(given.get(key), str) and (key == "stats" or given[key].endswith(".toml")):
             given[key] = os.path.normpath(path.parent / given[key])

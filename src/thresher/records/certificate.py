@@ -118,7 +118,7 @@ class Certificate:
             known["ops"] = tuple(OpProof(**o) for o in known["ops"])
             known["notes"], known["checked"] = tuple(known["notes"]), tuple(known["checked"])
             return cls(**known)
-        except (KeyError, TypeError, ValueError) as reason:
+        except (KeyError, TypeError, ValueError, AttributeError) as reason:
             raise ArgumentError(
                 "certificate",
                 f"something else ({reason})",
@@ -131,7 +131,7 @@ class Certificate:
         """The certificate that `to_json` wrote. Raises ArgumentError for anything else."""
         try:
             given = json.loads(text)
-        except ValueError as reason:
+        except (ValueError, RecursionError) as reason:
             raise ArgumentError(
                 "certificate", f"no JSON ({reason})", "what to_json wrote", "Compile again."
             ) from None

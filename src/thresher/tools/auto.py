@@ -254,7 +254,7 @@ class _State:
                     raise ValueError(f"its format is {found['format']!r}")
                 if found["key"] == key:
                     self.rows = {k: Tried(**v) for k, v in found["rows"].items()}
-            except (ValueError, KeyError, TypeError) as reason:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
                 raise ArgumentError("state", f"{self.path} ({reason})", "a file written by a search",
                                     "Name another file, or delete this one.") from None  # fmt: skip
 

@@ -129,7 +129,7 @@ def test_gaps_and_permuted_groups_are_refused():
 def test_a_file_of_another_tool_needs_its_layout_and_bits(tmp_path):
     tensors = {f"a.{k}": v for k, v in interop.to_gptq(linear(4)).items()}
     save_file(tensors, tmp_path / "g.safetensors")
-    with pytest.raises(ArgumentError, match="names neither"):
+    with pytest.raises(ArgumentError, match="does not name both"):
         interop.load(tmp_path / "g.safetensors")
     linears, _ = interop.load(tmp_path / "g.safetensors", layout="gptq", bits=4)
     same(linears["a"], linear(4))

@@ -1,0 +1,335 @@
+"""Files damaged at random, by someone who knows how they are built: refused by name and place, or read as they were.
+
+Each mutation either leaves bytes wrong, which a checksum must see, or edits what a file says and makes its
+checksums anew, which only a check of the meaning can see. 300 in a plain run, 10,000 with --thorough.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import random
+import resource
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import thresher
+from thresher import testing
+from thresher.errors import ThresherError
+from thresher.kernels.nvfp4.quantize import quantize
+from thresher.passes.calibrate import Statistics
+from thresher.passes.rsq.quantizer.files import LayerFiles
+from thresher.recipe import Recipe
+from thresher.records.certificate import Certificate
+from thresher.runtime.checkpoints import low_bit, nvfp4, nvfp4_stream
+from thresher.tools.auto import _State
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    2**40,
+    2**70,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    "../x",
+    [],
+    [0],
+    {},
+    {"a": 1},
+    [[]] * 3,
+]
+MARK = "manifest.json"
+
+
+def deep(levels=3000):
+    return "[" * levels + "]" * levels
+
+
+def bytes_mutated(content: bytes, draw: random.Random) -> bytes:
+    """Bits flipped, spans cut, doubled, zeroed or moved; a file cut short or grown."""
+    content, size = bytearray(content), len(content)
+    at, end = sorted((draw.randrange(size + 1), draw.randrange(size + 1)))
+    end = min(end, at + draw.choice((1, 8, 64, size)))
+    kind = draw.randrange(7)
+    if kind == 0:
+        for _ in range(draw.choice((1, 1, 4, 32))):
+            content[draw.randrange(size)] ^= 1 << draw.randrange(8)
+    elif kind == 1:
+        del content[at:]
+    elif kind == 2:
+        del content[at:end]
+    elif kind == 3:
+        content[at:at] = content[at:end]
+    elif kind == 4:
+        content[at:end] = bytes(end - at)
+    elif kind == 5:
+        content[at:end] = draw.randbytes(end - at)
+    else:
+        content += draw.randbytes(draw.choice((1, 100)))
+    return bytes(content)
+
+
+def places(value, path=()):
+    yield path
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from places(part, (*path, key))
+
+
+def json_mutated(value, draw: random.Random):
+    """A JSON value with one to three places replaced, removed, doubled, nudged or swapped."""
+    value = copy.deepcopy(value)
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        path = draw.choice(list(places(value)))
+        if not path:
+            continue
+        holder = value
+        for key in path[:-1]:
+            holder = holder[key]
+        key, old, kind = path[-1], holder[path[-1]], draw.randrange(6)
+        if kind == 0:
+            holder[key] = copy.deepcopy(draw.choice(ODD))
+        elif kind == 1:
+            del holder[key]
+        elif kind == 2 and isinstance(holder, list):
+            holder.insert(key, copy.deepcopy(old))
+        elif kind == 3 and type(old) is int:
+            holder[key] = old + draw.choice((-2, -1, 1, 2, 1000))
+        elif kind == 4 and isinstance(old, str):
+            holder[key] = draw.choice(
+                (old + "x", old[:-1], old.upper(), "aten.from_file.default", "aten.add.Tensor")
+            )
+        else:
+            other = value
+            for step in draw.choice(list(places(value))):
+                other = other[step]
+            holder[key] = copy.deepcopy(other)
+    return value
+
+
+class Archive:
+    """A saved model."""
+
+    def __init__(self, path: Path, model, inputs, recipe):
+        self.path, self.inputs = path, inputs
+        compiled = thresher.compile(model, inputs, recipe, target="reference", dynamic=True)
+        thresher.save(compiled, path, example_inputs=inputs)
+        with zipfile.ZipFile(path) as archive:
+            self.parts = {name: archive.read(name) for name in archive.namelist()}
+        self.content = path.read_bytes()
+        self.expected = self.run()[1]
+
+    def run(self):
+        loaded = thresher.load(self.path, target="reference")
+        return loaded, list(loaded(**self.inputs).values())
+
+    def mutate(self, draw) -> bool:
+        """Write a damaged file; whether what it says may have changed with its checksums."""
+        kind = draw.randrange(5)
+        if kind == 0:
+            self.path.write_bytes(bytes_mutated(self.content, draw))
+            return False
+        manifest, members = json.loads(self.parts[MARK]), {k: v for k, v in self.parts.items() if k != MARK}
+        options = {}
+        if kind == 1:
+            manifest = json_mutated(manifest, draw)
+        elif kind == 2:
+            programs = json_mutated(json.loads(members["programs.json"]), draw)
+            members["programs.json"] = json.dumps(programs).encode()
+        elif kind == 3:
+            weights = members["weights.safetensors"]
+            length = int.from_bytes(weights[:8], "little")
+            header = json.dumps(json_mutated(json.loads(weights[8 : 8 + length]), draw)).encode()
+            header += b" " * (-(len(header) + 8) % 64)
+            members["weights.safetensors"] = (
+                len(header).to_bytes(8, "little") + header + weights[8 + length :]
+            )
+        else:
+            options = {"name": draw.choice([*members, MARK]), "how": draw.randrange(5)}
+            if options["how"] == 1:
+                members["extra"] = b"extra"
+            if options["how"] == 3:
+                members[draw.choice([*members])] = (deep() if draw.random() < 0.5 else "[1").encode()
+        self._write(manifest, members, draw, **options)
+        return True
+
+    def _write(self, manifest, members, draw, name=None, how=None):
+        hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+        if isinstance(hashes, dict):
+            for member in members:
+                if member in hashes:
+                    hashes[member] = hashlib.sha256(members[member]).hexdigest()
+        text = json.dumps(manifest).encode()
+        if name == MARK and how == 3:
+            text = deep().encode()
+        if name == MARK and how == 2:
+            text = text[:-1] + b" " * (1 << 26) + b"}"  # 64 MiB, packed into a few
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for member, data in {**members, MARK: text}.items():
+                if how == 0 and member == name:
+                    continue
+                packed = how == 2 and member == name
+                archive.writestr(
+                    zipfile.ZipInfo(member), data, zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+                )
+            archive.comment = hashlib.sha256(text).hexdigest().encode()
+        self.path.write_bytes(buffer.getvalue())
+
+    def read(self, changed):
+        _, results = self.run()
+        if not changed:
+            assert all(map(torch.equal, results, self.expected))
+
+
+class Plain:
+    """A file of one kind: how it is read, and whether that gives what was written. text: it is read as text."""
+
+    def __init__(self, path: Path, read, same, text=False):
+        self.path, self._read, self.same, self.text = path, read, same, text
+        self.content = path.read_bytes()
+
+    def mutate(self, draw) -> bool:
+        content = bytes_mutated(self.content, draw)
+        if self.text and draw.random() < 0.6:
+            content = self._edited(draw)
+        self.path.write_bytes(content)
+        return True
+
+    def _edited(self, draw) -> bytes:
+        if self.path.suffix == ".json":
+            return json.dumps(json_mutated(json.loads(self.content), draw)).encode()
+        lines = self.content.decode().splitlines()
+        line = draw.randrange(len(lines))
+        value = draw.choice(
+            ("1", "-1", "1e400", "nan", '""', "[]", "{}", "true", deep(), "1979-05-27", '"x"', "[[1]]")
+        )
+        lines[line] = lines[line].split("=")[0] + "= " + value
+        return "\n".join(lines).encode()
+
+    def read(self, changed):
+        found = self._read(self.path)
+        assert self.same is None or self.same(found)
+
+
+class Safetensors(Plain):
+    """The same for safetensors files, whose headers are edited too."""
+
+    def mutate(self, draw) -> bool:
+        if draw.random() < 0.5:
+            return super().mutate(draw)
+        length = int.from_bytes(self.content[:8], "little")
+        header = json_mutated(json.loads(self.content[8 : 8 + length]), draw)
+        text = deep().encode() if draw.random() < 0.05 else json.dumps(header).encode()
+        self.path.write_bytes(len(text).to_bytes(8, "little") + text + self.content[8 + length :])
+        return True
+
+
+def _same(found, expected):
+    return found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    model, inputs = testing.tiny_model(width=16, layers=1)
+    found = {
+        "archive": Archive(folder / "plain.thresher", model, inputs, "none"),
+        "packed archive": Archive(folder / "packed.thresher", model, inputs, {"prepack": True}),
+    }
+    tensors = {"codes": torch.arange(32, dtype=torch.int32), "scales": torch.rand(4)}
+    layers = LayerFiles(folder / "layers", "stamp")
+    layers.write("layer", tensors, {"reports": "[]"})
+    found["layer"] = Safetensors(layers.path("layer"), lambda path: layers.read("layer"),
+                                 lambda got: got is None or _same(got[0], tensors))  # fmt: skip
+    statistics = Statistics("0123", {"rsq": {"a.b": dict(tensors), "c": {"codes": torch.arange(3)}}})
+    statistics.save(folder / "statistics.safetensors")
+    found["statistics"] = Safetensors(folder / "statistics.safetensors", Statistics.load, None)
+    weight = quantize(torch.randn(32, 64))
+    save_file(nvfp4.to_tensors("a", weight, "modelopt"), folder / "nvfp4.safetensors")
+    found["NVFP4"] = Safetensors(folder / "nvfp4.safetensors", nvfp4.load, None)
+    found["header"] = Safetensors(folder / "nvfp4.safetensors", nvfp4_stream.read_header, None)
+    linear = low_bit.LowBitLinear(torch.randint(0, 2**31 - 1, (32, 8), dtype=torch.int32), torch.rand(32, 2), None,
+                                  torch.rand(32), 4, 32, 64)  # fmt: skip
+    for layout in low_bit.FORMATS:
+        low_bit.save(folder / f"{layout}.safetensors", {"m": linear}, layout)
+        found[layout] = Safetensors(folder / f"{layout}.safetensors", low_bit.load, None)
+    recipe = Recipe.of("serve-latency", rsq={"bits": 3}, nvfp4={"min_weights": 0})
+    (folder / "recipe.toml").write_text(recipe.to_toml())
+    found["recipe"] = Plain(folder / "recipe.toml", lambda path: Recipe.of(str(path)), None, text=True)
+    compiled = thresher.compile(model, inputs, {"prepack": True}, target="reference")
+    (folder / "certificate.json").write_text(compiled.certificate.to_json())
+    found["certificate"] = Plain(folder / "certificate.json",
+                                 lambda path: Certificate.from_json(path.read_bytes()), None, text=True)  # fmt: skip
+    (folder / "state.json").write_text(json.dumps({"format": 1, "key": "k", "rows": {}}))
+    found["state"] = Plain(folder / "state.json", lambda path: _State(path, "k"), None, text=True)
+    return found
+
+
+def _fuzz(kinds, count, seed):
+    """Escapes, as text: what was raised that is no ThresherError, and errors that do not name the file."""
+    escapes, refused = [], 0
+    for number in range(count):
+        draw = random.Random(f"{seed}-{number}")
+        name = draw.choice(list(kinds))
+        kind = kinds[name]
+        changed = kind.mutate(draw)
+        try:
+            kind.read(changed)
+        except ThresherError as error:
+            refused += 1
+            if name != "certificate" and str(kind.path) not in str(error):  # which is given as text
+                escapes.append(f"{seed}-{number} {name}: does not name its file: {error}")
+        except Exception as error:
+            escapes.append(f"{seed}-{number} {name}: {type(error).__name__}: {str(error)[:200]}")
+        finally:
+            kind.path.write_bytes(kind.content)
+    return escapes, refused
+
+
+def _peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.thorough)])
+def test_a_damaged_file_is_refused_or_read_as_it_was(kinds, count):
+    _fuzz(kinds, 60, "warm")
+    before = _peak()
+    escapes, refused = _fuzz(kinds, count, "file")
+    assert not escapes, "\n".join([f"{len(escapes)} escapes", *escapes[:40]])
+    assert refused > count // 2
+    largest = max(len(kind.content) for kind in kinds.values())
+    assert _peak() - before <= 2 * largest + (64 << 20)
+
+
+def test_a_manifest_that_would_grow_to_gigabytes_is_not_unpacked(kinds):
+    """A gigabyte of blanks in a few: memory holds none of it."""
+    kind = kinds["archive"]
+    manifest = json.loads(kind.parts[MARK])
+    with zipfile.ZipFile(kind.path, "w") as archive:
+        with archive.open(zipfile.ZipInfo(MARK), "w") as member:
+            member.write(json.dumps(manifest).encode()[:-1])
+        archive.infolist()[0].compress_type = zipfile.ZIP_DEFLATED
+    big = zipfile.ZipInfo(MARK)
+    big.compress_type = zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(kind.path, "w") as archive, archive.open(big, "w", force_zip64=True) as member:
+        for _ in range(1024):
+            member.write(b" " * (1 << 20))
+    before = _peak()
+    try:
+        with pytest.raises(ThresherError, match="is packed"):
+            thresher.load(kind.path)
+    finally:
+        kind.path.write_bytes(kind.content)
+    assert _peak() - before <= 64 << 20
