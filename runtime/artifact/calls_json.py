@@ -11,7 +11,7 @@ import torch
 from thresher.graph.call_plan import CallPlan, Choice, Shortened
 from thresher.graph.program import Program
 
-from .layout_json import decode_layout, decode_rule, encode_layout, encode_rule
+from .layout_json import check_places, decode_layout, decode_rule, encode_layout, encode_rule
 from .program_json import decode, encode
 
 Hold = Callable[[torch.Tensor], int]
@@ -32,6 +32,7 @@ def decode_all(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Program:
     program = decode(data["body"], tensors)
     if "layout" in data:
         program.packing = decode_layout(data["layout"], tensors)
+        check_places(program.packing, program)
     if "plan" in data:
         program.calls = _decode_plan(data["plan"], tensors)
     return program

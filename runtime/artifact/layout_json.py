@@ -19,10 +19,18 @@ from thresher.graph.packed_layout import (
     Scatter,
     Visibility,
 )
+from thresher.graph.program import Program
 
 from .program_json import ArtifactError, decode, encode
 
 _KINDS = {kind.__name__.lower(): kind for kind in (Gather, PlanField, Scatter, Passed)}
+_TYPES = {
+    "int": (int,),
+    "str": (str,),
+    "bool": (bool,),
+    "float": (int, float),
+    "int | None": (int, type(None)),
+}
 _PARTS = ("prologue", "epilogue", "padded")
 _KNOWN = {*_PARTS, "mask", "tokens", "arguments", "epilogue_arguments", "results", "visibilities", "masks",
           "reclassify", "proven", "packing", "extras", "rewritten"}  # fmt: skip
@@ -83,11 +91,11 @@ def decode_layout(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Packe
         epilogue_arguments=[_read(a) for a in data["epilogue_arguments"]],
         results=[_read(r) for r in data["results"]],
         padded=padded,
-        visibilities={site: Visibility(**v) for site, v in data["visibilities"].items()},
+        visibilities={site: _typed(Visibility, v) for site, v in data["visibilities"].items()},
         masks=tuple(data["masks"]),
         reclassify=_unknown if data["bounded"] else None,
         proven=data["proven"],
-        packing=Packing(**data.get("packing", {})),
+        packing=_typed(Packing, data.get("packing", {})),
         extras=tuple(_read(r) for r in data.get("extras", ())),
         rewritten=data.get("rewritten", False),
     )
@@ -127,4 +135,37 @@ def _write(where: Any) -> dict[str, Any]:
 
 
 def _read(data: Mapping[str, Any]) -> Any:
-    return _KINDS[data["kind"]](**{k: v for k, v in data.items() if k != "kind"})
+    return _typed(_KINDS[data["kind"]], {k: v for k, v in data.items() if k != "kind"})
+
+
+def _typed(kind: Any, given: Mapping[str, Any]) -> Any:
+    """A frozen dataclass of plain values, each of the type it is declared with. Raises ArtifactError."""
+    made = kind(**given)
+    for each in fields(made):
+        held = getattr(made, each.name)
+        if type(held) not in _TYPES[str(each.type)]:
+            raise ArtifactError(
+                f"the layout's {kind.__name__} has {each.name}={held!r}, which is no {each.type}"
+            )
+    return made
+
+
+def check_places(layout: PackedLayout, body: Program) -> None:
+    """Raise ArtifactError unless all that a layout takes from somewhere is there."""
+    counts = {"input": len(layout.padded.placeholders), "body": len(body.outputs)}
+    for name in ("prologue", "epilogue"):
+        part = getattr(layout, name)
+        counts[name] = len(part.outputs) if part is not None else 0
+    wanted = [
+        ("input", layout.mask),
+        ("input", layout.tokens),
+        *(("prologue", index) for index in layout.masks),
+    ]
+    for where in (*layout.arguments, *layout.epilogue_arguments, *layout.results, *layout.extras):
+        if isinstance(where, (Gather, Scatter, Passed)):
+            wanted.append((getattr(where, "origin", "body"), where.index))
+    for origin, index in wanted:
+        if type(index) is not int or not 0 <= index < counts.get(origin, 0):
+            raise ArtifactError(
+                f"the layout takes {index!r} from {origin!r}, which gives {counts.get(origin, 0)}"
+            )
