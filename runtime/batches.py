@@ -30,6 +30,7 @@ class Batch:
 
 
 def example(program: Program, inputs: Sequence[Any]) -> Batch:
+    """The example itself as a batch."""
     mask = mask_of(program, inputs)
     size = _size(inputs, mask)
     return Batch(f"the example{size}", list(inputs))

@@ -39,6 +39,7 @@ def run_with_extras(program: Program, inputs: Sequence[Any], plain: Target) -> l
 
 
 def outcome(program: Program, inputs: Sequence[Any], plain: Target) -> Outcome:
+    """What a program gives for the caller's inputs, without counting it among its sites' calls."""
     with site_counts.paused():
         return Outcome(program, *run_built(program, inputs, plain, Report(plain.name)))
 

@@ -1,5 +1,6 @@
 """Sparse MLPs (DEFT): read only the weights of neurons that are on."""
 
-from .deft import Deft, DeftConfig
+from .config import DeftConfig
+from .deft import Deft
 
 __all__ = ["Deft", "DeftConfig"]

@@ -29,7 +29,8 @@ import torch
 from torch import nn
 
 from thresher.kernels.nvfp4 import cpu as nvfp4_cpu
-from thresher.kernels.nvfp4.quantize import MODES, random_hadamard
+from thresher.kernels.nvfp4.hadamard import random_hadamard
+from thresher.kernels.nvfp4.quantize import MODES
 
 from ..errors import ArgumentError
 from ..formats.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, pad_blocks

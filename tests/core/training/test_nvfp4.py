@@ -8,7 +8,8 @@ from torch import nn
 
 import thresher
 from thresher.errors import ArgumentError
-from thresher.kernels.nvfp4.quantize import hadamard16, quantize, random_hadamard
+from thresher.kernels.nvfp4.hadamard import hadamard16, random_hadamard
+from thresher.kernels.nvfp4.quantize import quantize
 from thresher.training.nvfp4 import PAPER, NVFP4Linear, TrainingRecipe, fake_quantize, restore, use_recipe
 
 EXACT = TrainingRecipe(forward=False, dgrad=False, wgrad=False)

@@ -9,7 +9,8 @@ from thresher.errors import ArgumentError
 from thresher.formats.nvfp4 import unpack
 from thresher.kernels import native
 from thresher.kernels.nvfp4 import cpu as nvfp4_cpu
-from thresher.kernels.nvfp4.quantize import MODES, hadamard16, quantize, random_hadamard
+from thresher.kernels.nvfp4.hadamard import hadamard16, random_hadamard
+from thresher.kernels.nvfp4.quantize import MODES, quantize
 
 SMALL, LARGE = 1 << 16, 10 << 20
 
