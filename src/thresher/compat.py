@@ -154,4 +154,5 @@ def changing_size(tensor: torch.Tensor, dim: int) -> None:
 
 
 def constant_size(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo take this size of a tensor for a constant, also where it makes the others symbols."""
     torch._dynamo.mark_static(tensor, dim)

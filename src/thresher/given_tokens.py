@@ -110,4 +110,5 @@ def reading_kept() -> Iterator[None]:
 
 
 def kept_is_read() -> bool:
+    """Whether the caller asked which tokens were kept, so that programs must give it back."""
     return _READ.get()
