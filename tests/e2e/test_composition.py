@@ -141,7 +141,9 @@ def cell(outcome) -> str:
         reason = "" if p.rewritten or not p.missed else f" ({p.missed[0].reason})"
         parts.append(f"{p.name} {len(p.rewritten)} of {len(p.rewritten) + len(p.missed)}{reason}")
     size = "exact to rounding" if report.error < 1e-5 else f"{report.error:.1g}"
-    return "; ".join(parts) + f"; error {size}, budget {report.budget:.2g}"
+    rounding = report.budget and all(p.exact for p in report.passes if p.rewritten)
+    limit = "the model's own rounding" if rounding else f"{report.budget:.2g}"
+    return "; ".join(parts) + f"; error {size}, budget {limit}"
 
 
 def table() -> str:
