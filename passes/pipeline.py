@@ -23,6 +23,7 @@ from thresher.report import Miss, PassReport, Report
 from . import weights
 from .base import EXACT, PASSES, Context, Match, Pass
 from .candidates import candidates
+from .contain import Containment
 from .cost.ledger import Gain, Ledger
 from .cost.model import CostModel
 from .order import ordered
@@ -41,7 +42,7 @@ class Pipeline:
 
     inputs: real example inputs in the caller's layout, or None for a dry run.
     judge: measures what each pass did; None leaves every pass unverified, and the report says so.
-    cost: prices what passes do; None leaves the predictions to the passes.
+    cost: prices what passes do; None leaves the predictions to the passes. faults: what becomes of a pass that raises.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class Pipeline:
     prepared: dict[str, Any] = field(default_factory=dict)
     matrices: list[weights.Matrix] = field(default_factory=list)
     anchored: bool = True
+    faults: Containment = field(default_factory=Containment)
     _ledger: Ledger | None = None
     _said: list[str] = field(default_factory=list)
 
@@ -70,7 +72,12 @@ class Pipeline:
         self.matrices = weights.matrices(program)
         program = self.prepare(program, report)
         for config in ordered(self.recipe):
-            program, account = self._apply(PASSES[config.name], config, program)
+            rewriter, before, fuel = PASSES[config.name], program, self.fuel
+            if rewriter.name not in self.faults.dropped:
+                with self.faults.around(rewriter, before):
+                    program, account = self._apply(rewriter, config, before)
+            if rewriter.name in self.faults.dropped:
+                program, account, self.fuel = before, self.faults.account(rewriter.name), fuel
             report.passes.append(account)
         prove_whole(self.judge, captured, program, report)
         if self.cost is not None:
@@ -82,7 +89,8 @@ class Pipeline:
     def prepare(self, program: Program, report: Report) -> Program:
         """The program after what the recipe's passes prepare, in their order; notes about it go to the report."""
         for config in ordered(self.recipe):
-            program = self._prepare(PASSES[config.name], config, program, report)
+            with self.faults.around(PASSES[config.name], program):
+                program = self._prepare(PASSES[config.name], config, program, report)
         return program
 
     def _prepare(self, rewriter: Pass, config: PassConfig, before: Program, report: Report) -> Program:

@@ -3,12 +3,14 @@
 A model's own weights are passed to the compiled code at every call, so replacing or editing one needs
 nothing more. A weight computed from others (packed codes, say) is checked against the tensors it was
 computed from: another stamp (`thresher.graph.stamp`) means it is stale, and it is computed anew.
-Writes through `p.data.copy_(...)` leave no trace and cannot be seen; call `Session` anew after those.
+Writes through `p.data.copy_(...)` leave no trace. In the mode "sample" some values of each source are therefore
+compared now and then (`stamp.Sample`), in so far as that takes no more than SHARE of the time that passes.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,10 @@ import torch
 
 from thresher.errors import StaleWeightsError
 from thresher.graph.program import Program, Weight
-from thresher.graph.stamp import stamp
+from thresher.graph.stamp import Sample, stamp
+
+SHARE = 0.005
+"""Of the time since a program was made, how much may go into looking at samples."""
 
 
 class Freshness:
@@ -32,6 +37,9 @@ class Freshness:
             n: tuple(map(stamp, kept)) for n, kept in self._kept.items()
         }
         self._lock = threading.Lock()
+        self._derived = [n for n, w in program.weights.items() if w.source]
+        self._samples = {n: self._sampled(self._kept[n]) for n in self._derived}
+        self._made, self._spent, self._turn, self._due = time.perf_counter(), 0.0, 0, 0.0
 
     def tensors(
         self, names: Sequence[str], live: Mapping[str, torch.Tensor]
@@ -41,6 +49,8 @@ class Freshness:
         live: the model's tensors by FQN. Raises StaleWeightsError for a stale weight that cannot be recomputed.
         """
         result, repacked = [], 0
+        if self.mode == "sample" and self._derived and time.perf_counter() >= self._due:
+            self._look()
         for name in names:
             weight = self._weights[name]
             if not weight.source:
@@ -64,4 +74,32 @@ class Freshness:
             with torch.no_grad():
                 self._current[name] = weight.derive(*sources)
             self._stamps[name], self._kept[name] = now, tuple(sources)
+            self._samples[name] = self._sampled(sources)
             return 1
+
+    def _sampled(self, sources: Sequence[torch.Tensor]) -> list[Sample]:
+        return [Sample(t) for t in sources] if self.mode == "sample" else []
+
+    def _look(self) -> None:
+        """Look at samples, each weight in its turn, for as long as SHARE allows; all at once after a pause.
+
+        One that changed is stale, and then all are looked at: whoever writes through `.data` writes to many.
+        """
+        begun = time.perf_counter()
+        for _ in self._derived:
+            self._turn = (self._turn + 1) % len(self._derived)
+            if self._stale(self._derived[self._turn]):
+                for name in self._derived:
+                    self._stale(name)
+                break
+            if self._spent + time.perf_counter() - begun > SHARE * (begun - self._made):
+                break
+        ended = time.perf_counter()
+        self._spent += ended - begun
+        self._due = self._made + self._spent / SHARE
+
+    def _stale(self, name: str) -> bool:
+        found = any([sample.changed() for sample in self._samples[name]])
+        if found:
+            self._stamps[name] = ()  # equals no stamp: the weight is computed anew when it is read
+        return found

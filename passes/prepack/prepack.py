@@ -132,6 +132,15 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
             raise NotPackable(
                 f"The {axis} dimension is 1 in this graph, so there is no padding between rows to leave out."
             )
+    if (
+        isinstance(batch, torch.SymInt)
+        and isinstance(sequence, torch.SymInt)
+        and batch.node.expr == sequence.node.expr
+    ):
+        raise Decline(
+            f"The example has {example_of(batch)} rows of as many tokens, so that torch gives both sizes one symbol and "
+            "they cannot be told apart. A call with another number of rows compiles anew and is packed."
+        )
     # The flow starts at the embedded tokens, not at the ids: what else a model computes from the ids
     # (RoBERTa counts positions in them) is a handful of integers and stays padded.
     start = _embedded(tokens) or [tokens]

@@ -21,6 +21,7 @@ from thresher.lowering.reference import Reference
 from thresher.lowering.target import Target
 from thresher.passes import catalog as passes
 from thresher.passes.calibrate import Calibration, Statistics
+from thresher.passes.contain import Containment
 from thresher.passes.cost.model import CostModel
 from thresher.passes.pipeline import Pipeline
 from thresher.runtime.artifact.fakes import materialise
@@ -76,7 +77,9 @@ def thresher_backend(
         refuse = cannot_rewrite(gm)
         if refuse is not None:
             raise ThresherError(refuse)
-        session, roles = build(gm, example_inputs, recipe, lower(dict(recipe.inductor), mode))
+        session, roles = build(
+            gm, example_inputs, recipe, lower(dict(recipe.inductor), mode), contain=not strict
+        )
     except ThresherError as reason:
         if strict:
             raise
@@ -99,14 +102,16 @@ def _say_what_is_undone(gm: fx.GraphModule, report: Report) -> None:
     side_graphs.tell(
         gm, bool(report.rewritten), functools.partial(warn, said, gm) if reason is not None else None
     )
+    for dropped in (p.dropped for p in report.passes if p.dropped):
+        warn(f"thresher left out a pass. {dropped}", gm)
     for said in dict.fromkeys(n for p in report.passes for n in p.notes if n.startswith("keep=")):
         warn(f"thresher: {said}", gm)
 
 
 def build(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe, target: Target
+    gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe, target: Target, contain: bool = False
 ) -> tuple[Session, list[str]]:
-    """Capture, rewrite and lower one Dynamo graph."""
+    """Capture, rewrite and lower one Dynamo graph; `contain` as in `run_pipeline`."""
     places = capture.places_of(gm, example_inputs)
     inputs = real_inputs(gm, places.roles)
     with without_fake_mode(), torch.no_grad():
@@ -124,13 +129,13 @@ def build(
         if inputs is not None and program.updates and not apart:
             capture.refuse_shared_writes(program, inputs)
         with without_fake_mode(), torch.no_grad(), autocast.suspended():
-            rewritten, report = run_pipeline(program, recipe, inputs)
+            rewritten, report = run_pipeline(program, recipe, inputs, contain=contain)
             report.target = target.name
             report.notes += provider_notes(rewritten)
             session = _session(rewritten, program, recipe, target, report)
             session.certificate = certify(program, rewritten, recipe, report)
             session.captured = program
-            if entry is not None:
+            if entry is not None and not any(p.dropped for p in report.passes):
                 entry.keep(program, rewritten, report, session.certificate)
     report = session.report
     _keep_memory(session.program, report)
@@ -153,7 +158,7 @@ def _session(rewritten: Program, program: Program, recipe: Recipe, target: Targe
                 passes[i] = dataclasses.replace(config, choice=choices[config.name])  # type: ignore[call-arg]
         other = dataclasses.replace(recipe, passes=tuple(passes), require=(), verify=False)
         with without_fake_mode(), torch.no_grad(), autocast.suspended():
-            again, account = run_pipeline(program, other, inputs)
+            again, account = run_pipeline(program, other, inputs, contain=True)
         account.target = target.name
         return _session(again, program, other, target, account)
 
@@ -170,7 +175,7 @@ def _session_of(kept: Kept, recipe: Recipe, target: Target, inputs: Sequence[Any
 
         def again(program: Program) -> Program:
             with without_fake_mode(), torch.no_grad(), autocast.suspended():
-                return run_pipeline(materialise(program), other, None, lengths)[0]
+                return run_pipeline(materialise(program), other, None, lengths, contain=True)[0]
 
         layout.reclassify = later_masks(kept.captured, again)
     plain = Reference()
@@ -190,11 +195,16 @@ def _keep_memory(program: Program, report: Report) -> None:
 
 
 def run_pipeline(
-    program: Program, recipe: Recipe, inputs: Sequence[Any] | None, lengths: Sequence[int] | None = None
+    program: Program,
+    recipe: Recipe,
+    inputs: Sequence[Any] | None,
+    lengths: Sequence[int] | None = None,
+    contain: bool = False,
 ) -> tuple[Program, Report]:
     """Run a recipe over a Program; with real example inputs each pass is verified.
 
     lengths: real tokens of each row, for the cost model; from the inputs' mask when there are inputs.
+    contain: leave out a pass that raises, said in its report, instead of raising ContractError.
     """
     program.mask_name = recipe.mask_name
     known = [value(p) for p in program.placeholders]
@@ -206,6 +216,7 @@ def run_pipeline(
         device=device,
         stats=_statistics(recipe, program),
         cost=CostModel(devices.of(device), lengths or real_lengths(program, inputs)),
+        faults=Containment(contain),
     )
     with compiling(), watch() as checks:
         rewritten, report = pipeline.run(program)

@@ -55,6 +55,7 @@ class PassReport:
         clock; empty without.
     guilty: the site whose rewrite broke the budget of a pass that was rolled back.
     counted: site -> the name its operator counts under, for passes whose sites choose at each call.
+    dropped: why the pass was left out: it raised, or broke its contract.
     flops: what the layers compute "before" and "after" the pass on the example; empty for most passes.
     weights: bytes of the matrices that products multiply by, "rewritten" and "missed"; empty for passes that are not
         about weights. apart: the matrices that no product multiplies by, such as tables that are looked up.
@@ -80,6 +81,7 @@ class PassReport:
     own: float | None = None
     against: str = "the program before"
     checked: list[str] = field(default_factory=list)
+    dropped: str | None = None
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], strict: bool = False) -> PassReport:
@@ -256,6 +258,8 @@ def _details(p: PassReport) -> list[Any]:
         for site, found in p.activity.items()
         if any(found.values())
     ]
+    if p.dropped:
+        lines.append(Text(f"{p.name} was left out: {p.dropped}", style="red"))
     if p.rolled_back:
         lines.append(Text(f"{p.name} was rolled back: {p.rolled_back}", style="red"))
     if p.unverified:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from thresher.runtime.artifact.fakes import materialise
-from thresher.runtime.freshness import Freshness
 
 from .graph.call_rules import Rule
 from .graph.packed_layout import Counted
@@ -42,9 +41,8 @@ def _name(value: Any, path: str, places: dict[int, str], depth: int = 0) -> None
 def current(program: Program, live: Mapping[str, torch.Tensor]) -> Program:
     """The program with the model's weights as they are now, packed ones recomputed where needed."""
     copy = materialise(program).copy()
-    names = list(copy.weights)
-    tensors, _ = Freshness(program, "check").tensors(names, live)
-    for name, tensor in zip(names, tensors, strict=True):
+    for name, weight in list(copy.weights.items()):
+        tensor = _now(weight, live)
         copy.weights[name] = Weight(copy.weights[name].fqn, tensor)
         copy.graph_module._buffers[name] = tensor
     layout = program.packing
@@ -60,6 +58,14 @@ def current(program: Program, live: Mapping[str, torch.Tensor]) -> Program:
         }
         copy.calls = dataclasses.replace(program.calls, choices=choices)
     return copy
+
+
+def _now(weight: Weight, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A weight as it follows from the live ones. One that cannot be computed anew is as the last call checked it."""
+    if weight.source and weight.derive is not None and all(fqn in live for fqn in weight.source):
+        with torch.no_grad():
+            return weight.derive(*(live[fqn] for fqn in weight.source))
+    return weight.tensor if weight.source else live.get(weight.fqn, weight.tensor)
 
 
 def _counted(argument: Any, live: Mapping[str, torch.Tensor]) -> Any:

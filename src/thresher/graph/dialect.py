@@ -60,7 +60,7 @@ _NO_MEANING = {
 }
 _SIZE_FUNCTIONS = {
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.truediv,
-    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem,
+    operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem,
     torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_ite, torch.sym_sum,
 }  # fmt: skip
 

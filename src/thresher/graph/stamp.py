@@ -18,8 +18,9 @@ def stamp(tensor: torch.Tensor) -> Stamp:
 
     Seen are another object, writes in place (`copy_`, an optimizer's step), a new storage behind the same object
     (`p.data = ...`, `set_`, `swap_tensors`, a move to another device or dtype) and another view of the same storage.
-    Not seen are writes through `p.data.copy_(...)`, and in place to a tensor made in inference mode: neither counts
-    up a version. A tensor made of others, such as a DTensor, has the stamps of its parts behind its own.
+    Not seen are writes through `p.data.copy_(...)`, for which there is `Sample`, and in place to a tensor made in
+    inference mode: neither counts up a version. A tensor made of others, such as a DTensor, has the stamps of its
+    parts behind its own.
 
     Holds `id(tensor)`, so keep the tensor (or a weak reference) beside its stamp: an id is used again later.
     """
@@ -38,3 +39,41 @@ def _parts(tensor: torch.Tensor) -> Stamp:
     if is_fake(tensor) or tensor.layout is not torch.strided:
         return ()
     return tensor.data_ptr(), tensor.stride()
+
+
+_SAMPLED = 64
+
+
+class Sample:
+    """Some of a tensor's values, spread over all of it, to notice what no stamp sees: a write through `p.data`.
+
+    Only tensors in the main memory are looked at: asking a GPU would wait for all it has to do. Takes some
+    microseconds, whatever the tensor's size; a write to few of its elements may go unseen.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._view = _spread(tensor)
+        self._bytes = self._read()
+
+    def changed(self) -> bool:
+        """Whether the values differ from those when this was made."""
+        return self._view is not None and self._read() != self._bytes
+
+    def _read(self) -> bytes:
+        if self._view is None:
+            return b""
+        return self._view.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _spread(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A view of up to 2 * 64 values of a plain CPU tensor, one after the other in memory order; None for others."""
+    plain = type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if not plain or not tensor.numel():
+        return None
+    flat = tensor.detach()
+    flat = flat.permute(sorted(range(flat.dim()), key=lambda d: -flat.stride(d)))
+    if not flat.is_contiguous():  # part of a larger tensor: its first rows
+        flat = flat[(0,) * (flat.dim() - 1)][:_SAMPLED]
+        return flat if flat.is_contiguous() else None
+    flat = flat.view(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLED)]
