@@ -137,7 +137,7 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
         and isinstance(sequence, torch.SymInt)
         and batch.node.expr == sequence.node.expr
     ):
-        raise Decline(
+        raise NotPackable(
             f"The example has {example_of(batch)} rows of as many tokens, so that torch gives both sizes one symbol and "
             "they cannot be told apart. A call with another number of rows compiles anew and is packed."
         )

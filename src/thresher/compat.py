@@ -123,10 +123,7 @@ def isolated() -> dict[str, Any]:
     graphs. Empty for a torch that cannot keep them apart.
     """
     known = inspect.signature(torch.compile).parameters
-    if "isolate_recompiles" not in known:
-        return {}
-    # threads that meet a new shape at once each compile it, so that eight graphs are soon used up
-    return {"isolate_recompiles": True} | ({"recompile_limit": 64} if "recompile_limit" in known else {})
+    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
 
 
 def room_for_graphs() -> contextlib.AbstractContextManager[Any]:
@@ -156,3 +153,10 @@ def changing_size(tensor: torch.Tensor, dim: int) -> None:
 def constant_size(tensor: torch.Tensor, dim: int) -> None:
     """Let Dynamo take this size of a tensor for a constant, also where it makes the others symbols."""
     torch._dynamo.mark_static(tensor, dim)
+
+
+def own_symbols() -> contextlib.AbstractContextManager[Any]:
+    """Within the context sizes that happen to be equal get a symbol each, not one together."""
+    import torch.fx.experimental._config as settings
+
+    return settings.patch(use_duck_shape=False)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from thresher.passes.keep import unnamed
 
-from .compat import uncollected
+from .compat import own_symbols, uncollected
 from .compiled import Compiled
 from .errors import ArgumentError, NothingRewrittenError, ThresherError, did_you_mean
 from .model_capture import example
@@ -59,7 +61,8 @@ def compile_strictly(
     compiled = Compiled(model, recipe, dynamic=dynamic, mode=mode, target=target)
     if disabled():
         return compiled
-    with uncollected(), warnings.catch_warnings():
+    square = dynamic is not False and any(map(_square, tree_leaves((args, kwargs))))
+    with uncollected(), warnings.catch_warnings(), own_symbols() if square else contextlib.nullcontext():
         if not may_do_nothing:  # raised below
             warnings.filterwarnings("ignore", "thresher rewrote nothing", ThresherWarning)
         compiled(*args, **kwargs)
@@ -70,6 +73,11 @@ def compile_strictly(
         )
     _check_done(compiled, may_do_nothing)
     return compiled
+
+
+def _square(given: Any) -> bool:
+    """Whether a batch has as many rows as columns, which torch would take for one size that varies."""
+    return isinstance(given, torch.Tensor) and given.dim() > 1 and given.shape[0] == given.shape[1] > 1
 
 
 def _check_done(compiled: Compiled, may_do_nothing: bool) -> None:

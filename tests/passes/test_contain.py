@@ -9,7 +9,7 @@ from torch import nn
 import thresher
 from thresher import sessions
 from thresher.errors import ArgumentError, ContractError
-from thresher.left_alone import ThresherWarning
+from thresher.notices import ThresherWarning
 from thresher.passes.base import PASSES, Effect, Match, Pass
 from thresher.recipe import CONFIGS, PassConfig
 
