@@ -134,14 +134,17 @@ def _resized(program: Program, inputs: list[Any]) -> list[Any]:
     )
     if first is None:
         return inputs
-    sizes = {}
+    sizes, columns = {}, set()
     for dim, most in ((0, ROWS), (1, WIDTH)):
-        symbol = _open(known[first], dim)
-        if symbol is not None and (dim == 0 or mask is not None):
-            sizes[symbol] = most if dim == 0 else min(most, inputs[first].shape[1])
-    columns = _open(known[first], 1) if mask is not None else None
+        if _open(known[first], dim) is not None and (dim == 0 or mask is not None):
+            # torch may give one size a symbol for each input that has it
+            alike = {_open(k, dim) for k, x in zip(known, inputs) if _as_many(x, inputs[first], dim)} - {None}
+            sizes.update(
+                dict.fromkeys(alike - set(sizes), most if dim == 0 else min(most, inputs[first].shape[1]))
+            )
+            columns = alike if dim == 1 else columns
     last = mask is not None and _padded_left(inputs[mask])
-    for chosen in (sizes, {s: n for s, n in sizes.items() if s != columns}):
+    for chosen in (sizes, {s: n for s, n in sizes.items() if s not in columns}):
         if chosen and _allowed(known, chosen):
             return [_cut(x, k, chosen, columns, last) for x, k in zip(inputs, known)]
     return inputs
@@ -149,6 +152,11 @@ def _resized(program: Program, inputs: list[Any]) -> list[Any]:
 
 def _padded_left(mask: torch.Tensor) -> bool:
     return bool((mask[:, -1] != 0).all() and not (mask[:, 0] != 0).all())
+
+
+def _as_many(given: Any, first: torch.Tensor, dim: int) -> bool:
+    """Whether an input is as large as the first in a dimension."""
+    return isinstance(given, torch.Tensor) and given.dim() > dim and given.shape[dim] == first.shape[dim]
 
 
 def _open(known: Any, dim: int) -> Any:
@@ -183,7 +191,7 @@ def _allowed(known: Sequence[Any], sizes: Mapping[Any, int]) -> bool:
     return all(g.xreplace(everything) == True for g in guards)  # noqa: E712  # sympy's own true
 
 
-def _cut(given: Any, known: Any, sizes: Mapping[Any, int], columns: Any, last: bool) -> Any:
+def _cut(given: Any, known: Any, sizes: Mapping[Any, int], columns: set[Any], last: bool) -> Any:
     """An input at these sizes: rows in turn from the first, and the first or the last columns."""
     if isinstance(known, torch.SymInt):
         return sizes.get(known.node.expr, given)
@@ -193,7 +201,7 @@ def _cut(given: Any, known: Any, sizes: Mapping[Any, int], columns: Any, last: b
         wanted = sizes.get(size.node.expr) if isinstance(size, torch.SymInt) else None
         if wanted is None:
             continue
-        if columns is not None and size.node.expr == columns:
+        if size.node.expr in columns:
             given = given.narrow(dim, given.shape[dim] - wanted if last else 0, wanted)
         else:
             given = given.index_select(dim, torch.arange(wanted, device=given.device) % given.shape[dim])
