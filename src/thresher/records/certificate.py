@@ -70,7 +70,7 @@ class Certificate:
     budget: what `error` may be. checked: the batches the proof saw, in words; docs/numerics.md says what it proves.
     weights, program, recipe_fingerprint: hashes. recipe: what `Recipe.of` turns into the same recipe.
     predicted: time before over time after by the cost model; None without a prediction.
-    measured: the same, timed on `machine`; None until `thresher bench` or `thresher.measure` has run.
+    measured: the same, timed on `machine`; None until `thresher bench` or `thresher.tools.bench.compare` has run.
     """
 
     recipe: dict[str, Any]
