@@ -17,6 +17,7 @@ from torch import fx
 from ..errors import DialectError
 from .nodes import value, writes
 from .program import Program
+from .scatters import join_slices
 
 aten = torch.ops.aten
 
@@ -174,6 +175,7 @@ def canonicalise(program: Program) -> Program:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
     _settle_spelling(graph)
+    join_slices(program)
     program.clean()
     return program
 

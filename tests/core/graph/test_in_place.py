@@ -167,3 +167,19 @@ def test_a_buffer_that_the_model_writes_to_is_an_input():
         torch.testing.assert_close(ours.seen, plain.seen)
     kept = fast.sessions[0].program
     assert kept.input_names == ["x", "seen"] or kept.input_names == ["seen", "x"]
+
+
+@pytest.mark.parametrize("function, joined", [
+    (lambda x: (y := x.new_empty(4, 8), y[:, :3].copy_(x[:, :3]), y[:, 3:].copy_(x), y + 0)[-1], True),
+    (lambda x: (y := x.new_empty(4, 8), y[:, -5:].copy_(x), y[:, :3].copy_(x[:, :3]), y + 0)[-1], True),
+    (lambda x: (y := x.new_zeros(4, 8), y[:, :3].copy_(x[:, :3]), y[:, 4:].copy_(x[:, 1:]), y + 0)[-1], False),  # a gap
+    (lambda x: (y := x.new_zeros(4, 8), y[:, :4].copy_(x[:, 1:]), y[:, 3:].copy_(x), y + 0)[-1], False),  # they overlap
+    (lambda x: (y := x.new_zeros(4, 8), y[:, ::2].copy_(x[:, 1:]), y[:, 1::2].copy_(x[:, 1:]), y + 0)[-1], False),
+    (lambda x: (y := x.new_empty(4, 8, dtype=torch.float64), y[:, :3].copy_(x[:, :3]), y[:, 3:].copy_(x), y + 0)[-1], True),
+])  # fmt: skip
+def test_a_fresh_tensor_filled_by_slices_is_put_together(function, joined):
+    x = torch.randn(4, 5)
+    program, (result,) = captured(function, x)
+    torch.testing.assert_close(result, function(x))
+    assert bool(program.nodes(torch.ops.aten.cat.default)) == joined
+    assert bool(program.nodes(torch.ops.aten.slice_scatter.default)) != joined
