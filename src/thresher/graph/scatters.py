@@ -70,11 +70,9 @@ def _span(node: fx.Node) -> tuple[int, int | None, int | None]:
 
 
 def _written(piece: Any) -> fx.Node | None:
-    """What a write puts there: the source of a copy of its own shape and dtype, else the value itself."""
-    if not isinstance(piece, fx.Node):
-        return None
-    if piece.target is aten.copy.default and isinstance(piece.args[1], fx.Node):
-        source = piece.args[1]
-        if value(source).shape == value(piece).shape and value(source).dtype == value(piece).dtype:
-            return source
-    return piece
+    """What a write puts there; None where that is cast or repeated on the way, which reads the place it goes to."""
+    if not isinstance(piece, fx.Node) or piece.target is not aten.copy.default:
+        return piece if isinstance(piece, fx.Node) else None
+    source = piece.args[1]
+    same = isinstance(source, fx.Node) and value(source).dtype == value(piece).dtype
+    return source if same and value(source).shape == value(piece).shape else None  # type: ignore[return-value]

@@ -9,8 +9,8 @@ import thresher
 def test_latent_attention_is_packed():
     torch.manual_seed(0)
     torch._dynamo.reset()
-    config = hf.DeepseekV3Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=2, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16,
+    config = hf.DeepseekV3Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                 num_attention_heads=2, num_key_value_heads=2, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16,
                                  qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, pad_token_id=0)  # fmt: skip
     model = hf.DeepseekV3ForCausalLM(config).eval()
     real = torch.arange(9) < torch.tensor((9, 4, 2))[:, None]
