@@ -18,7 +18,7 @@ FACE = {
     "__init__", "__main__", "api", "compiled", "strict", "model_capture", "backend", "cli", "export", "export_example",
     "saving",
     "quantization", "generation", "testing",
-    "records", "cache", "training", "tools",
+    "records", "cache", "training", "tools", "integrations",
 }  # fmt: skip
 ALLOWED = {
     "core": {"core"},

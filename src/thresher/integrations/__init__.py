@@ -1,0 +1,1 @@
+"""Thresher where models are used by way of another library."""

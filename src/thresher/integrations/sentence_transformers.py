@@ -1,0 +1,153 @@
+"""Embedding and ranking models of sentence-transformers, whose padding a packed model leaves out.
+
+st = SentenceTransformer("all-MiniLM-L6-v2")
+thresher.integrations.sentence_transformers.optimize(st, "embed", tokens_per_batch=8192)
+st.encode(texts)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..compiled import Compiled
+from ..errors import ArgumentError
+from ..recipe import Recipe
+from ..strict import compile_strictly
+
+M = TypeVar("M")
+_WORDS = tuple(
+    [
+        "thresher",
+        "keeps",
+        "the",
+        "grain",
+        "and",
+        "leaves",
+        "the",
+        "chaff",
+        "of",
+        "every",
+        "harvest",
+        "that",
+        "is",
+        "brought",
+        "to",
+        "its",
+        "floor",
+    ]
+)
+_LENGTHS = (4, 9, 17, 6)  # words of the sentences that a model is compiled on: mixed, as texts are
+
+
+def optimize(
+    model: M,
+    recipe: Any = "embed",
+    *,
+    texts: Sequence[str] | None = None,
+    tokens_per_batch: int | None = None,
+    target: str = "inductor",
+    **options: Any,
+) -> M:
+    """Compile the transformer inside a SentenceTransformer or a CrossEncoder, in place; gives the same object back.
+
+    recipe, options, target: as for `thresher.compile`, which raises where nothing could be done. It is compiled once
+        for all lengths and numbers of texts above one; a single text is another program, made when it is met.
+    texts: what it is compiled and verified on, at least two; by default sentences of mixed lengths.
+    tokens_per_batch: batches of up to so many tokens, in the order of the texts: packing makes sorting by length
+        needless, and batches of few texts wasteful. It holds for `encode` or `predict` without a `batch_size`, a
+        pool or a precision. None leaves batches as the library makes them.
+
+    Raises ArgumentError for a model without a transformer inside, or with one that is compiled already.
+    """
+    holder = _holder(model)
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise ArgumentError("tokens_per_batch", tokens_per_batch, "1 or more", "Try 8192.")
+    tokenizer, inner = model.tokenizer, holder.model  # type: ignore[attr-defined]
+    if texts is None:
+        texts = [" ".join(_WORDS[:n]) for n in _LENGTHS]
+    longest = getattr(model, "max_seq_length", None) or getattr(model, "max_length", None)
+    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    device = next(inner.parameters()).device
+    given = {name: t.to(device) for name, t in dict(batch).items()}
+    inner.eval()
+    holder.model = compile_strictly(
+        inner, {**given, "return_dict": True}, Recipe.of(recipe, **options), dynamic=True, target=target
+    )
+    if tokens_per_batch is not None:
+        method = "encode" if hasattr(model, "encode") else "predict"
+        model.__dict__[method] = _ByTokens(model, method, tokens_per_batch)
+    return model
+
+
+def _holder(model: Any) -> Any:
+    """The module of the library's that calls the transformer."""
+    for part in model.children() if isinstance(model, torch.nn.Module) else ():
+        inner = getattr(part, "model", None)
+        if isinstance(inner, Compiled):
+            raise ArgumentError(
+                "model", "a model that was optimized before", "one as it was loaded", "Load it anew."
+            )
+        if isinstance(inner, torch.nn.Module) and hasattr(inner, "config"):
+            return part
+    raise ArgumentError(
+        "model",
+        type(model).__name__,
+        "a SentenceTransformer or CrossEncoder of sentence-transformers 5 or newer with a transformer in PyTorch",
+        "Load it without backend=..., or compile another model with thresher.compile.",
+    )
+
+
+class _ByTokens:
+    """`encode` or `predict` of one model, over batches of so many tokens."""
+
+    def __init__(self, model: Any, method: str, tokens: int):
+        self.model, self.method, self.tokens = model, method, tokens
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(type(self.model), self.method)
+        asked = (
+            args or kwargs.get("batch_size") or kwargs.get("pool") or isinstance(kwargs.get("device"), list)
+        )
+        if asked or kwargs.get("precision", "float32") != "float32" or not _is_texts(inputs):
+            return own(self.model, inputs, *args, **kwargs)
+        kwargs.pop("batch_size", None)
+        parts = [
+            own(self.model, group, batch_size=len(group), **kwargs) for group in self._groups(list(inputs))
+        ]
+        if isinstance(parts[0], torch.Tensor):
+            return torch.cat(parts)
+        return (
+            np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [row for p in parts for row in p]
+        )
+
+    def _groups(self, inputs: list[Any]) -> Iterator[list[Any]]:
+        """Texts, or pairs of them, in their order, in groups of up to `tokens` tokens and of one text at least."""
+        longest = getattr(self.model, "max_seq_length", None) or getattr(self.model, "max_length", None)
+        pairs = inputs if isinstance(inputs[0], str) else [tuple(pair) for pair in inputs]
+        ids: Iterable[Sequence[int]] = self.model.tokenizer(
+            pairs, truncation=True, max_length=longest, padding=False, verbose=False
+        )["input_ids"]
+        group: list[Any] = []
+        held = 0
+        for text, tokens in zip(inputs, ids, strict=True):
+            if group and held + len(tokens) > self.tokens:
+                yield group
+                group, held = [], 0
+            group.append(text)
+            held += len(tokens)
+        yield group
+
+
+def _is_texts(inputs: Any) -> bool:
+    """Whether inputs are several texts, or several pairs of texts."""
+    if not isinstance(inputs, (list, tuple)) or not inputs:
+        return False
+    if all(isinstance(i, str) for i in inputs):
+        return True
+    return all(
+        isinstance(i, (list, tuple)) and len(i) == 2 and all(isinstance(t, str) for t in i) for i in inputs
+    )
