@@ -106,6 +106,21 @@ def test_no_files_import_each_other():
     assert not circles({name: needed(*place, set(known)) for name, place in known.items()})
 
 
+def folder_of(room: str, path: Path) -> str:
+    """A package's name; a file that lies in no package of a room stands for itself."""
+    name = module_of(room, path)
+    return name.rpartition(".")[0] if path.parent != ROOMS[room] and path.name != "__init__.py" else name
+
+
+def test_no_folders_need_each_other():
+    known = {module_of(room, path): (room, path) for room, path in modules()}
+    graph: dict[str, set[str]] = {folder_of(*place): set() for place in known.values()}
+    for place in known.values():
+        mine = folder_of(*place)
+        graph[mine] |= {folder_of(*known[name]) for name in needed(*place, set(known))} - {mine}
+    assert not circles(graph)
+
+
 def test_circles_are_seen():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
