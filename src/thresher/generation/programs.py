@@ -56,7 +56,7 @@ class Sizes:
             "attention_mask"
         )  # of a static cache it is made beside it, and its width is the cache's
         with free_sizes(apart=not (isinstance(mask, torch.Tensor) and mask.dim() == 4)):
-            yield _Marks(self.dynamic is True).prepared(named)
+            yield _prepared(named)
 
 
 def _signature(args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any] | None:
@@ -79,72 +79,70 @@ def _layers(cache: Any) -> list[Any]:
     return [layer for part in (*parts, cache) for layer in getattr(part, "layers", ())]
 
 
-class _Marks:
-    """Marks the sizes that change. others: mark the remaining ones as constant, where torch would let all change."""
+def _prepared(named: dict[str, Any]) -> dict[str, Any]:
+    """A call's keyword arguments, laid out alike in every call and marked with the sizes that change."""
+    given = dict(named)
+    for name in _PER_TOKEN:
+        tensor = given.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if not tensor.is_floating_point():
+            given[name] = tensor = alike(tensor)
+        mask = name.endswith("attention_mask")
+        if mask and tensor.dim() == 4:  # of a static cache: [batch, 1, queries, slots]
+            _mark(tensor, 0, 3, *_tokens(tensor, 2))
+        elif tensor.dim() >= 2:
+            first = tensor.dim() - 2 if name.endswith("position_ids") else 0
+            _mark(tensor, first, *((1,) if mask else _tokens(tensor, first + 1)))
+    for layer in _layers(cache_of(named)):
+        _lay_out(layer)
+    return given
 
-    def __init__(self, others: bool):
-        self.others = others
 
-    def prepared(self, named: dict[str, Any]) -> dict[str, Any]:
-        """A call's keyword arguments, laid out alike in every call."""
-        given = dict(named)
-        for name in _PER_TOKEN:
-            tensor = given.get(name)
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            if not tensor.is_floating_point():
-                given[name] = tensor = alike(tensor)
-            mask = name.endswith("attention_mask")
-            if mask and tensor.dim() == 4:  # of a static cache: [batch, 1, queries, slots]
-                self._mark(tensor, 0, 3, *self._tokens(tensor, 2))
-            elif tensor.dim() >= 2:
-                first = tensor.dim() - 2 if name.endswith("position_ids") else 0
-                self._mark(tensor, first, *((1,) if mask else self._tokens(tensor, first + 1)))
-        for layer in _layers(cache_of(named)):
-            self._lay_out(layer)
-        return given
-
-    def _lay_out(self, layer: Any) -> None:
-        """Lay a cache layer's tensors out as any other call's."""
-        keys = getattr(layer, "keys", None)
-        if isinstance(keys, torch.Tensor) and keys.dim() == 4:
-            for name in ("keys", "values"):
-                tensor = getattr(layer, name)
-                if not tensor.is_contiguous():
-                    tensor = tensor.contiguous()
-                    setattr(layer, name, tensor)
-                # transformers marks a static cache's memory as one of a kind, which would be compiled for anew
+def _lay_out(layer: Any) -> None:
+    """Lay a cache layer's tensors out as any other call's."""
+    keys = getattr(layer, "keys", None)
+    if isinstance(keys, torch.Tensor) and keys.dim() == 4:
+        for name in ("keys", "values"):
+            tensor = getattr(layer, name)
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+                setattr(layer, name, tensor)
+            # transformers marks a static cache's memory as one of a kind, which would be compiled for anew
+            vars(tensor).pop(_STATIC, None)
+            _mark(tensor, 0, 2)
+        length = getattr(layer, "cumulative_length", None)
+        if isinstance(length, torch.Tensor):
+            vars(length).pop(_STATIC, None)
+    clock = getattr(layer, "clock", None)  # of a MixedPrecisionCache
+    if isinstance(clock, torch.Tensor):
+        _mark(clock, 0)
+        for pool in layer.pools:
+            for tensor in pool[:-1]:
+                _mark(tensor, 0, 2)
+            _mark(pool[-1], 0)
+        for tensor in (*layer.places, *([layer.tail_places] if layer.is_initialized else [])):
+            _mark(tensor, 0, 1)
+    for name in ("conv_states", "recurrent_states"):
+        held = getattr(layer, name, None)
+        for tensor in held.values() if isinstance(held, dict) else (held,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim():
                 vars(tensor).pop(_STATIC, None)
-                self._mark(tensor, 0, 2)
-            length = getattr(layer, "cumulative_length", None)
-            if isinstance(length, torch.Tensor):
-                vars(length).pop(_STATIC, None)
-        clock = getattr(layer, "clock", None)  # of a MixedPrecisionCache
-        if isinstance(clock, torch.Tensor):
-            self._mark(clock, 0)
-            for pool in layer.pools:
-                for tensor in pool[:-1]:
-                    self._mark(tensor, 0, 2)
-                self._mark(pool[-1], 0)
-            for tensor in (*layer.places, *([layer.tail_places] if layer.is_initialized else [])):
-                self._mark(tensor, 0, 1)
-        for name in ("conv_states", "recurrent_states"):
-            held = getattr(layer, name, None)
-            for tensor in held.values() if isinstance(held, dict) else (held,):
-                if isinstance(tensor, torch.Tensor) and tensor.dim():
-                    vars(tensor).pop(_STATIC, None)
-                    self._mark(tensor, 0)
+                _mark(tensor, 0)
 
-    def _mark(self, tensor: torch.Tensor, *dims: int) -> None:
-        for dim in range(tensor.dim()) if self.others else dims:
-            (changing_size if dim in dims else constant_size)(tensor, dim)
 
-    def _tokens(self, tensor: torch.Tensor, dim: int) -> tuple[int, ...]:
-        """The dimension of tokens, if it changes: a step of one is a program of its own, which needs no causal mask."""
-        if tensor.shape[dim] == 1:
-            constant_size(tensor, dim)
-            return ()
-        return (dim,)
+def _mark(tensor: torch.Tensor, *dims: int) -> None:
+    """Mark sizes that change; all others are constant, which Dynamo might else doubt after calls of another kind."""
+    for dim in range(tensor.dim()):
+        (changing_size if dim in dims else constant_size)(tensor, dim)
+
+
+def _tokens(tensor: torch.Tensor, dim: int) -> tuple[int, ...]:
+    """The dimension of tokens, if it changes: a step of one is a program of its own, which needs no causal mask."""
+    if tensor.shape[dim] == 1:
+        constant_size(tensor, dim)
+        return ()
+    return (dim,)
 
 
 def alike(tensor: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ class _Calls:
         elif _is_empty_and_static(cache):
             out = self._static_prompt(inputs, named, cache)
         else:
-            out = self._call(*inputs, **named)
+            out = self._call(*inputs, **self._with_mask(named, cache, tokens))
         seconds = time.perf_counter() - began
         if tokens is None:
             return out
@@ -117,6 +117,24 @@ class _Calls:
             real = torch.ones(tokens.shape[0], length, dtype=torch.bool, device=tokens.device)
         self.done.tokens_in = real.bool().sum(1).tolist()
         self.done.prompt(self.model, cache, real.bool(), ran)
+
+    def _with_mask(self, named: dict[str, Any], cache: Any, tokens: Any) -> dict[str, Any]:
+        """A call's arguments with a mask among them: a step has one even where nothing is hidden, so that one program
+        serves rows with padding and without; a prompt None, which is faster."""
+        if (
+            named.get("attention_mask") is not None
+            or tokens is None
+            or cache is None
+            or self.model.config.is_encoder_decoder
+        ):
+            return named
+        seen = cache.get_seq_length()
+        mask = (
+            torch.ones(tokens.shape[0], seen + tokens.shape[1], dtype=torch.long, device=tokens.device)
+            if seen
+            else None
+        )
+        return {**named, "attention_mask": mask}
 
     def _call(self, *inputs: Any, **named: Any) -> Any:
         with _instead(self.model, "forward", self.own):  # what is compiled is the model's own
@@ -163,7 +181,11 @@ class _Calls:
         if inputs or not keys_and_values or not _one_prompt(named, self.mask):
             warn(EAGER_PREFILL)
             return self.written(*inputs, **named)
-        out = self._call(**{**named, name: DynamicCache(), "attention_mask": self.mask})
+        full = all(
+            type(layer) is StaticLayer for layer in layers
+        )  # the cache that a prompt without a static one has
+        handed = DynamicCache(config=self.model.config) if full else DynamicCache()
+        out = self._call(**{**named, name: handed, "attention_mask": self.mask})
         for index, layer in enumerate(cache_of(out).layers):
             static.update(layer.keys, layer.values, index)
         out["cache" if "cache" in out else name] = static
