@@ -52,9 +52,11 @@ class Sizes:
         if self.dynamic is False or alone:
             yield named
             return
-        mask = named.get(
-            "attention_mask"
-        )  # of a static cache it is made beside it, and its width is the cache's
+        tokens, mask = named.get("input_ids"), named.get("attention_mask")
+        if not isinstance(tokens, torch.Tensor) or tokens.shape[-1] != 1:
+            yield named  # marked sizes are never taken for equal, and packing must know a mask to be as wide as its tokens
+            return
+        # a static cache's mask is made beside it and is as wide
         with free_sizes(apart=not (isinstance(mask, torch.Tensor) and mask.dim() == 4)):
             yield _prepared(named)
 
