@@ -1,29 +1,25 @@
 """Runs a program's nodes again for fewer tokens: how a pass shortens the sequence halfway.
 
-`retrace` traces a program anew (`tracing.trace`) and lets a pass decide what each node's value is. A
-`Frame` is a stretch of the program with one choice of tokens: it knows which tokens of the frame
-before are left, and fits every value made for other tokens to them. Sizes that a graph spells out
-(reshapes, expansions) are written anew from the labels of `token_axes`, so a graph captured at fixed
-sizes is shortened as well as one with symbols.
+What `Replay` computes is traced (`retrace`). It fits every value made for other tokens to those of the current
+`Frame`. Sizes that a graph spells out (reshapes, expansions) are written anew from the labels of `axes`, so a
+graph captured at fixed sizes is shortened as well as one with symbols.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from thresher.graph.capture import assemble
 from thresher.graph.nodes import module_fqn, value
 from thresher.graph.program import Program
-from thresher.graph.tracing import trace
 
 from ..extract import is_computed
 from ..structure.sdpa import attention
 from .axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
+from .frame import Frame, along, pick, put
 
 aten = torch.ops.aten
 
@@ -32,36 +28,6 @@ _NO_BROADCAST = {
     aten.embedding.default, aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default,
     aten.layer_norm.default, aten.rms_norm.default,
 }  # fmt: skip
-
-
-def retrace(
-    program: Program,
-    replay: Callable[[dict[fx.Node, Any], Mapping[str, Any]], Sequence[Any]],
-    extra: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """Replace a program's graph by the trace of `replay`.
-
-    replay: takes the values of placeholders and weights by node, and those of the extra inputs by name;
-        returns the results. extra: fakes of inputs to append, by name.
-    """
-    extra = extra or {}
-    places = program.placeholders
-    weights = [n for n in program.graph.nodes if n.op == "get_attr"]
-    fakes = [value(n) for n in places] + list(extra.values()) + [value(n) for n in weights]
-    names = [*program.input_names, *extra]
-
-    def run(*given: Any) -> tuple[Any, ...]:
-        env = dict(zip([*places, *weights], [*given[: len(places)], *given[len(names) :]]))
-        return tuple(replay(env, dict(zip(extra, given[len(places) :]))))
-
-    with program.fake_mode(), torch.no_grad(), fx.traceback.preserve_node_meta():
-        traced = trace(run, fakes)
-    read = [program.weights[str(n.target)] for n in weights]
-    held = {len(names) + i: (w.fqn, w.tensor) for i, w in enumerate(read)}
-    fresh = assemble(traced, names, held, list(program.notes))
-    known = {w.fqn: w for w in read}
-    program.weights = {name: known.get(w.fqn, w) for name, w in fresh.weights.items()}
-    program.graph_module, program.input_names = fresh.graph_module, fresh.input_names
 
 
 def call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
@@ -104,79 +70,6 @@ def check(program: Program, axes: TokenAxes) -> None:
         for argument in node.all_input_nodes:
             if is_computed(argument) and argument not in axes:
                 needed(axes, node, argument)
-
-
-def pick(t: torch.Tensor, labels: Labels, index: torch.Tensor) -> torch.Tensor:
-    """Tokens `index` [B, L] of t along its sequence dimension; a batch dimension of 1 grows to B."""
-    at, row = labels.index(SEQUENCE), labels.index(BATCH)
-    batch = index.shape[0]
-    if isinstance(batch, int) and batch == 1:
-        return t.index_select(at, index[0])
-    if (row, at) == (0, 1) and isinstance(t.shape[0], int) == isinstance(batch, int):
-        rows = torch.arange(batch, device=index.device)[:, None]
-        return torch.ops.aten.index.Tensor(t.expand(batch, *t.shape[1:]), [rows, index])
-    shape: list[Any] = [1] * t.dim()
-    shape[row], shape[at] = batch, index.shape[1]
-    wide = list(t.shape)
-    wide[row] = batch
-    picked = list(wide)
-    picked[at] = index.shape[1]
-    return t.expand(wide).gather(at, index.reshape(shape).expand(picked))
-
-
-def put(base: torch.Tensor, labels: Labels, index: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """`base` with t's tokens at `index` [B, L] of its sequence dimension."""
-    at, row = labels.index(SEQUENCE), labels.index(BATCH)
-    shape: list[Any] = [1] * t.dim()
-    shape[row], shape[at] = index.shape
-    return base.scatter(at, index.reshape(shape).expand(t.shape), t)
-
-
-def _along(real: torch.Tensor, labels: Labels) -> torch.Tensor:
-    """bool [L] or [B, L] with the dimensions of a labelled value."""
-    if real.dim() == 1:
-        return real.reshape([-1 if label == SEQUENCE else 1 for label in labels])
-    sizes = [1] * len(labels)
-    sizes[labels.index(BATCH)], sizes[labels.index(SEQUENCE)] = real.shape  # type: ignore[union-attr]
-    return real.reshape(sizes)
-
-
-@dataclass(eq=False)
-class Frame:
-    """One choice of tokens, and the values computed for it.
-
-    parent, step: this frame's tokens are `step` int64 [B, L] of the parent's; None for all tokens.
-    length: L. offsets: int32, where packed sequences begin and end, or None. real: bool [L] or [B, L], false for
-    places that hold a token only to fill up, or None. values: of labelled nodes computed here. fitted:
-    values of elsewhere, picked for these tokens. numbered: int64 [B, L], the tokens of the whole sequence whose
-    positions these have been given, or None where they keep their own.
-    """
-
-    parent: Frame | None
-    step: torch.Tensor | None
-    length: Any
-    values: dict[fx.Node, Any] = field(default_factory=dict)
-    fitted: dict[Any, Any] = field(default_factory=dict)
-    paths: dict[int, torch.Tensor] = field(default_factory=dict)
-    offsets: torch.Tensor | None = None
-    real: torch.Tensor | None = None
-    numbered: torch.Tensor | None = None
-
-    def positions(self) -> torch.Tensor | None:
-        """The tokens of the whole sequence at whose positions this frame's stand, int64 [B, L]; None for all."""
-        if self.numbered is not None or self.step is None or self.parent is None:
-            return self.numbered
-        before = self.parent.positions()
-        return self.step if before is None else before.gather(1, self.step)
-
-    def since(self, other: Frame) -> torch.Tensor | None:
-        """Which of another, earlier frame's tokens are this one's, int64 [B, L]; None for all."""
-        if self is other or self.step is None or self.parent is None:
-            return None
-        if id(other) not in self.paths:
-            before = self.parent.since(other)
-            self.paths[id(other)] = self.step if before is None else before.gather(1, self.step)
-        return self.paths[id(other)]
 
 
 class Replay:
@@ -349,7 +242,7 @@ class Replay:
         if BATCH not in labels:
             raise Stop(f"{module_fqn(node) or node.name} has no batch dimension to put tokens back into")
         if home.real is not None:  # fillers leave nothing behind
-            real = _along(home.real, labels)
+            real = along(home.real, labels)
             left = torch.zeros_like(known) if base is None else pick(base, labels, index)
             known = torch.where(real, known, left)
         if base is None:

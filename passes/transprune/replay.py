@@ -12,7 +12,9 @@ from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
 from ..tokens.axes import SEQUENCE
-from ..tokens.replay import Frame, Replay, retrace
+from ..tokens.frame import Frame
+from ..tokens.replay import Replay
+from ..tokens.retrace import retrace
 from ..tokens.segments import Segments
 from ..tokens.types import Types
 from .rows import choose, ranks_in_runs, runs

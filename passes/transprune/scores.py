@@ -21,7 +21,8 @@ import torch
 
 from ..structure.recover import LayerSite
 from ..tokens.axes import BATCH, SEQUENCE
-from ..tokens.replay import Replay, pick
+from ..tokens.frame import pick
+from ..tokens.replay import Replay
 from ..tokens.segments import Segments
 
 _HEADS = (BATCH, None, SEQUENCE, None)

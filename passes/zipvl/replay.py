@@ -16,7 +16,9 @@ from thresher.graph.sizes import example_of, expect, free_number, symbol_of
 
 from ..structure.recover import AttentionSite
 from ..tokens.axes import BATCH, SEQUENCE
-from ..tokens.replay import Replay, packed_attention, pick, put, retrace
+from ..tokens.frame import pick, put
+from ..tokens.replay import Replay, packed_attention
+from ..tokens.retrace import retrace
 from ..tokens.segments import Segments
 from .budget import SequenceBudget, budget
 from .stretches import Stretch
