@@ -19,9 +19,8 @@ from ..tokens.axes import BATCH, SEQUENCE
 from ..tokens.frame import pick, put
 from ..tokens.replay import Replay, packed_attention
 from ..tokens.retrace import retrace
-from ..tokens.segments import Segments
 from .budget import SequenceBudget, budget
-from .stretches import Stretch
+from .choice import Chosen, Tokens
 
 HEADS = (BATCH, None, SEQUENCE, None)
 
@@ -59,93 +58,6 @@ def rewrite_layers(
     return builder.done
 
 
-@dataclass
-class _Chosen:
-    """One layer's choice.
-
-    index: int64 [B, L]; places not used hold -1 where rows are padded. at: the same, with tokens of no
-    consequence in such places. to: where results go, a spare row behind the last for those; None where all are
-    used. scores: [B, n]. held: [B], or [sequences] of a packed row. offsets: of the packed sequences, else None.
-    origin: int64 [B, n], the stretch's tokens in the whole prompt; None for all of it.
-    """
-
-    index: torch.Tensor
-    at: torch.Tensor
-    to: torch.Tensor | None
-    scores: torch.Tensor
-    held: torch.Tensor
-    offsets: torch.Tensor | None = None
-    origin: torch.Tensor | None = None
-
-    def in_prompt(self) -> torch.Tensor:
-        """The chosen tokens' places in the whole prompt, int64 [B, L]; -1 for places not used."""
-        if self.origin is None:
-            return self.index
-        found = self.origin.gather(1, self.at)
-        return found if self.to is None else found.masked_fill(self.index < 0, -1)
-
-
-class _Tokens:
-    """What every layer's choice in a stretch has in common: padding, protection, probe rows.
-
-    before: of the stretch before. picked: int64 [B, L], this one's tokens among those.
-    """
-
-    def __init__(self, builder: _Builder, stretch: Stretch, env: dict[Any, Any], before: _Tokens | None):
-        config, types = builder.config, builder.plan.types
-        hidden = env[stretch.start]
-        self.batch, self.length = hidden.shape[:2]
-        # int64 [B, n], the tokens in the whole prompt; None for all of it
-        self.origin: torch.Tensor | None = None
-        if before is None:
-            self.image, self.pad = types.flags(env, hidden)
-        else:
-            picked = env[stretch.picked]
-            # an index_select's index has no batch, a gather's is repeated over the width
-            if picked.dim() != 2:
-                picked = picked[None] if picked.dim() == 1 else picked[..., 0]
-            self.image = before.image.gather(1, picked)
-            self.pad = None if before.pad is None else before.pad.gather(1, picked)
-            self.origin = picked if before.origin is None else before.origin.gather(1, picked)
-            if stretch.kept is not None:  # places that only fill a row up
-                spare = env[stretch.kept] < 0
-                self.pad = spare if self.pad is None else self.pad | spare
-        place = torch.arange(self.length, device=hidden.device)[None].expand(self.batch, self.length)
-        self.packed: Segments | None = None
-        self.segments, self.counts = None, None
-        if stretch.offsets is not None:
-            first = builder.plan.stretches[0].offsets
-            self.packed = Segments(env[stretch.offsets], env[first].shape[0] - 1)
-            self.starts, self.lengths = self.packed.ends[:-1].long()[None], self.packed.lengths[None]
-            self.segments = self.packed.owners(self.length)
-            text = self.packed.lengths
-            self.text = text if types.kind == "none" else text - self.packed.total(self.image)
-        elif self.pad is None:
-            self.starts = place.new_zeros((self.batch, 1))
-            self.lengths = torch.full_like(self.starts, 1) * self.length
-        else:
-            real = (~self.pad).to(torch.int32)
-            self.starts, self.lengths = real.argmax(1, keepdim=True), real.sum(1, keepdim=True)
-            self.segments, self.counts = -self.pad.to(torch.int32), self.lengths[:, 0]
-        self.rows = torch.ops.thresher.probe_positions(
-            self.starts, self.lengths, config.recent, config.spread, config.seed
-        )
-        self.protected = None
-        if config.mode == "protected":
-            self.protected = ~self.image if types.kind != "none" else self._near(place, config)
-            if self.pad is not None:
-                self.protected = self.protected & ~self.pad
-
-    def _near(self, place: torch.Tensor, config: Any) -> torch.Tensor:
-        """bool [B, n]: the last tokens and the first ones, where all is text."""
-        starts, lengths = self.starts, self.lengths
-        if self.packed is not None:
-            own = self.segments.long().clamp_max(starts.shape[1] - 1)  # type: ignore[union-attr]
-            starts, lengths = starts.gather(1, own), lengths.gather(1, own)
-        inside = place - starts
-        return (inside >= lengths - config.recent) | (inside < config.sinks)
-
-
 class _Builder:
     def __init__(self, program: Program, plan: Any, config: Any, sizes: Mapping[Any, Counted]):
         self.program, self.plan, self.config = program, plan, config
@@ -157,7 +69,7 @@ class _Builder:
         projections = config.gather == "projections"
         self.whole = {s.o.output: s for s in self.shares if projections and not s.fused}
         self.inner = {s.node: s for s in self.shares if not (projections and not s.fused)}
-        self.chosen: dict[AttentionSite, _Chosen] = {}
+        self.chosen: dict[AttentionSite, Chosen] = {}
 
     def replay(self, env: dict[Any, Any], extra: Mapping[str, Any]) -> list[Any]:
         self.chosen, self.done = {}, Done()
@@ -165,7 +77,7 @@ class _Builder:
         given = dict(zip(known, self.program.placeholders[len(self.program.placeholders) - len(known) :]))
         env = {**env, **{name: env[place] for name, place in given.items()}, **extra}
         replay = Replay(self.plan.stretches[0].axes, env, None)
-        tokens: _Tokens | None = None
+        tokens: Tokens | None = None
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 if node in self.whole:
@@ -177,7 +89,7 @@ class _Builder:
             if node in self.stretches:
                 self.stretch = self.stretches[node]
                 replay = Replay(self.stretch.axes, env, None)
-                self.tokens = tokens = _Tokens(self, self.stretch, env, tokens)
+                self.tokens = tokens = Tokens(self.plan, self.config, self.stretch, env, tokens)
                 replay.root.length = tokens.length
         return [*self._returned(env), *self._appended()]
 
@@ -192,7 +104,7 @@ class _Builder:
         self.done.scored = {places[i]: name for i, name in self.done.scored.items() if i in places}
         return replace(layout, arguments=[*layout.arguments, *sizes], extras=(*layout.extras, *scores, held))
 
-    def _choose(self, site: AttentionSite, q: torch.Tensor, k: torch.Tensor, replay: Replay) -> _Chosen:
+    def _choose(self, site: AttentionSite, q: torch.Tensor, k: torch.Tensor, replay: Replay) -> Chosen:
         """The important tokens of one layer. q: [B, Hq, P, D] of the probe rows; k: [B, Hkv, n, D]."""
         here, share = self.tokens, self.shares[site]
         sums, seen = torch.ops.thresher.probe_scores(q, k, here.rows, here.segments, site.scale)
@@ -213,7 +125,7 @@ class _Builder:
         if to is not None:
             held = held.masked_fill(index < 0, 0.0)
         held = held.sum(1) / sums.sum(1).clamp_min(1e-12)
-        self.chosen[site] = _Chosen(index, at, to, scores, held, None, here.origin)
+        self.chosen[site] = Chosen(index, at, to, scores, held, None, here.origin)
         return self.chosen[site]
 
     def _holding(self, share: float, sums: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -226,7 +138,7 @@ class _Builder:
 
     def _choose_packed(
         self, share: float, sums: torch.Tensor, scores: torch.Tensor, replay: Replay
-    ) -> _Chosen:
+    ) -> Chosen:
         here, segments = self.tokens, self.tokens.packed
         assert segments is not None and here.segments is not None
         counts = SequenceBudget(self.config, share, self.plan.types.kind != "none").kept(
@@ -241,10 +153,10 @@ class _Builder:
             1, owner, torch.cat([sums * chosen, sums])
         )[:, : segments.count]
         held = both[0] / both[1].clamp_min(1e-12)
-        return _Chosen(index, index, to, scores, held, offsets)
+        return Chosen(index, index, to, scores, held, offsets)
 
     def _among(
-        self, site: AttentionSite, qkv: Sequence[torch.Tensor], found: _Chosen, replay: Replay
+        self, site: AttentionSite, qkv: Sequence[torch.Tensor], found: Chosen, replay: Replay
     ) -> torch.Tensor:
         """Causal attention among chosen tokens, [B, Hq, L, Dv]."""
         q, k, v = qkv
@@ -281,7 +193,7 @@ class _Builder:
         return self._spread(out, (BATCH, SEQUENCE, None), found, self._bias(site, replay))
 
     def _spread(
-        self, out: torch.Tensor, labels: Any, found: _Chosen, bias: torch.Tensor | None
+        self, out: torch.Tensor, labels: Any, found: Chosen, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """`out` at its tokens; elsewhere what the projection makes of zeros: its bias, or zero."""
         dim = labels.index(SEQUENCE)
