@@ -176,7 +176,7 @@ def test_three_dimensions_strided_input_and_a_changed_weight():
 
 @needs_native
 def test_break_even_is_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(sparse_tune, "_path", lambda: tmp_path / "sparse_break_even.json")
+    monkeypatch.setattr(sparse_tune, "cache_folder", lambda: tmp_path)
     sparse_tune._break_even.cache_clear()
     site = sparse_tune.Site(256, 64, 0, torch.float32, torch.float32)
     first = sparse_tune.prepare([site], batches=[1, 3])
