@@ -10,7 +10,8 @@ import torch
 from thresher.graph.packed_layout import Counted, Gather, Packing, Passed, PlanField, Scatter
 
 from .binpack import best_capacity, pack_dataset
-from .plan import PackPlan, ladder, pack, plan, row_plan, unpack
+from .buckets import ladder
+from .plan import PackPlan, pack, plan, row_plan, unpack
 
 
 def make_plan(mask: torch.Tensor, lengths: Sequence[int], packing: Packing) -> PackPlan:

@@ -75,48 +75,6 @@ class PackPlan:
         return 1 - self.tokens / positions if positions else 0.0
 
 
-def multiple_of(step: int) -> Callable[[int], int]:
-    """A bucket rule: round up to a multiple of `step`."""
-    if step < 1:
-        raise ArgumentError("step", step, "a positive number of tokens", "Use 64 or 128.")
-    return lambda tokens: -(-tokens // step) * step
-
-
-def geometric(ratio: float = 1.125, step: int = 64) -> Callable[[int], int]:
-    """A bucket rule whose steps grow with T: at most `ratio` - 1 of filler, few distinct sizes."""
-    if not ratio > 1:
-        raise ArgumentError("ratio", ratio, "a number above 1", "Use 1.125.")
-    aligned = multiple_of(step)
-
-    def bucket(tokens: int) -> int:
-        size = step
-        while size < tokens:
-            size = max(size + step, aligned(int(size * ratio)))
-        return size
-
-    return bucket
-
-
-def ladder(limit: int, count: int = 12, step: int = 64) -> Callable[[int], int]:
-    """A bucket rule with at most `count` sizes up to `limit` tokens, evenly spaced in ratio.
-
-    More tokens than `limit` round up to a multiple of it. Fewer sizes mean fewer compilations and graphs
-    for a target of fixed shapes, and more filler: 12 sizes up to 8192 cost a fifth on average.
-    """
-    if limit < 1 or count < 1:
-        raise ArgumentError(
-            "ladder", f"limit={limit}, count={count}", "at least one token and one size", "Use 12 sizes."
-        )
-    first, last = min(step, limit), -(-limit // step) * step
-    ratio = (last / first) ** (1 / max(count - 1, 1))
-    sizes = sorted({-(-round(first * ratio**i) // step) * step for i in range(count - 1)} | {last})
-
-    def bucket(tokens: int) -> int:
-        return next((size for size in sizes if size >= tokens), -(-tokens // last) * last)
-
-    return bucket
-
-
 class Survey(NamedTuple):
     """lengths: real tokens (not 0) of each row. holed: some row has pads between them. strange: values other than
     0 and 1, of which only the model knows what they mean."""
@@ -165,7 +123,7 @@ def plan(
 
     mask: [B, S], 1 or true at real tokens, anywhere in a row; bool, integer or floating.
     bucket: gives the number of packed tokens to fill up to from the number of real ones
-        (`multiple_of(64)`); a batch without any real token stays empty.
+        (`buckets.multiple_of(64)`); a batch without any real token stays empty.
     lengths: what `row_lengths` gave for this mask; None counts here.
 
     Raises ArgumentError as `row_lengths` does, for a bucket smaller than its batch, and for more tokens

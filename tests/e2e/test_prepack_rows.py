@@ -9,7 +9,8 @@ import zoo
 import thresher
 from thresher.runtime.packing.binpack import best_capacity, pack_dataset
 from thresher.runtime.packing.boundary import argument, make_plan
-from thresher.runtime.packing.plan import ladder, pack, row_plan, unpack
+from thresher.runtime.packing.buckets import ladder
+from thresher.runtime.packing.plan import pack, row_plan, unpack
 
 
 class TestPlan:

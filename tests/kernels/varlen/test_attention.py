@@ -8,7 +8,8 @@ from thresher.errors import ArgumentError
 from thresher.kernels import catalog
 from thresher.kernels.varlen import cpu as varlen_cpu
 from thresher.kernels.varlen.attention import varlen_attention, varlen_attention_masked
-from thresher.runtime.packing.plan import multiple_of, pack, plan, unpack
+from thresher.runtime.packing.buckets import multiple_of
+from thresher.runtime.packing.plan import pack, plan, unpack
 
 catalog.load()
 KINDS = {  # causal, window_left, softcap

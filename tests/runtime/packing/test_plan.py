@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from thresher.errors import ArgumentError
 from thresher.runtime.packing import plan as packing
-from thresher.runtime.packing.plan import geometric, multiple_of, pack, plan, unpack
+from thresher.runtime.packing.buckets import geometric, multiple_of
+from thresher.runtime.packing.plan import pack, plan, unpack
 
 
 @st.composite
@@ -204,14 +205,3 @@ def test_a_call_waits_for_the_gpu_once():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(warned) == 1 and torch.equal(result, expected)
-
-
-def test_bucket_rules():
-    assert [multiple_of(64)(n) for n in (1, 64, 65)] == [64, 64, 128]
-    ladder = geometric()
-    sizes = sorted({ladder(n) for n in range(1, 8193)})
-    assert all(size % 64 == 0 for size in sizes) and all(ladder(s) == s for s in sizes)
-    assert all(b <= max(a + 64, 1.125 * a + 64) for a, b in itertools.pairwise(sizes))
-    for rule, bad in ((multiple_of, 0), (geometric, 1.0)):
-        with pytest.raises(ArgumentError):
-            rule(bad)
