@@ -34,7 +34,8 @@ from _harness import Benchmark, arguments
 from thresher.files import cache_dir
 from thresher.graph.program import Program
 from thresher.passes.rsq.config import RSQConfig
-from thresher.passes.rsq.quantizer.driver import Outcome, quantise_program
+from thresher.passes.rsq.quantizer.driver import quantise_program
+from thresher.passes.rsq.quantizer.outcome import Outcome
 from thresher.passes.rsq.quantizer.pieces import Batch
 from thresher.passes.rsq.quantizer.sweep import Sweep, bind
 from thresher.quantization import _capture, cut_text

@@ -26,8 +26,8 @@ from thresher.passes.keep import kept_layers, unnamed
 from thresher.passes.rsq import rsq
 from thresher.passes.rsq.config import RSQConfig
 from thresher.passes.rsq.quantizer import driver as rsq_driver
-from thresher.passes.rsq.quantizer.driver import Outcome
 from thresher.passes.rsq.quantizer.importance import shift_sequences
+from thresher.passes.rsq.quantizer.outcome import Outcome
 from thresher.passes.rsq.quantizer.pieces import Batch
 from thresher.passes.structure.recover import recover
 

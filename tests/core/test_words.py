@@ -53,7 +53,6 @@ def test_public_definitions_have_a_docstring(path):
 LIMITS = {".py": 300, ".cpp": 400, ".h": 400, ".cu": 400}
 # What is longer still, and how long it may be: an entry goes when its file is short, and none is added.
 LONGER = {
-    "passes/rsq/quantizer/driver.py": 332,
     "runtime/kv/layer.py": 338,
     "src/thresher/cli.py": 304,
     "src/thresher/ops.py": 332,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,50 +29,19 @@ from ...structure.recover import LinearSite, Structure, recover
 from ...tokens.owners import Owners
 from .. import rewrite as rsq_rewrite
 from ..config import RSQConfig
-from ..plan import RotationPlan, make_plan
+from ..plan import make_plan
 from . import bits as rsq_bits
 from . import codes as rsq_codes
 from . import scores as rsq_scores
 from .files import LayerFiles, stamp_of
-from .gptq import Hessian, HessianError, factor, gptq, output_error, round_to_nearest
+from .gptq import Hessian, HessianError, factor, gptq, round_to_nearest
+from .outcome import LinearReport, Outcome, report
 from .pieces import Batch, Piece, pieces, seen_from
 from .sweep import Sweep, Values, bind, exactness
 
 EXACT = 1e-9
 _WIDEST_STATE = 2.5  # values held between groups, in hidden states; wider ones are computed again
-_SAMPLE_ROWS = 64  # of a weight, to estimate errors from
 _CHECK_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """One linear. nearest, quantized: relative squared error of its output on the calibration tokens, weighted as
-    in the Hessian, when its weights are rounded to nearest and as they are; from up to 64 of its rows."""
-
-    site: str
-    bits: float
-    nearest: float
-    quantized: float
-    damping: float
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass
-class Outcome:
-    """What the driver found. linears: tensors by site, see `rsq_codes.to_tensors`. reports: by site.
-    importance: raw scores by layer, fp32 [tokens], for the histogram. exact: the rotation's fp64 error.
-    bits: chosen width by layer, where mixed. fingerprint: of the source model's weights."""
-
-    fingerprint: str
-    config: RSQConfig
-    plan: RotationPlan
-    exact: float
-    linears: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    reports: dict[str, LinearReport] = field(default_factory=dict)
-    importance: dict[str, torch.Tensor] = field(default_factory=dict)
-    bits: dict[str, int] = field(default_factory=dict)
-    sensitivity: dict[str, float] = field(default_factory=dict)
 
 
 def quantise_program(
@@ -222,34 +190,12 @@ class _Run:
                 rows = rsq_codes.Rows(at, len(mine))
                 made[site.fqn] = rsq_codes.to_tensors(found, rows, self.config, bits)
                 values = found.values[at : at + len(mine)]
-                self._report(site, mine, values, matrix, factored.damping, made[site.fqn])
+                size = self.rotated.weights[site.weight].tensor.element_size()
+                self.outcome.reports[site.fqn] = report(
+                    site.fqn, mine, values, matrix, factored.damping, made[site.fqn], self.config, size
+                )
                 at += len(mine)
         self._accept(group, made)
-
-    def _report(
-        self,
-        site: LinearSite,
-        weight: torch.Tensor,
-        values: torch.Tensor,
-        hessian: torch.Tensor,
-        damping: float,
-        tensors: rsq_codes.Tensors,
-    ) -> None:
-        step = -(-len(weight) // _SAMPLE_ROWS)
-        sample = weight[::step]
-        grid = rsq_codes.make_grid(self.config, int(tensors.get("bits", torch.tensor(4))))
-        nearest = round_to_nearest(sample, grid).values
-        held = self.rotated.weights[site.weight]
-        size = rsq_codes.stored_bytes(tensors)
-        self.outcome.reports[site.fqn] = LinearReport(
-            site.fqn,
-            8 * size / weight.numel(),
-            output_error(sample, nearest, hessian),
-            output_error(sample, values[::step], hessian),
-            damping,
-            weight.numel() * held.tensor.element_size(),
-            size,
-        )
 
     def _accept(self, group: Sequence[LinearSite], made: Mapping[str, dict[str, torch.Tensor]]) -> None:
         """From here on the batches see these linears quantised."""

@@ -1,0 +1,76 @@
+"""What a quantization found: codes and importance, and of each linear how far it is from the original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..config import RSQConfig
+from ..plan import RotationPlan
+from . import codes as rsq_codes
+from .gptq import output_error, round_to_nearest
+
+_SAMPLE_ROWS = 64  # of a weight, to estimate errors from
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear. nearest, quantized: relative squared error of its output on the calibration tokens, weighted as
+    in the Hessian, when its weights are rounded to nearest and as they are; from up to 64 of its rows."""
+
+    site: str
+    bits: float
+    nearest: float
+    quantized: float
+    damping: float
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass
+class Outcome:
+    """What the driver found. linears: tensors by site, see `rsq_codes.to_tensors`. reports: by site.
+    importance: raw scores by layer, fp32 [tokens], for the histogram. exact: the rotation's fp64 error.
+    bits: chosen width by layer, where mixed. fingerprint: of the source model's weights."""
+
+    fingerprint: str
+    config: RSQConfig
+    plan: RotationPlan
+    exact: float
+    linears: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    reports: dict[str, LinearReport] = field(default_factory=dict)
+    importance: dict[str, torch.Tensor] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
+    sensitivity: dict[str, float] = field(default_factory=dict)
+
+
+def report(
+    name: str,
+    weight: torch.Tensor,
+    values: torch.Tensor,
+    hessian: torch.Tensor,
+    damping: float,
+    tensors: rsq_codes.Tensors,
+    config: RSQConfig,
+    element_size: int,
+) -> LinearReport:
+    """What became of one linear.
+
+    weight, values: [out, in], as it was and as it is now. hessian: [in, in], of its inputs; damping: added to it.
+    tensors: its codes, see `rsq_codes.to_tensors`. element_size: bytes of a weight in the model.
+    """
+    step = -(-len(weight) // _SAMPLE_ROWS)
+    sample = weight[::step]
+    grid = rsq_codes.make_grid(config, int(tensors.get("bits", torch.tensor(4))))
+    nearest = round_to_nearest(sample, grid).values
+    size = rsq_codes.stored_bytes(tensors)
+    return LinearReport(
+        name,
+        8 * size / weight.numel(),
+        output_error(sample, nearest, hessian),
+        output_error(sample, values[::step], hessian),
+        damping,
+        weight.numel() * element_size,
+        size,
+    )
