@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import ops
+from .op import Op, unwatched, watched
 
 MOST_CALLS = 4
 MOST_SECONDS = 5.0
@@ -39,20 +39,20 @@ def watch() -> Iterator[dict[str, OpCheck]]:
     """Compare operators' calls of this thread: of each, the first MOST_CALLS, no longer than MOST_SECONDS in all."""
     found: dict[str, OpCheck] = {}
 
-    def check(op: ops.Op, provider: str, args: tuple[Any, ...], result: Any) -> None:
+    def check(op: Op, provider: str, args: tuple[Any, ...], result: Any) -> None:
         known = found.setdefault(op.name, OpCheck(provider))
         if known.calls >= MOST_CALLS or known.seconds > MOST_SECONDS:
             return
         known.provider, started = provider, time.perf_counter()
         if provider != "reference":  # which is what it would be compared with
-            with torch.no_grad(), ops.unwatched():
+            with torch.no_grad(), unwatched():
                 error = difference(result, op.reference(*args))
             if not error <= known.error:  # a NaN too
                 known.error = error
         known.calls += 1
         known.seconds += time.perf_counter() - started
 
-    with ops.watched(check):
+    with watched(check):
         yield found
 
 
