@@ -17,19 +17,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .cli_options import Html, Json, Longest, Model, RecipeOption, Rows, Stats, Target, load, recipe_of
 from .errors import NothingRewrittenError, ThresherError
 from .files import check_writable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Graph rewrites that take the waste out of transformer inference.")  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Model = Annotated[str, typer.Argument(help="minilm, smollm2, or the path of a Hugging Face model directory.")]
-RecipeOption = Annotated[str, typer.Option(help="A preset's name or a TOML file.")]
-Stats = Annotated[Path | None, typer.Option(help="Statistics that `thresher calibrate` wrote.")]
-Rows = Annotated[int, typer.Option(min=1, help="Rows of real text in the batch.")]
-Longest = Annotated[int, typer.Option(min=4, help="Longest row in tokens.")]
-Target = Annotated[str, typer.Option(help="inductor or reference.")]
-Html = Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")]
 
 
 def _out(as_json: bool, payload: Any) -> None:
@@ -37,25 +30,6 @@ def _out(as_json: bool, payload: Any) -> None:
         from .records.certificate import plain
 
         print(json.dumps(plain(payload), indent=2, allow_nan=False))
-
-
-def _recipe(name: str, stats: Path | None) -> Any:
-    from thresher.passes.calibrate import Statistics
-
-    from . import backend  # registers the passes
-    from .recipe import Recipe
-
-    assert backend
-    if stats is not None:
-        Statistics.load(stats)  # a wrong file is wrong input, not a graph that could not be captured
-    return Recipe.of(name, **({"stats": str(stats)} if stats is not None else {}))
-
-
-def _load(model: str, rows: int, longest: int, seed: int = 0) -> tuple[Any, dict[str, Any]]:
-    from .tools import models
-
-    loaded, tokenizer = models.load(model)
-    return loaded, models.mixed_length_batch(tokenizer, rows, seed, max_len=longest)
 
 
 def _version(wanted: bool) -> None:
@@ -125,8 +99,8 @@ def explain(
     from .records import html_report
 
     check_writable("--html", html)
-    chosen = _recipe(recipe, stats)
-    loaded, batch = _load(model, rows, longest)
+    chosen = recipe_of(recipe, stats)
+    loaded, batch = load(model, rows, longest)
     found = api.explain(loaded, batch, chosen)
     _out(as_json, {"reports": [r.to_dict() for r in found.reports], "refused": found.refused})
     if not as_json:
@@ -160,7 +134,7 @@ def calibrate(
     from .tools import models
 
     check_writable("output", output)
-    chosen = _recipe(recipe, None)
+    chosen = recipe_of(recipe, None)
     loaded, tokenizer = models.load(model)
     texts = [models.mixed_length_batch(tokenizer, rows, seed, max_len=longest) for seed in range(batches)]
     found = api.calibrate(loaded, texts, chosen)
@@ -190,8 +164,8 @@ def compile_model(
 
     check_writable("output", output)
     check_writable("--html", html)
-    chosen = _recipe(recipe, stats)
-    loaded, batch = _load(model, rows, longest)
+    chosen = recipe_of(recipe, stats)
+    loaded, batch = load(model, rows, longest)
     made = api.compile(loaded, batch, chosen, target=target)
     export.save(made, output, example_inputs=batch, compiled=compiled, longest=max(longest, 512))
     certificate = made.certificate
@@ -220,8 +194,8 @@ def export_model(
     from . import export
 
     check_writable("output", output)
-    chosen = _recipe(recipe, stats)
-    loaded, batch = _load(model, rows, longest)
+    chosen = recipe_of(recipe, stats)
+    loaded, batch = load(model, rows, longest)
     result = export.export_onnx(loaded, batch, output, chosen, runtime=runtime)
     _out(as_json, result.to_dict())
     if not as_json:
@@ -248,8 +222,8 @@ def bench(
     """Time recipes against eager and plain Inductor on one batch of real text, in turns."""
     from .tools import bench as module
 
-    chosen = {name: _recipe(name, stats) for name in recipe or ["exact"]}
-    loaded, batch = _load(model, rows, longest)
+    chosen = {name: recipe_of(name, stats) for name in recipe or ["exact"]}
+    loaded, batch = load(model, rows, longest)
     timed, made = module.compare(loaded, batch, chosen, target=target, rounds=rounds)
     baseline = next((t for t in timed if t.name == "inductor"), timed[0])
     gains = {t.name: baseline.seconds / t.seconds for t in timed}

@@ -15,8 +15,8 @@ ROOMS = {
 }
 # The face joins the rooms; the rest of src/thresher is the core that every room may use.
 FACE = {
-    "__init__", "__main__", "api", "compiled", "strict", "model_capture", "backend", "cli", "export", "export_example",
-    "saving",
+    "__init__", "__main__", "api", "compiled", "strict", "model_capture", "backend", "cli", "cli_options", "export",
+    "export_example", "saving",
     "quantization", "generation", "testing",
     "records", "cache", "training", "tools", "integrations",
 }  # fmt: skip

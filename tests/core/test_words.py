@@ -54,7 +54,6 @@ LIMITS = {".py": 300, ".cpp": 400, ".h": 400, ".cu": 400}
 # What is longer still, and how long it may be: an entry goes when its file is short, and none is added.
 LONGER = {
     "runtime/kv/layer.py": 338,
-    "src/thresher/cli.py": 304,
 }
 
 
