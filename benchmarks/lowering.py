@@ -492,7 +492,8 @@ def engines(bench: Benchmark, folder: Path, args: argparse.Namespace) -> None:
         return
     root = Path(__file__).resolve().parents[1] / "tests"
     sys.path.insert(0, str(root / "support"))
-    spec = importlib.util.spec_from_file_location("test_tensorrt", root / "lowering" / "test_tensorrt.py")
+    path = root / "lowering" / "tensorrt" / "test_engine.py"
+    spec = importlib.util.spec_from_file_location("test_engine", path)
     assert spec is not None and spec.loader is not None
     cases = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cases)

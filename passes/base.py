@@ -67,13 +67,13 @@ class Context:
     """What the pipeline gives a pass beside the program.
 
     recipe: the whole recipe. config: this pass's own options.
-    structure: the recovered transformer, shared by all passes of one pipeline stage (see structure.py).
+    structure: the recovered transformer, shared by all passes of one pipeline stage (see passes/structure).
     stats: calibration statistics by pass name, then by site; empty when there are none.
     inputs: example inputs for the program's placeholders as real tensors, or None in a dry run.
     device: where the program will run. notes: sentences to show with the pass's report. What `match` puts there is
         shown in any case; what `rewrite` puts there goes with its edits, and is dropped where these are not kept.
     predicted: time before over time after that the pass expects, by site; the cost model's own replaces it.
-    cost: prices nodes and multiplications on the device (see cost.py); None without a cost model.
+    cost: prices nodes and multiplications on the device (see passes/cost); None without a cost model.
     counted: site -> name that its operator counts calls under.
     prepared: what the pass's own `prepare` returned.
     flops: what the layers compute "before" and "after" the pass on the example, for passes that leave tokens out.

@@ -1,6 +1,6 @@
 // Quantizing to NVFP4 and back: one pass for the tensor's maximum, one that scales, rounds and packs a
 // block of 16 while it is in registers. The fp32 operations are those of the named mode, in its order,
-// so the bytes equal what nvfp4_quantize.py computes.
+// so the bytes equal what kernels/nvfp4/quantize.py computes.
 #include "nvfp4_format.h"
 
 #include <algorithm>

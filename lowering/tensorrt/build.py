@@ -3,7 +3,7 @@
 Stands alone: it imports neither torch nor Thresher, so that the Python of another environment can run it
 (tensorrt-rtx and torch-tensorrt exclude each other's versions, and neither is needed to export):
 
-    python tensorrt_build.py model.onnx engine.plan --sm SM120 --profile input_ids=1x8,4x64,16x256
+    python build.py model.onnx engine.plan --sm SM120 --profile input_ids=1x8,4x64,16x256
 
 Prints one JSON object. TensorRT-RTX builds for a named compute capability on a machine without a GPU;
 TensorRT proper needs the GPU it builds for.

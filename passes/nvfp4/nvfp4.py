@@ -10,7 +10,7 @@ Approximate: rounding moves each weight by about 9.5 % (root mean square) of the
 `budget` is an option and the pipeline measures the result against it. Memory shrinks in any case; a recipe
 that is after speed alone sets `min_gain`, and the pipeline's cost model leaves what would lose. Which layers
 stay as they are is `keep`, and `sensitive` on top of it: the share of weights whose rounding changes their
-own output most, measured on calibration data (see nvfp4_calibration.py).
+own output most, measured on calibration data (see calibration.py).
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ makes so many damaged calls of each operator and holds each to this: its check r
 reference computes the call and every provider that accepts it agrees. A process of its own, since the failure
 to be found is a read beyond a tensor's memory, which may end the process. `--sanitize` builds the C++ kernels
 with address and undefined-behaviour checks, which also finds the reads that end nothing; the process then needs
-LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0, and a cache folder of its own.
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0, and
+a cache folder of its own.
 """
 
 from __future__ import annotations

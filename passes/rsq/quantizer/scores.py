@@ -1,4 +1,4 @@
-"""Where the importance of tokens comes from in a recovered layer (the strategies are in rsq_importance.py)."""
+"""Where the importance of tokens comes from in a recovered layer (the strategies are in importance.py)."""
 
 from __future__ import annotations
 

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from thresher.runtime.call_session import CallSession
 
-from .. import backend
+from .. import backend, option_types
 from ..errors import ArgumentError, ThresherError, unknown_key
 from ..files import check_writable
 from ..recipe import PRESETS, Recipe
@@ -35,6 +36,7 @@ from . import bench
 
 assert backend  # registers the passes
 FORMAT = "thresher-auto-1"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 METRICS = ("kl", "perplexity", "cosine")
 Metric = Callable[[Callable[..., Any]], float]
 
@@ -73,7 +75,8 @@ class Candidate:
         for r in self.rows:
             loss, expected, gain = (("" if v is None else f"{v:.3g}") for v in (r.loss, r.expected, r.gain))
             gain += f" (the same program as {r.like})" if r.like else ""
-            table.add_row(r.name, loss, expected, gain, r.reason or "")
+            # escaped: reasons speak of [batch, sequence]
+            table.add_row(*map(escape, (r.name, loss, expected, gain, r.reason or "")))
         return table
 
     def __str__(self) -> str:
@@ -253,8 +256,8 @@ class _State:
                 if found["format"] != FORMAT:
                     raise ValueError(f"its format is {found['format']!r}")
                 if found["key"] == key:
-                    self.rows = {k: Tried(**v) for k, v in found["rows"].items()}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
+                    self.rows = {k: _row(k, v) for k, v in found["rows"].items()}
+            except _UNREADABLE as reason:
                 raise ArgumentError("state", f"{self.path} ({reason})", "a file written by a search",
                                     "Name another file, or delete this one.") from None  # fmt: skip
 
@@ -263,6 +266,17 @@ class _State:
         if self.path is not None:
             rows = {k: asdict(v) for k, v in self.rows.items()}
             _write(self.path, json.dumps({"format": FORMAT, "key": self.key, "rows": rows}, indent=1))
+
+
+def _row(fingerprint: str, given: Mapping[str, Any]) -> Tried:
+    """One row of a state file. Raises ValueError, TypeError or OverflowError for what no search has written."""
+    row = Tried(**given)
+    option_types.check("row", row)
+    numbers = [float(n) for n in (row.loss, row.gain, row.expected, row.seconds) if n is not None]
+    gained = row.gain is None or row.gain > 0
+    if row.fingerprint != fingerprint or not gained or any(n != n for n in numbers):
+        raise ValueError(f"its row {fingerprint} holds {row}")
+    return row
 
 
 def _write(path: Path, text: str) -> None:

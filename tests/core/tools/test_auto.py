@@ -18,7 +18,7 @@ from thresher.tools import auto, bench
 
 assert backend
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
-compile_now = thresher.compile
+compile_now = auto.compile_strictly
 RECIPES = {
     "none": "none",
     "exact": "exact",
@@ -39,11 +39,11 @@ def model():
 
 @functools.cache
 def once(network, recipe):
-    return compile_now(network, built()[1], recipe, target="reference")
+    return compile_now(network, built()[1], recipe, target="reference", may_do_nothing=True)
 
 
-def compiled(network, inputs, recipe, target):
-    assert inputs is built()[1] and target == "reference"
+def compiled(network, inputs, recipe, target, may_do_nothing):
+    assert inputs is built()[1] and target == "reference" and may_do_nothing
     return once(network, recipe)
 
 
@@ -51,7 +51,7 @@ def compiled(network, inputs, recipe, target):
 def timings(monkeypatch):
     """Recipes that take fixed times, and how often each was timed. Each is compiled once for all tests."""
     asked = []
-    monkeypatch.setattr(auto.api, "compile", compiled)
+    monkeypatch.setattr(auto, "compile_strictly", compiled)
 
     def fixed(model, inputs, recipe, target, rounds):
         asked.append(recipe)
@@ -125,6 +125,23 @@ def test_another_model_starts_anew(model, timings, tmp_path):
     state.write_text("{}")
     with pytest.raises(ArgumentError, match="state"):
         find(model, state=state)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"gain": "x"}, {"gain": -1.0}, {"gain": float("nan")}, {"loss": 10**400}, {"loss": True}, {"name": 1},
+     {"reason": 0}, {"fingerprint": "other"}, {"unknown": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_state_file_whose_rows_no_search_wrote_is_refused(wrong, tmp_path):
+    state = tmp_path / "s.json"
+    auto._State(state, "key").add(auto.Tried("a", "0123", 0.5, float("inf"), 1.0))
+    assert auto._State(state, "key").rows["0123"].loss == 0.5
+    kept = json.loads(state.read_text())
+    kept["rows"]["0123"].update(wrong)
+    state.write_text(json.dumps(kept))
+    with pytest.raises(ArgumentError, match=r"s\.json"):
+        auto._State(state, "key")
 
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity", "cosine", None])

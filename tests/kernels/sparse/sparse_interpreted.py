@@ -1,6 +1,6 @@
 """Runs the sparse Triton kernels in Triton's interpreter against the references; prints `agrees`.
 
-Started by `test_sparse_triton.py` in a process of its own with TRITON_INTERPRET=1. fp32 and fp16 only:
+Started by `test_triton.py` in a process of its own with TRITON_INTERPRET=1. fp32 and fp16 only:
 the interpreter computes bf16 wrongly.
 """
 
