@@ -91,7 +91,8 @@ class _Raise(fx.Interpreter):
             table, *rest = (self.map_nodes_to_values(a, n) for a in n.args)
             return self.raised(n.target(table, *rest))
         if n.target is aten.linear.default and not n.kwargs:
-            return self.linear(*(self.map_nodes_to_values(a, n) for a in n.args))
+            operands: Any = [self.map_nodes_to_values(a, n) for a in n.args]
+            return self.linear(*operands)
         args, kwargs = torch.utils._pytree.tree_map(
             self.widened, self.map_nodes_to_values((n.args, n.kwargs), n)
         )

@@ -7,7 +7,7 @@ stored weight of two or more dimensions to the operators that multiply by it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +128,7 @@ class Account:
 
 def account(
     known: Iterable[Matrix],
-    sites: dict[str, Collection[str]],
+    sites: Mapping[str, Collection[str]],
     claimed: Collection[str],
     missed: Collection[str],
 ) -> Account:

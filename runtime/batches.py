@@ -134,7 +134,8 @@ def _resized(program: Program, inputs: list[Any]) -> list[Any]:
     )
     if first is None:
         return inputs
-    sizes, columns = {}, set()
+    sizes: dict[Any, int] = {}
+    columns: set[Any] = set()
     for dim, most in ((0, ROWS), (1, WIDTH)):
         if _open(known[first], dim) is not None and (dim == 0 or mask is not None):
             # torch may give one size a symbol for each input that has it
@@ -167,7 +168,8 @@ def _open(known: Any, dim: int) -> Any:
         or not isinstance(known.shape[dim], torch.SymInt)
     ):
         return None
-    expression = known.shape[dim].node.expr
+    size: Any = known.shape[dim]
+    expression = size.node.expr
     return expression if expression.is_Symbol else None
 
 

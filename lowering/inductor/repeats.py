@@ -178,5 +178,10 @@ def _wiring(block: Sequence[fx.Node]) -> tuple[list[Any], list[fx.Node]]:
 def _arguments(node: fx.Node) -> list[fx.Node]:
     """Each argument that is a node, once for each time it is one, in order."""
     found: list[fx.Node] = []
-    fx.map_arg((node.args, dict(sorted(node.kwargs.items()))), lambda a: found.append(a) or a)
+
+    def note(argument: fx.Node) -> fx.Node:
+        found.append(argument)
+        return argument
+
+    fx.map_arg((node.args, dict(sorted(node.kwargs.items()))), note)
     return found

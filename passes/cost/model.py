@@ -127,8 +127,9 @@ class CostModel:
         body = program.placeholders[: len(layout.arguments)]
         for place, source in zip(body, layout.arguments):
             known = value(place)
-            if isinstance(source, Gather) and isinstance(known, torch.Tensor):
-                size = known.shape[source.sequence]
+            along = source.sequence if isinstance(source, Gather) else None
+            if along is not None and isinstance(known, torch.Tensor):
+                size = known.shape[along]
                 if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                     padded = layout.padded.placeholders[layout.tokens]
                     rows, columns = (int(s) for s in _hints(value(padded).shape[:2]))

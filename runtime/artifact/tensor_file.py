@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -127,7 +127,10 @@ def _range(number: str, entry: Any, size: int) -> tuple[int, int, str]:
 def _tensor(number: str, entry: dict[str, Any], stride: Any, body: torch.Tensor) -> torch.Tensor:
     """One tensor over its bytes. Raises ValueError where its dtype, shape or strides do not fill them exactly."""
     begin, end, _ = _range(number, entry, body.numel())
-    dtype, shape = _DTYPES.get(entry.get("dtype")), entry.get("shape")
+    dtype, shape = (
+        _DTYPES.get(str(entry.get("dtype"))),
+        cast(list[int], entry.get("shape")),
+    )  # looked at below
     if dtype is None:
         raise ValueError(f"tensor {number} has the dtype {entry.get('dtype')!r}")
     for what, sizes in (("shape", shape), ("strides", stride if stride is not None else [])):

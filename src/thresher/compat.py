@@ -159,4 +159,4 @@ def own_symbols() -> contextlib.AbstractContextManager[Any]:
     """Within the context sizes that happen to be equal get a symbol each, not one together."""
     import torch.fx.experimental._config as settings
 
-    return settings.patch(use_duck_shape=False)
+    return settings.patch(use_duck_shape=False)  # type: ignore[attr-defined]

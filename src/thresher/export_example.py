@@ -28,7 +28,7 @@ def captured(
             with contextlib.suppress(
                 CaptureError
             ):  # a model that takes one row only; the record says what is fixed
-                return captured(model, *twice, None)
+                return captured(model, twice[0], twice[1], None)
     shapes = dynamic_shapes
     if shapes is None:
         shapes = pytree.tree_map(_free, (args, kwargs))

@@ -76,9 +76,9 @@ class LastCall:
                 self.bytes += keys.shape[0] * min(tokens, keys.shape[2]) * each
                 self.kept.append(real.sum(1).tolist())
         for session in ran:
-            held = getattr(session, "extras", {}).get("realised_tau")
-            if held is not None:
-                self.tau = held.float().flatten(1).amin(1).tolist()
+            tau = getattr(session, "extras", {}).get("realised_tau")
+            if tau is not None:
+                self.tau = tau.float().flatten(1).amin(1).tolist()
         self._estimate(model, ran)
 
     def _estimate(self, model: Any, ran: Sequence[Any]) -> None:

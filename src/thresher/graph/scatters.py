@@ -58,8 +58,8 @@ def _parts(last: fx.Node) -> tuple[int, list[fx.Node]] | None:
 
 def _span(node: fx.Node) -> tuple[int, int | None, int | None]:
     """Dimension, first and last place of a write; None for places that are no numbers, or steps."""
-    given = [*node.args[2:], *[None] * 4]
-    dim = given[0] if given[0] is not None else node.kwargs.get("dim", 0)
+    given: list[Any] = [*node.args[2:], *[None] * 4]
+    dim: Any = given[0] if given[0] is not None else node.kwargs.get("dim", 0)
     known = value(node)
     dim, size = int(dim) % known.dim(), known.shape[int(dim) % known.dim()]
     start, end = given[1] or 0, size if given[2] is None else given[2]

@@ -71,7 +71,8 @@ def _spread(tensor: torch.Tensor) -> torch.Tensor | None:
     if not plain or not tensor.numel():
         return None
     flat = tensor.detach()
-    flat = flat.permute(sorted(range(flat.dim()), key=lambda d: -flat.stride(d)))
+    strides = flat.stride()
+    flat = flat.permute(sorted(range(flat.dim()), key=lambda d: -strides[d]))
     if not flat.is_contiguous():  # part of a larger tensor: its first rows
         flat = flat[(0,) * (flat.dim() - 1)][:_SAMPLED]
         return flat if flat.is_contiguous() else None

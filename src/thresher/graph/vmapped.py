@@ -76,7 +76,8 @@ def without_vmap(source: fx.GraphModule, fake_mode: Any) -> fx.GraphModule:
         return source
     last = {nodes[-1]: nodes for nodes in stretches}
     inside = {n for nodes in stretches for n in nodes}
-    graph, copied = fx.Graph(), {}
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
     held: dict[str, Any] = {}
     for node in source.graph.nodes:
         if node not in inside:
@@ -94,6 +95,6 @@ def without_vmap(source: fx.GraphModule, fake_mode: Any) -> fx.GraphModule:
                     name = f"_vmap_constant_{len(graph.nodes)}"
                     held[name] = getattr(plain, str(inner.target))
                     values[inner] = graph.get_attr(name)
-            results = graph.graph_copy(plain.graph, values)
+            results: Any = graph.graph_copy(plain.graph, values)
             copied.update(zip(mapped.outputs, results))
     return fx.GraphModule(held, graph)
