@@ -8,6 +8,7 @@ import torch
 import zoo
 
 import thresher
+from thresher.errors import NothingRewrittenError
 from thresher.kernels.nvfp4 import cpu as nvfp4_cpu
 from thresher.kernels.nvfp4.quantize import quantize
 from thresher.tools import models
@@ -64,11 +65,17 @@ def test_compiled_models_compute_with_the_rounded_weights(name, count):
 
 def test_a_budget_that_is_too_small_rolls_back_and_names_the_error():
     model, inputs = build("llama")
-    fast = thresher.compile(model, inputs, nvfp4={"min_weights": 0, "budget": 1e-6}, target="reference")
+    small = {"min_weights": 0, "budget": 1e-6}
+    with pytest.raises(
+        NothingRewrittenError, match=r"rolled back.*its budget is 2\.2e-06"
+    ):  # rounding is added to it
+        thresher.compile(model, inputs, nvfp4=small, target="reference")
+    fast = thresher.compile(model, inputs, {"prepack": True, "nvfp4": small}, target="reference")
     account = fast.report["nvfp4"]
-    assert not account.rewritten and "budget is 1e-06" in account.rolled_back
+    assert not account.rewritten and "its budget is 2.2e-06" in account.rolled_back
+    real = inputs["attention_mask"] == 1
     with torch.no_grad():
-        torch.testing.assert_close(first(fast(**inputs)), first(model(**inputs)))
+        torch.testing.assert_close(first(fast(**inputs))[real], first(model(**inputs))[real])
 
 
 def test_scale_search_lowers_the_error_of_the_output():

@@ -242,8 +242,8 @@ class _Run:
             self.outcome.importance[piece.name] = flat.pop("importance")
         found: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in flat.items():
-            site, _, part = key.rpartition(":")
-            found.setdefault(site, {})[part] = tensor
+            fqn, _, part = key.rpartition(":")
+            found.setdefault(fqn, {})[part] = tensor
         with reading(self.files.path(piece.name), f"the layer {piece.name}", "Delete the file."):
             for fields in json.loads(metadata["reports"]):
                 self.outcome.reports[fields["site"]] = LinearReport(**fields)
