@@ -16,8 +16,8 @@ from thresher.runtime.kv.cache import MixedPrecisionCache
 from thresher.runtime.kv.policy import KVPolicy
 from thresher.sessions import collect
 
-PRUNE = dict(min_image_tokens=2, bucket=1, min_saving=0.0)
-ZIP = dict(keep=0.4, recent=4, spread=4, bucket=4, min_saving=0.0)
+PRUNE = dict(min_image_tokens=2, bucket=1, min_saving=-1.0)
+ZIP = dict(keep=0.4, recent=4, spread=4, bucket=4, min_saving=-9.0)
 WHOLE = KVPolicy(bits=None, important=1.0, drop=True)  # full precision, each layer at its own length
 
 
