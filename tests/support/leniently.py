@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from thresher.compiled import Compiled, compile_strictly
+from thresher.compiled import Compiled
 from thresher.recipe import Recipe
+from thresher.strict import compile_strictly
 
 
 def compile(
