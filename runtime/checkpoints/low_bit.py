@@ -172,6 +172,8 @@ def load(
 ) -> tuple[dict[str, LowBitLinear], dict[str, torch.Tensor]]:
     """(linears by FQN, the other tensors). layout and bits are read from the file where `save` wrote it;
     for another tool's file pass both (bits: one number, or one per FQN)."""
+    if layout is not None:
+        _check_layout(layout)
     with reading(path, "a checkpoint", _FIX), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -185,7 +187,7 @@ def load(
         )
     linears = {}
     with reading(path, f"low-bit linears ({layout})", _FIX):
-        _check_layout(layout)
+        _check_layout(layout)  # that the file names
         widths = json.loads(metadata["thresher.bits"]) if bits is None else bits
         marker = ".weight_packed" if layout == "compressed-tensors" else ".qweight"
         keys = _COMPRESSED_KEYS if layout == "compressed-tensors" else _GPTQ_KEYS

@@ -28,8 +28,8 @@ class Batch:
 def seen_from(owners: Owners, node: fx.Node, batch: Batch, known: torch.Tensor) -> Batch:
     """A batch as the tokens of one value have it, `known` being that value: their own ids and padding mask."""
     ids, real = batch.inputs.get(owners.of(node) or ""), owners.real(node, batch.inputs)
-    if real is None and owners.mask(node) == "attention_mask":
-        real = batch.real
+    if batch.real is not None and owners.mask(node) == "attention_mask":
+        real = batch.real  # what the batch says of its own tokens holds, whatever the model is shown of them
     rows = (known.shape[0], known.shape[2 if known.dim() == 4 else 1])  # heads stand before the tokens
     if real is not None and real.shape != rows and known.dim() > 2:
         real = None  # pooled or subsampled: no longer a value a token

@@ -403,7 +403,7 @@ def test_a_model_is_rewritten_exported_run_and_compared(tmp_path):
     assert record.outputs == ["logits"] and "NonZero" in record.nodes
     assert model.config.use_cache
     with pytest.raises(ThresherError, match="cannot capture"):
-        thresher.export_onnx(_Unexportable(), (torch.ones(3),), tmp_path / "m.onnx")
+        thresher.export_onnx(_Unexportable().eval(), (torch.ones(3),), tmp_path / "m.onnx")
 
 
 def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
