@@ -1,10 +1,12 @@
 """Linears in bfloat16: those that no other pass took, from weights that follow the model's."""
 
+import leniently
 import pytest
 import torch
 import zoo
 
 import thresher
+from thresher.errors import NothingRewrittenError
 from thresher.passes import bf16
 
 OPTIONS = {"min_weights": 0, "emulate": True}
@@ -47,6 +49,11 @@ def test_it_takes_what_other_passes_left_and_keeps_what_it_is_told_to():
 
 def test_a_processor_without_instructions_is_left_alone(monkeypatch):
     monkeypatch.setattr(bf16, "no_instructions", lambda device: "This processor multiplies no bfloat16.")
-    _, _, fast = compiled({"bf16": {"min_weights": 0}})
+    recipe = {"bf16": {"min_weights": 0}}
+    with pytest.raises(NothingRewrittenError, match="bf16: This processor multiplies no bfloat16"):
+        compiled(recipe)
+    torch._dynamo.reset()
+    model, inputs = zoo.ZOO["llama"].build()
+    fast = leniently.compile(model, inputs, recipe)
     assert not fast.report["bf16"].rewritten
     assert {m.reason for m in fast.report["bf16"].missed} == {"This processor multiplies no bfloat16."}
