@@ -42,6 +42,11 @@ class _ReadOnly(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def _is_foreign(rewriter: Pass) -> bool:
+    """Whether a pass is not one of Thresher's."""
+    return not type(rewriter).__module__.startswith("thresher.")
+
+
 def _memory(tensor: torch.Tensor) -> int:
     """Where a tensor's storage begins; 0 for one without values or without such a place."""
     if not has_values(tensor) or tensor.layout is not torch.strided or type(tensor).__torch_dispatch__ is not (
@@ -66,8 +71,7 @@ def weights_kept(rewriter: Pass, program: Program) -> Iterator[None]:
     """
     tensors = {w.fqn: w.tensor for w in program.weights.values() if has_values(w.tensor)}
     before = {fqn: (stamp(t), Sample(t)) for fqn, t in tensors.items()}
-    foreign = not type(rewriter).__module__.startswith("thresher.")
-    with _ReadOnly(rewriter.name, program) if foreign else contextlib.nullcontext():
+    with _ReadOnly(rewriter.name, program) if _is_foreign(rewriter) else contextlib.nullcontext():
         yield
     for fqn, (then, sample) in before.items():
         if stamp(tensors[fqn]) != then or sample.changed():
@@ -94,11 +98,11 @@ class Containment:
             if not _is_the_passs(fault):
                 raise
             if self.contain and group_of(program) is None:
-                self.dropped[rewriter.name] = _sentence(rewriter.name, fault)
+                self.dropped[rewriter.name] = _sentence(rewriter, fault)
             elif isinstance(fault, ThresherError):
                 raise
             else:
-                raise ContractError(_sentence(rewriter.name, fault)) from fault
+                raise ContractError(_sentence(rewriter, fault)) from fault
 
     def account(self, name: str) -> PassReport:
         """The account of a pass that was left out."""
@@ -114,8 +118,8 @@ def _is_the_passs(fault: Exception) -> bool:
     return not isinstance(fault, torch._dynamo.exc.TorchDynamoException)
 
 
-def _sentence(name: str, fault: Exception) -> str:
-    """What to say of a pass that raised."""
+def _sentence(rewriter: Pass, fault: Exception) -> str:
+    """What to say of a pass that raised: whose it is, what it was, and where."""
     text = (str(fault).strip() or "no message").splitlines()[0]
     if isinstance(fault, ContractError):
         return text
@@ -125,4 +129,5 @@ def _sentence(name: str, fault: Exception) -> str:
         if frames
         else ""
     )
-    return f"The pass {name!r} raised {type(fault).__name__}: {text}{at}."
+    whose = "" if _is_foreign(rewriter) else "has a fault of Thresher's own and "
+    return f"The pass {rewriter.name!r} {whose}raised {type(fault).__name__}: {text}{at}."

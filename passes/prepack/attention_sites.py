@@ -4,7 +4,7 @@
     becomes:  one `Attention` per site, whose `mask` is the sum of the masks in order
 
 Nothing is rewritten here but for dead nodes: the sum of several masks is added to the graph, to be
-evaluated like any other mask.
+evaluated like any other mask. So the program is a copy where its caller may only look.
 """
 
 from __future__ import annotations

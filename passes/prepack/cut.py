@@ -30,8 +30,9 @@ class NotPackable(Exception):
 
 @dataclass
 class Packable:
-    """What `match` worked out."""
+    """What `match` worked out. program: the copy it looked at, whose nodes these are and in which masks are summed."""
 
+    program: Program
     tokens: fx.Node
     padding: fx.Node
     axes: TokenAxes
@@ -58,9 +59,9 @@ def _matrix(program: Program, product: fx.Node) -> int:
     return max(sizes)
 
 
-def cut(program: Program, padded: Program, found: Packable, packing: Packing) -> tuple[PackedLayout, Program]:
+def cut(padded: Program, found: Packable, packing: Packing) -> tuple[PackedLayout, Program]:
     """Cut the program into prologue, body and epilogue, and describe how they fit together."""
-    axes = found.axes
+    program, axes = found.program, found.axes
     places = program.placeholders
     frontier = Frontier(program, axes, found.sites, found.visibilities, packing.form == "rows")
     try:

@@ -103,14 +103,13 @@ class Prepack(Pass):
     def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
         try:
             behind = [c.name for c in context.recipe.passes if c.name not in _MIND_NO_CUT]
-            return [Match(WHOLE, find(program, context.config, behind))]
+            return [Match(WHOLE, find(program.copy(), context.config, behind))]
         except NotPackable as reason:
             return [Miss(WHOLE, str(reason))]
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         found: Packable = match.data
-        padded = program.copy()
-        layout, body = cut(program, padded, found, packing(program, found, context.config))
+        layout, body = cut(program.copy(), found, packing(found, context.config))
         program.graph_module, program.weights = body.graph_module, body.weights
         program.input_names, program.packing = body.input_names, layout
         for site, seen in sorted(layout.visibilities.items())[:1]:
@@ -122,6 +121,7 @@ class Prepack(Pass):
 def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) -> Packable:
     """Everything that decides whether and how a program is packed. Raises NotPackable.
 
+    program: a copy; the sums of an attention's masks are added to it.
     behind: passes of the recipe that would see nothing but the packed part.
     """
     padding = _padding_mask(program, config.mask)
@@ -192,7 +192,7 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
         raise NotPackable(
             f"Only {share:.0%} of the linear weights could run packed, and min_share is {config.min_share:.0%}: {first}."
         )
-    return Packable(tokens, padding, axes, sites, visibilities, probes, example_of(sequence))
+    return Packable(program, tokens, padding, axes, sites, visibilities, probes, example_of(sequence))
 
 
 def _padding_mask(program: Program, name: str) -> fx.Node:
@@ -281,9 +281,9 @@ def _foreign(program: Program, axes: TokenAxes, apart: Outside) -> int:
     )
 
 
-def packing(program: Program, found: Packable, config: PrepackConfig) -> Packing:
+def packing(found: Packable, config: PrepackConfig) -> Packing:
     """How and when calls are packed; costs are FLOPs of what runs packed."""
-    token_cost = 2 * sum(size for node, size in linears(program) if node in found.axes)
+    token_cost = 2 * sum(size for node, size in linears(found.program) if node in found.axes)
     pair_cost = sum(
         2 * value(site.q).shape[1] * (value(site.q).shape[-1] + value(site.v).shape[-1])
         for site in found.sites.values()

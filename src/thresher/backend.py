@@ -99,10 +99,9 @@ def thresher_backend(
 def _say_what_is_undone(gm: fx.GraphModule, report: Report) -> None:
     reason = rewrote_nothing([report])
     said = f"thresher rewrote nothing, and the model runs as plain Inductor compiles it: {reason}"
-    side_graphs.tell(
-        gm, bool(report.rewritten), functools.partial(warn, said, gm) if reason is not None else None
-    )
-    for dropped in (p.dropped for p in report.passes if p.dropped):
+    say = functools.partial(warn, said, gm) if reason is not None else None
+    told = said if side_graphs.tell(gm, bool(report.rewritten), say) else ""
+    for dropped in (p.dropped for p in report.passes if p.dropped and p.dropped not in told):
         warn(f"thresher left out a pass. {dropped}", gm)
     for said in dict.fromkeys(n for p in report.passes for n in p.notes if n.startswith("keep=")):
         warn(f"thresher: {said}", gm)

@@ -38,8 +38,11 @@ _WAITING = _Waiting()
 atexit.register(lambda: _WAITING.end())
 
 
-def tell(graph_module: torch.fx.GraphModule, rewrote: bool, say: Callable[[], None] | None) -> None:
-    """Note that a graph was compiled. say: warns that nothing was rewritten, where that is so; at once for a whole model."""
+def tell(graph_module: torch.fx.GraphModule, rewrote: bool, say: Callable[[], None] | None) -> bool:
+    """Note that a graph was compiled. say: warns that nothing was rewritten, where that is so; at once for a whole model.
+
+    Whether it was said at once.
+    """
     call, part = _place()
     if call != _WAITING.call:
         _WAITING.end()
@@ -47,11 +50,12 @@ def tell(graph_module: torch.fx.GraphModule, rewrote: bool, say: Callable[[], No
     if not part and not getattr(reason, "graph_break", False):
         if say is not None:
             say()
-        return
+        return say is not None
     _WAITING.call = call
     _WAITING.rewrote = _WAITING.rewrote or rewrote
     if _WAITING.say is None:
         _WAITING.say = say
+    return False
 
 
 def called() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 
+import leniently
 import masks
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_attention_maps_are_declined():
     inputs = {**zoo.tokens(), "output_attentions": True}
     torch._dynamo.reset()
     with pytest.warns(thresher.ThresherWarning):
-        ours = thresher.compile(model, inputs, target="reference")
+        ours = leniently.compile(model, inputs)
     (miss,) = ours.report["prepack"].missed
     assert miss.reason.endswith(".")
     with torch.no_grad():

@@ -35,7 +35,8 @@ def _parts(tensor: torch.Tensor) -> Stamp:
     """What says where the values of an unusual tensor lie: its parts' stamps, or its address if it has one."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        return tuple(stamp(getattr(tensor, name)) for name in names)
+        parts = (getattr(tensor, name) for name in names)  # not all are tensors: a DTensor has its mesh too
+        return tuple(stamp(p) if isinstance(p, torch.Tensor) else id(p) for p in parts)
     if is_fake(tensor) or tensor.layout is not torch.strided:
         return ()
     return tensor.data_ptr(), tensor.stride()
