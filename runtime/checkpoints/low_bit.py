@@ -158,7 +158,7 @@ def save(path: str | Path, linears: Mapping[str, LowBitLinear], layout: str, **o
         tensors.update({f"{name}.{key}": tensor.contiguous() for key, tensor in parts.items()})
     metadata = {
         "format": "pt",
-        "thresher.graph.packed_layout": layout,
+        "thresher.layout": layout,
         "thresher.bits": json.dumps({name: linear.bits for name, linear in linears.items()}),
         "quantization_config": json.dumps(quantization_config(linears, layout)),
     }
@@ -177,7 +177,7 @@ def load(
     with reading(path, "a checkpoint", _FIX), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    layout = layout or metadata.get("thresher.graph.packed_layout")
+    layout = layout or metadata.get("thresher.layout")
     if layout is None or (bits is None and "thresher.bits" not in metadata):
         raise ArgumentError(
             "layout",

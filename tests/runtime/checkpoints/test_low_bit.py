@@ -174,3 +174,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         interop.save(path, {"a": linear(4, seed=9)}, "gptq")
     assert path.read_bytes() == old
+
+
+def test_the_names_in_a_file_stay_what_they_are(tmp_path):
+    """Files that exist already say their layout and widths under these."""
+    interop.save(tmp_path / "m.safetensors", {"a": linear(4)}, "gptq")
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["thresher.layout"] == "gptq" and json.loads(metadata["thresher.bits"]) == {"a": 4}
