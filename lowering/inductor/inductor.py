@@ -71,10 +71,10 @@ class Inductor(Target):
         def compile(graph: fx.GraphModule, stays: Sequence[bool]) -> Any:
             return _compile(graph, stays, mode, config)
 
-        graphs = config.get("triton.cudagraphs") or config.get("max_autotune")
-        repeats = (
-            None if graphs or not self.layered else repeated.find(module.graph, len(program.placeholders))
-        )
+        repeats = None
+        if self.layered and not config.get("triton.cudagraphs") and not config.get("max_autotune"):
+            _infer_values(module, mode)
+            repeats = repeated.find(module.graph, len(program.placeholders))
         if repeats is not None:
             try:
                 return Layered(module.graph, repeats, stays, compile)
