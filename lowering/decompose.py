@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import fx
 
 from thresher import ops, plain_form
 from thresher.errors import ThresherError
+from thresher.graph.edit import replace
 from thresher.graph.nodes import argument, fake_like, value
 from thresher.graph.program import Program, Weight
 from thresher.graph.tracing import trace
@@ -38,27 +38,8 @@ def inline(program: Program, node: fx.Node, function: Callable[..., Any], *more:
 
     Returns the node that gives the result; for several results, the first one's.
     """
-    return replace(
-        program, node, trace_before(program, node, function, [*node.args, *more], dict(node.kwargs))
-    )
-
-
-def replace(program: Program, node: fx.Node, made: Any) -> fx.Node:
-    """Let the users of a node read another, or for several results (a tuple) several others; erase it.
-
-    Returns the node that gives the result; for several results, the first one's.
-    """
-    if not isinstance(made, tuple):
-        node.replace_all_uses_with(made)
-        program.graph.erase_node(node)
-        return made
-    for user in list(node.users):
-        if user.target is not operator.getitem:
-            raise ThresherError(f"{node.name} gives several results, and {user.name} takes them all at once.")
-        user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
-        program.graph.erase_node(user)
-    program.graph.erase_node(node)
-    return made[0]
+    made = trace_before(program, node, function, [*node.args, *more], dict(node.kwargs))
+    return replace(node, made, erase=True)
 
 
 def trace_before(
@@ -180,7 +161,7 @@ def decompose(program: Program, *, added_masks: bool = False, columns: fx.Node |
         if plain.spell is None:
             inline(program, node, plain.run or op.reference)
             continue
-        replace(program, node, plain.spell(spelling, node))
+        replace(node, plain.spell(spelling, node), erase=True)
     drop_unread_sizes(program)
     program.clean()
 

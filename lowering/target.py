@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from thresher.graph.edit import replace
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
@@ -107,8 +108,7 @@ def lift_weights(program: Program) -> tuple[fx.GraphModule, list[str]]:
     last = copy.placeholders[-1] if copy.placeholders else None
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         if str(node.target) in lifted:  # a pass read the same weight once more
-            node.replace_all_uses_with(lifted[str(node.target)])
-            graph.erase_node(node)
+            replace(node, lifted[str(node.target)], erase=True)
             continue
         with (
             graph.inserting_after(last)
@@ -117,8 +117,7 @@ def lift_weights(program: Program) -> tuple[fx.GraphModule, list[str]]:
         ):
             place = graph.placeholder(str(node.target))
         place.meta = {k: v for k, v in node.meta.items() if k == "val"}
-        node.replace_all_uses_with(place)
-        graph.erase_node(node)
+        replace(node, place, erase=True)
         lifted[str(node.target)] = last = place
     return fx.GraphModule(torch.nn.Module(), graph), list(lifted)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from thresher.graph.edit import replace
 from thresher.graph.nodes import value
 from thresher.graph.program import Program, Weight
 from thresher.recipe import PassConfig
@@ -82,7 +83,7 @@ class BF16(Pass):
         x = program.insert(at, aten.to.dtype, site.x, torch.bfloat16)
         product = program.insert(at, aten.linear.default, x, weight, bias)
         made = program.insert(at, aten.to.dtype, product, torch.float32)
-        at.replace_all_uses_with(made)
+        replace(at, made)
         read_instead(context.structure().linears, at, made)
 
 

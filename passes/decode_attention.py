@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from thresher.graph.dialect import unrepeated_both
+from thresher.graph.edit import replace
 from thresher.graph.nodes import module_fqn, value
 from thresher.graph.program import Program
 from thresher.recipe import PassConfig
@@ -66,7 +67,7 @@ class DecodeAttention(Pass):
             count = rows if isinstance(rows, int) else insert(aten.sym_size.int, q, 0)
             shown = insert(aten.expand.default, shown, [count, -1])
         made = insert(torch.ops.thresher.kv_attention.default, q, [], k, v, shown, scale)
-        site.node.replace_all_uses_with(made)
+        replace(site.node, made)
 
 
 def _one_query(site: Attention) -> bool:

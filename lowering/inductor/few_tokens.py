@@ -15,6 +15,7 @@ import math
 import torch
 from torch import fx
 
+from thresher.graph.edit import replace
 from thresher.graph.nodes import value
 from thresher.kernels import few_linear
 
@@ -38,9 +39,9 @@ def rewrite(graph: fx.Graph) -> int:
         with graph.inserting_before(node):
             made = graph.call_function(few_linear.few_linear.overload, (x, weight, bias, relu))
         made.meta = dict(output.meta)
-        output.replace_all_uses_with(made)
-        for old in dict.fromkeys((output, node)):
-            graph.erase_node(old)
+        replace(output, made, erase=True)
+        if relu:
+            graph.erase_node(node)
         count += 1
     if count:
         _log.info("%d linears of few tokens run as thresher::few_linear", count)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.graph.edit import replace
 from thresher.graph.nodes import fake_like
 from thresher.graph.program import Program, Weight
 
@@ -73,9 +74,7 @@ class Weights:
 
     def replace(self, node: fx.Node, form: Callable[..., Any], arguments: Sequence[Any]) -> None:
         """Put what `form` computes from graph arguments in a node's place."""
-        made = trace_before(self.program, node, form, list(arguments))
-        node.replace_all_uses_with(made)
-        self.program.graph.erase_node(node)
+        replace(node, trace_before(self.program, node, form, list(arguments)), erase=True)
 
     def note(self, text: str) -> None:
         """Say something in the export's record, once."""

@@ -18,6 +18,7 @@ from torch import fx
 from torch.fx.passes.split_module import split_module
 
 from thresher.errors import MissingDependencyError
+from thresher.graph.edit import replace
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
@@ -180,8 +181,7 @@ def _bind(node: fx.Node, part: fx.GraphModule, program: Program, weights: set[st
             with part.graph.inserting_before(start):
                 new = part.graph.call_function(torch.ops.aten.sym_size.int, where)
         new.meta = {"val": value(place)}
-        place.replace_all_uses_with(new)
-        part.graph.erase_node(place)
+        replace(place, new, erase=True)
     node.args = tuple(kept)
     part.recompile()
 

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from thresher.compat import has_values
-from thresher.graph.nodes import value
+from thresher.graph.edit import call_before, replace
 from thresher.graph.program import Program, Weight, weights_fingerprint
 
 from ..base import EXACT, Context, Match, Miss, Pass, register_pass
@@ -165,7 +165,8 @@ class Deft(Pass):
         if plan.gated and config.skip_up and config.bits == 16:
             _rewrite_gated(program, plan, before, tail)
         else:
-            _replace(program, before, down.node, torch.ops.thresher.sparse_down.default, (down.x, *tail))
+            down_rows = torch.ops.thresher.sparse_down.default
+            replace(before, call_before(before, down_rows, (down.x, *tail), like=down.node))
         context.counted[match.site] = found.counted
 
 
@@ -196,7 +197,7 @@ def _rewrite_gated(program: Program, plan: NeuronPlan, before: fx.Node, tail: tu
     if up.bias is not None:
         bias = derived(program, up.bias, before, "up_rows", False, rows)
     arguments = (mlp.activation_node, up.x, weight, None, bias, plan.up_act, *tail)
-    _replace(program, before, mlp.down.node, torch.ops.thresher.sparse_mlp.default, arguments)
+    replace(before, call_before(before, torch.ops.thresher.sparse_mlp.default, arguments, like=mlp.down.node))
 
 
 def _split_gate(program: Program, mlp: MlpSite) -> None:
@@ -208,20 +209,7 @@ def _split_gate(program: Program, mlp: MlpSite) -> None:
     arguments: list[Any] = [linear.x, weight]
     if linear.bias is not None:
         arguments.append(derived(program, linear.bias, result, "gate_rows", False, rows, checked=False))
-    _replace(program, result, linear.node, aten.linear.default, tuple(arguments))
-
-
-def _replace(
-    program: Program, output: fx.Node, like: fx.Node, target: Any, arguments: tuple[Any, ...]
-) -> None:
-    """Compute `output` by a new call, placed before it. like: whose module the call belongs to."""
-    with program.graph.inserting_before(output):
-        node = program.graph.call_function(target, arguments)
-    node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")})
-    mode = program.fake_mode()
-    with mode, torch.no_grad():
-        node.meta["val"] = target(*[value(a) for a in arguments])
-    output.replace_all_uses_with(node)
+    replace(result, call_before(result, aten.linear.default, arguments, like=linear.node))
 
 
 def _threshold(program: Program, found: SparseSite, before: fx.Node) -> fx.Node:

@@ -23,6 +23,7 @@ import torch
 
 from thresher.compat import has_values
 from thresher.errors import ArgumentError, unknown_key
+from thresher.graph.edit import replace
 from thresher.graph.nodes import value
 from thresher.graph.program import Program, Weight
 from thresher.graph.stamp import Stamp, stamp
@@ -166,14 +167,8 @@ class NVFP4(Pass):
         for site in match.data.sites:
             at = site.output
             held = [None if n is None else program.read_weight(n, at) for n in (*names, site.bias)]
-            with program.graph.inserting_before(at):
-                node = program.graph.call_function(
-                    ops.nvfp4_linear.default, (site.x, *held, config.activations)
-                )
-            x = value(site.x)
-            node.meta = {k: v for k, v in at.meta.items() if k != "val"}
-            node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
-            at.replace_all_uses_with(node)
+            node = program.insert(at, ops.nvfp4_linear.default, site.x, *held, config.activations)
+            replace(at, node)
             read_instead(_structure(context).linears, at, node)
 
 

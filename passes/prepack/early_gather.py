@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.graph.edit import call_before, replace
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
@@ -60,13 +61,6 @@ def _of_positions(node: fx.Node) -> bool:
 def _swap(program: Program, node: fx.Node, source: fx.Node) -> fx.Node:
     select: Any = node.target
     alike: Any = source.target
-    with program.graph.inserting_before(node):
-        first = program.graph.call_function(select, (source.args[0], *node.args[1:]), dict(node.kwargs))
-        then = program.graph.call_function(alike, (first, *source.args[1:]), dict(source.kwargs))
-    first.meta, then.meta = dict(node.meta), dict(source.meta)
-    with program.fake_mode():
-        for new in (first, then):
-            known = torch.fx.node.map_arg((new.args, new.kwargs), value)
-            new.meta["val"] = new.target(*known[0], **known[1])  # type: ignore[operator]
-    node.replace_all_uses_with(then)
+    first = call_before(node, select, (source.args[0], *node.args[1:]), node.kwargs)
+    replace(node, call_before(node, alike, (first, *source.args[1:]), source.kwargs, like=source))
     return first

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from thresher.compat import has_values
+from thresher.graph.edit import replace
 from thresher.graph.nodes import value
 from thresher.graph.program import Program, Weight
 
@@ -188,7 +189,7 @@ def derived(
 
 def _replace(program: Program, old: fx.Node, new: fx.Node, plan: RotationPlan) -> None:
     """Read the new node instead of the old one, also where the structure points to it."""
-    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    replace(old, new)
     read_instead([*(edit.site for edit in plan.edits.values()), *plan.quantise], old, new)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.graph.nodes import value
+from thresher.graph.edit import replace
 from thresher.graph.program import Program, Weight
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
@@ -155,12 +155,8 @@ class RSQ(Pass):
             group = -1 if groups == 1 else site.in_features // groups
             bits = int(data.tensors["bits"])
             args = (site.x, nodes["codes"], nodes["scales"], nodes.get("zeros"), bias, bits, group)
-        with program.graph.inserting_before(at):
-            node = program.graph.call_function(target, args)
-        x = value(site.x)
-        node.meta = {k: v for k, v in at.meta.items() if k != "val"}
-        node.meta["val"] = x.new_empty((*x.shape[:-1], site.out_features))
-        at.replace_all_uses_with(node)
+        node = program.insert(at, target, *args)
+        replace(at, node)
         sites = (
             [e.site for e in data.rotation.plan.edits.values()]
             if data.rotation

@@ -150,9 +150,7 @@ def publish_image(program: Program, fed: Mapping[int, fx.Node]) -> CallPlan:
     """Return those masks too, for the graph that gets the embeddings; see `thresher.token_types`."""
     plan = program.calls or CallPlan()
     for index, mask in fed.items():
-        with program.graph.inserting_before(program.output_node):
-            image = program.graph.call_function(aten.select.int, (mask, -1, 0))
-        image.meta["val"] = value(mask).select(-1, 0)
+        image = program.insert(program.output_node, aten.select.int, mask, -1, 0)
         name = f"image.{index}"
         program.output_node.args = ((*program.outputs, image),)
         plan.extra_outputs.append(name)

@@ -19,6 +19,7 @@ from ..compat import is_fake, source_name
 from ..errors import CaptureError
 from . import autocast, names, sharded
 from .dialect import canonicalise, verify
+from .edit import replace
 from .functional import Functional, has_writes
 from .nodes import module_fqn, name_modules
 from .program import Program, Weight
@@ -126,8 +127,7 @@ def assemble(
         with module.graph.inserting_before(node):
             read = module.graph.create_node("get_attr", attributes[id(tensor)])
         read.meta = dict(node.meta)
-        node.replace_all_uses_with(read)
-        module.graph.erase_node(node)
+        replace(node, read, erase=True)
     numbers = [i for i in range(len(names)) if i not in weights]
     first = len(program.outputs) - len(written)
     program.updates = {first + i: numbers.index(index) for i, index in enumerate(written)}

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ..errors import DialectError
+from .edit import replace
 from .nodes import value, writes
 from .program import Program
 from .scatters import join_slices
@@ -172,8 +173,7 @@ def canonicalise(program: Program) -> Program:
     _drop_meaningless(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and (source := _identity_of(node)) is not None:
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
+            replace(node, source, erase=True)
     _settle_spelling(graph)
     join_slices(program)
     program.clean()

@@ -21,15 +21,21 @@ def value(node: object) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def fake_mode(graph: fx.Graph) -> Any:
+    """The fake mode whose symbols the sizes of a graph use, or None for a graph without tensors."""
+    for node in graph.nodes:
+        known = node.meta.get("val")
+        if isinstance(known, torch._subclasses.fake_tensor.FakeTensor):
+            return known.fake_mode
+    return None
+
+
 def fake_like(tensor: torch.Tensor, near: fx.Node) -> torch.Tensor:
     """A fake of `tensor` in the fake mode used around a node, weights' sizes being constants."""
-    for other in near.graph.nodes:
-        known = other.meta.get("val")
-        if isinstance(known, torch._subclasses.fake_tensor.FakeTensor):
-            if isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
-                return tensor
-            return known.fake_mode.from_tensor(tensor, static_shapes=True)
-    return tensor
+    mode = fake_mode(near.graph)
+    if mode is None or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor):
+        return tensor
+    return mode.from_tensor(tensor, static_shapes=True)
 
 
 def module_fqn(node: fx.Node) -> str:

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from thresher.compat import has_values, lazy_module
 from thresher.recipe import MASK_NAME
 
-from .nodes import fake_like, value, writes
+from .edit import call_before
+from .nodes import fake_like, fake_mode, value, writes
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -149,14 +149,7 @@ class Program:
 
     def insert(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
         """A call just before a node, with the place of that node in the model and a fake result."""
-        with self.graph.inserting_before(before):
-            node = self.graph.call_function(target, args)
-        node.meta = {k: v for k, v in before.meta.items() if k != "val"}
-        known = torch.utils._pytree.tree_map_only(fx.Node, value, args)
-        # torch 2.11's own decompositions of composite operators refuse symbolic sizes; those in Python take them
-        with self.fake_mode(), enable_python_dispatcher(), torch.no_grad():
-            node.meta["val"] = target(*known)
-        return node
+        return call_before(before, target, args)
 
     def forget_weights(self, fqns: Collection[str]) -> None:
         """Put a fake tensor in the place of each of these weights, for a dry run without values."""
@@ -169,11 +162,7 @@ class Program:
 
     def fake_mode(self) -> Any:
         """The fake mode whose symbols the graph's sizes use, or None for a graph without tensors."""
-        for node in self.graph.nodes:
-            value = node.meta.get("val")
-            if isinstance(value, torch._subclasses.fake_tensor.FakeTensor):
-                return value.fake_mode
-        return None
+        return fake_mode(self.graph)
 
     def clean(self) -> None:
         """Drop what nothing reads, unused weights too, and recompile."""

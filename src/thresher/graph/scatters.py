@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .edit import replace
 from .nodes import value
 from .program import Program
 
@@ -31,7 +32,7 @@ def join_slices(program: Program) -> None:
         dim, pieces = parts
         joined = program.insert(node, aten.cat.default, pieces, dim)
         if value(joined).dtype == value(node).dtype and value(joined).shape == value(node).shape:
-            node.replace_all_uses_with(joined)
+            replace(node, joined)
 
 
 def _parts(last: fx.Node) -> tuple[int, list[fx.Node]] | None:
