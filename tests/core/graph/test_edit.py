@@ -21,7 +21,7 @@ def made(function, dynamic=None):
 
 def test_a_call_has_its_place_and_a_fake_result_of_symbolic_size():
     batch = torch.export.Dim("batch", min=2, max=64)
-    x, program = made(lambda x: x.relu() * 2, {"x": {0: batch}})
+    _x, program = made(lambda x: x.relu() * 2, {"x": {0: batch}})
     relu, double = program.nodes()
     relu.meta["nn_module_stack"] = {"a": ("act", torch.nn.ReLU)}
     new = call_before(double, aten.sum.dim_IntList, (relu, [1]), {"dtype": torch.float64}, like=relu)
@@ -47,7 +47,7 @@ def test_a_node_computed_from_the_one_it_replaces(erase):
 @pytest.mark.parametrize("erase", [False, True])
 def test_what_nothing_reads_any_more_is_erased_where_asked(erase):
     x, program = made(lambda x: x.relu() * 2)
-    relu, double = program.nodes()
+    relu, _double = program.nodes()
     replace(relu, call_before(relu, aten.neg.default, relu.args), erase)
     assert (relu in list(program.graph.nodes)) is not erase
     program.clean()
@@ -67,7 +67,7 @@ def test_several_results():
 
 
 def test_several_results_read_at_once_are_refused_by_name():
-    x, program = made(lambda x: torch.cat(torch.ops.aten.split.Tensor(x, 2, 1)[::-1]))
+    _x, program = made(lambda x: torch.cat(torch.ops.aten.split.Tensor(x, 2, 1)[::-1]))
     split = program.nodes(aten.split.Tensor)[0]
     cat = program.nodes(aten.cat.default)[0]
     cat.args = (split,)
