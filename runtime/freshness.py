@@ -4,7 +4,9 @@ A model's own weights are passed to the compiled code at every call, so replacin
 nothing more. A weight computed from others (packed codes, say) is checked against the tensors it was
 computed from: another stamp (`thresher.graph.stamp`) means it is stale, and it is computed anew.
 Writes through `p.data.copy_(...)` leave no trace. In the mode "sample" some values of each source are therefore
-compared now and then (`stamp.Sample`), in so far as that takes no more than SHARE of the time that passes.
+compared now and then (`stamp.Sample`), in so far as that takes no more than SHARE of the time that passes: after a
+pause of SHARE's inverse times what a look takes (a second for a thousand weights) the next call looks at all of them.
+What a look takes is counted in time of the processor, so that a busy machine does not put off the next one.
 """
 
 from __future__ import annotations
@@ -85,17 +87,16 @@ class Freshness:
 
         One that changed is stale, and then all are looked at: whoever writes through `.data` writes to many.
         """
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.thread_time()
         for _ in self._derived:
             self._turn = (self._turn + 1) % len(self._derived)
             if self._stale(self._derived[self._turn]):
                 for name in self._derived:
                     self._stale(name)
                 break
-            if self._spent + time.perf_counter() - begun > SHARE * (begun - self._made):
+            if self._spent + time.thread_time() - worked > SHARE * (begun - self._made):
                 break
-        ended = time.perf_counter()
-        self._spent += ended - begun
+        self._spent += time.thread_time() - worked
         self._due = self._made + self._spent / SHARE
 
     def _stale(self, name: str) -> bool:
