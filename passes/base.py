@@ -3,8 +3,8 @@
 A new method is one module with a config class and a Pass:
 
     @register_pass
-    class Mine(Pass):
-        name, config_type, after = "mine", MineConfig, ("transprune",)
+    class Mine(Pass[MineConfig]):
+        name, after = "mine", ("transprune",)
 
         def match(self, program, context):            # -> one Match or Miss for each candidate site
         def rewrite(self, program, match, context):   # edits the program's graph
@@ -17,7 +17,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import torch
 
@@ -62,8 +62,12 @@ class Match:
     claims: tuple[str, ...] = ()
 
 
+C = TypeVar("C", bound=PassConfig)
+P = TypeVar("P", bound="Pass[Any]")
+
+
 @dataclass
-class Context:
+class Context(Generic[C]):
     """What the pipeline gives a pass beside the program.
 
     recipe: the whole recipe. config: this pass's own options.
@@ -80,7 +84,7 @@ class Context:
     """
 
     recipe: Recipe
-    config: Any
+    config: C
     structure: Callable[[], Structure]
     stats: Mapping[str, Any] = field(default_factory=dict)
     inputs: Sequence[Any] | None = None
@@ -93,8 +97,8 @@ class Context:
     flops: dict[str, float] = field(default_factory=dict)
 
 
-class Pass(abc.ABC):
-    """One rewrite. See the module's docstring."""
+class Pass(abc.ABC, Generic[C]):
+    """One rewrite, of type `Pass[its config class]`. See the module's docstring."""
 
     name: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
@@ -102,6 +106,7 @@ class Pass(abc.ABC):
     """Names of passes behind and in front of which this one runs, where a recipe has them; of `catalog.PASS_MODULES`, and of
     other packages. The passes of Thresher have their places in that tuple and say nothing here."""
     config_type: ClassVar[type[PassConfig]]
+    """The class of its options: that of `Pass[...]`, unless a class says another."""
     effect: ClassVar[Effect] = EXACT
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Names of passes that cannot be in the same recipe, each with the reason."""
@@ -119,43 +124,54 @@ class Pass(abc.ABC):
     """Whether it is for every matrix of the model: what no site of its stands for is then a Miss too, and its coverage
     counts bytes of weights (see weights.py)."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            options = get_args(base)
+            if (
+                "config_type" not in cls.__dict__
+                and get_origin(base) is Pass
+                and isinstance(options[0], type)
+            ):
+                cls.config_type = options[0]
+
     @abc.abstractmethod
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+    def match(self, program: Program, context: Context[C]) -> Sequence[Match | Miss]:
         """Look at every candidate site. Must not edit the program: ContractError from the pipeline."""
 
     @abc.abstractmethod
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[C]) -> None:
         """Rewrite one matched site in place; dead nodes are removed afterwards."""
 
-    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+    def about(self, done: Sequence[Match], context: Context[C]) -> Sequence[str]:
         """Sentences about these matches, which all were rewritten: what they save together, what they took along."""
         return ()
 
-    def prepare(self, program: Program, context: Context) -> Any:
+    def prepare(self, program: Program, context: Context[C]) -> Any:
         """Edit the program exactly, in place, before any pass of the recipe runs, because a pass that comes earlier
         would take away what this one must see, or because its `match` must see it done. The edits stay also where this
         pass then rewrites nothing. What it returns arrives in `match` as `context.prepared`; None, the default, where
         there is nothing to prepare, and the program is then as it was."""
         return None
 
-    def taps(self, program: Program, context: Context) -> Sequence[Any]:
+    def taps(self, program: Program, context: Context[C]) -> Sequence[Any]:
         """Where this pass needs to see data (`calibrate.Tap`); none for a pass that needs none. Must not edit the
         program, which was prepared."""
         return ()
 
-    def exact(self, context: Context) -> bool:
+    def exact(self, context: Context[C]) -> bool:
         """Whether only rounding changes. A pass that gives a budget of its own is judged by that, unless this says else."""
         return self.effect.exact and type(self).budget is Pass.budget
 
-    def budget(self, context: Context) -> float:
+    def budget(self, context: Context[C]) -> float:
         """Largest allowed relative difference; a pass whose budget is an option overrides this."""
         return self.effect.budget
 
 
-PASSES: dict[str, Pass] = {}
+PASSES: dict[str, Pass[Any]] = {}
 
 
-def register_pass(kind: type[Pass]) -> type[Pass]:
+def register_pass(kind: type[P]) -> type[P]:
     """Make a pass known to recipes by its name. A class decorator."""
     if kind.name in PASSES and type(PASSES[kind.name]).__module__ != kind.__module__:
         raise ArgumentError(
@@ -167,6 +183,13 @@ def register_pass(kind: type[Pass]) -> type[Pass]:
             kind.order,  # type: ignore[attr-defined]
             "names of passes in `after` and `before`",
             "Say which passes this one runs behind and in front of.",
+        )
+    if not hasattr(kind, "config_type"):
+        raise ArgumentError(
+            f"{kind.__name__}.config_type",
+            "nothing",
+            "the class of the pass's options, a PassConfig",
+            f"Write `class {kind.__name__}(Pass[ItsConfig])`.",
         )
     register(kind.config_type)
     PASSES[kind.name] = kind()

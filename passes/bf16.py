@@ -52,17 +52,17 @@ class BF16Config(PassConfig):
 
 
 @register_pass
-class BF16(Pass):
+class BF16(Pass[BF16Config]):
     """Computes fp32 linears in bfloat16 where the machine multiplies that faster. See the module's docstring."""
 
-    name, config_type = "bf16", BF16Config
+    name = "bf16"
     per_rank, rewrites_weights = True, True
     effect = Effect(exact=False, budget=0.5)
 
-    def budget(self, context: Context) -> float:
+    def budget(self, context: Context[BF16Config]) -> float:
         return context.config.budget
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+    def match(self, program: Program, context: Context[BF16Config]) -> Sequence[Match | Miss]:
         structure, config = context.structure(), context.config
         kept = kept_layers(structure, config.keep, context.notes)
         slow = None if config.emulate else no_instructions(context.device)
@@ -73,7 +73,7 @@ class BF16(Pass):
             found.append(Match(site.fqn, site, claims) if reason is None else Miss(site.fqn, reason))
         return [*found, *find_linears(program)[1]]
 
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[BF16Config]) -> None:
         site: LinearSite = match.data
         at = site.output
         weight = program.get_weight(narrow(program.weights[site.weight], site.transposed), before=at)

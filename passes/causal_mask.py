@@ -44,19 +44,19 @@ class CausalMaskConfig(PassConfig):
 
 
 @register_pass
-class CausalMask(Pass):
+class CausalMask(Pass[CausalMaskConfig]):
     """Says `is_causal` in the place of a mask that is the lower triangle. See the module's docstring."""
 
-    name, config_type, effect = "causal_mask", CausalMaskConfig, EXACT
+    name, effect = "causal_mask", EXACT
     per_rank = True
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+    def match(self, program: Program, context: Context[CausalMaskConfig]) -> Sequence[Match | Miss]:
         return [
             Miss(site, reason) if reason is not None else Match(site, node)
             for node, site, reason in candidates(program)
         ]
 
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[CausalMaskConfig]) -> None:
         make_causal(match.data)
 
 
@@ -82,7 +82,7 @@ def make_all_causal(program: Program) -> int:
     return len(causal)
 
 
-def prepare_causal(program: Program, context: Context) -> int | None:
+def prepare_causal(program: Program, context: Context[Any]) -> int | None:
     """The preparation of a pass that reads causal attention; None where no mask was one."""
     number = make_all_causal(program)
     if number:

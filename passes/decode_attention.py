@@ -38,13 +38,13 @@ class DecodeAttentionConfig(PassConfig):
 
 
 @register_pass
-class DecodeAttention(Pass):
+class DecodeAttention(Pass[DecodeAttentionConfig]):
     """Reads only the keys that a decoding step's mask shows. See the module's docstring."""
 
-    name, config_type, effect = "decode_attention", DecodeAttentionConfig, EXACT
+    name, effect = "decode_attention", EXACT
     per_rank = True
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+    def match(self, program: Program, context: Context[DecodeAttentionConfig]) -> Sequence[Match | Miss]:
         found: list[Match | Miss] = []
         for node in program.nodes(aten.scaled_dot_product_attention.default):
             site = attention(node)
@@ -54,7 +54,7 @@ class DecodeAttention(Pass):
             found.append(Match(name, site) if reason is None else Miss(name, reason))
         return found
 
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[DecodeAttentionConfig]) -> None:
         site: Attention = match.data
         q, (k, v) = site.q, unrepeated_both(site.k, site.v)
         mask = site.mask

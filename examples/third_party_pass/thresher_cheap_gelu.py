@@ -31,8 +31,8 @@ class CheapGeluConfig(PassConfig):
 
 
 @register_pass
-class CheapGelu(Pass):
-    name, config_type = "cheap_gelu", CheapGeluConfig
+class CheapGelu(Pass[CheapGeluConfig]):
+    name = "cheap_gelu"
     effect = Effect(exact=False, budget=1e-2)
 
     def budget(self, context):

@@ -53,26 +53,26 @@ class SparseSite:
 
 
 @register_pass
-class Deft(Pass):
+class Deft(Pass[DeftConfig]):
     """Leaves inactive neurons out of down and up projections. See the module's docstring."""
 
-    name, config_type, effect = "deft", DeftConfig, EXACT
+    name, effect = "deft", EXACT
     per_rank = True
 
-    def exact(self, context: Context) -> bool:
+    def exact(self, context: Context[DeftConfig]) -> bool:
         return not context.config.approximate and context.config.bits >= 16
 
-    def budget(self, context: Context) -> float:
+    def budget(self, context: Context[DeftConfig]) -> float:
         return self.effect.budget if self.exact(context) else context.config.budget
 
-    def taps(self, program: Program, context: Context) -> Sequence[Any]:
+    def taps(self, program: Program, context: Context[DeftConfig]) -> Sequence[Any]:
         """The hidden activations of every MLP whose activation has no flat zero."""
         mlps = widest(context.structure().mlps)[0] if context.config.approximate else []
         names = site_names(mlps)
         return [Tap(names[m], m.down.x, HiddenSample) for m in mlps if m.activation not in FLAT_ZERO]
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
-        config: DeftConfig = context.config
+    def match(self, program: Program, context: Context[DeftConfig]) -> Sequence[Match | Miss]:
+        config = context.config
         structure = context.structure()
         mlps, beside = widest(structure.mlps)
         names = site_names(mlps)
@@ -109,7 +109,7 @@ class Deft(Pass):
         return found
 
     def _choices(
-        self, program: Program, plans: dict[str, NeuronPlan], context: Context
+        self, program: Program, plans: dict[str, NeuronPlan], context: Context[DeftConfig]
     ) -> dict[str, Threshold | str]:
         """For each approximate site its threshold, or a sentence why it has none."""
         if not plans:
@@ -142,7 +142,7 @@ class Deft(Pass):
                 result[fqn] = choice
         return result
 
-    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+    def about(self, done: Sequence[Match], context: Context[DeftConfig]) -> Sequence[str]:
         said = [m.data.note for m in done if m.data.note]
         chosen = [m.data.choice for m in done if m.data.choice is not None]
         if chosen:
@@ -153,7 +153,7 @@ class Deft(Pass):
             )
         return said
 
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[DeftConfig]) -> None:
         found: SparseSite = match.data
         plan, config = found.plan, context.config
         down = plan.mlp.down

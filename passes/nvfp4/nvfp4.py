@@ -34,7 +34,7 @@ from ..calibrate import Tap
 from ..keep import check_keep, kept_layers
 from ..savings import savings
 from ..structure.linears import find_linears
-from ..structure.recover import LinearSite, Structure
+from ..structure.recover import LinearSite
 from ..structure.sites import by_module, read_instead
 from .calibration import InputStatistics, most_sensitive
 
@@ -102,22 +102,22 @@ class PackedSite:
 
 
 @register_pass
-class NVFP4(Pass):
+class NVFP4(Pass[NVFP4Config]):
     """Stores linears' weights in four bits and a half. See the module's docstring."""
 
-    name, config_type = "nvfp4", NVFP4Config
+    name = "nvfp4"
     per_rank, rewrites_weights = True, True
     effect = Effect(exact=False, budget=0.5)
     extends = frozenset({"rsq"})
 
-    def budget(self, context: Context) -> float:
+    def budget(self, context: Context[NVFP4Config]) -> float:
         return context.config.budget
 
-    def taps(self, program: Program, context: Context) -> Sequence[Tap]:
-        config: NVFP4Config = context.config
+    def taps(self, program: Program, context: Context[NVFP4Config]) -> Sequence[Tap]:
+        config = context.config
         if config.input_scale == "dynamic" and not config.sensitive:
             return ()
-        structure = _structure(context)
+        structure = context.structure()
         kept = kept_layers(structure, config.keep)
         return [
             Tap(s.fqn, s.x, InputStatistics)
@@ -125,9 +125,9 @@ class NVFP4(Pass):
             if s not in kept and unfit(program, s, config) is None
         ]
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
-        config: NVFP4Config = context.config
-        structure = _structure(context)
+    def match(self, program: Program, context: Context[NVFP4Config]) -> Sequence[Match | Miss]:
+        config = context.config
+        structure = context.structure()
         kept = kept_layers(structure, config.keep, context.notes)
         stats = context.stats.get(self.name, {})
         places = {sites[0]: sites for sites in by_module(structure.linears)}
@@ -153,10 +153,10 @@ class NVFP4(Pass):
                 found[site] = Match(site.fqn, PackedSite(places[site], scale, bytes_now), claims=held.origins)
         return [*(found[s] for s in places), *find_linears(program)[1]]
 
-    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+    def about(self, done: Sequence[Match], context: Context[NVFP4Config]) -> Sequence[str]:
         return savings([(m.data.bytes_before, packed_bytes(m.data.sites[0])) for m in done])
 
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[NVFP4Config]) -> None:
         first, config = match.data.sites[0], context.config
         parts = packed_weights(program.weights[first.weight], first.transposed, config)
         names: list[str | None] = [program.add_weight(w) for w in parts]
@@ -169,11 +169,7 @@ class NVFP4(Pass):
             held = [None if n is None else program.read_weight(n, at) for n in (*names, site.bias)]
             node = program.insert(at, ops.nvfp4_linear.default, site.x, *held, config.activations)
             replace(at, node)
-            read_instead(_structure(context).linears, at, node)
-
-
-def _structure(context: Context) -> Structure:
-    return context.structure()
+            read_instead(context.structure().linears, at, node)
 
 
 def unfit(program: Program, site: LinearSite, config: NVFP4Config) -> str | None:

@@ -87,27 +87,27 @@ class PrepackConfig(PassConfig):
 
 
 @register_pass
-class Prepack(Pass):
+class Prepack(Pass[PrepackConfig]):
     """Packs a batch's real tokens into one row. See the module's docstring."""
 
-    name, config_type, effect = "prepack", PrepackConfig, EXACT
+    name, effect = "prepack", EXACT
     per_rank, moves_tokens, sees_writes = True, True, True
 
-    def prepare(self, program: Program, context: Context) -> int | None:
+    def prepare(self, program: Program, context: Context[PrepackConfig]) -> int | None:
         """Select positions before the head also where nothing is packed: it is exact and never costs anything."""
         moved = gather_early(program)
         if moved:
             context.notes.append("the positions that are read are selected before the LM head, not after it.")
         return moved or None
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+    def match(self, program: Program, context: Context[PrepackConfig]) -> Sequence[Match | Miss]:
         try:
             behind = [c.name for c in context.recipe.passes if c.name not in _MIND_NO_CUT]
             return [Match(WHOLE, find(program.copy(), context.config, behind))]
         except NotPackable as reason:
             return [Miss(WHOLE, str(reason))]
 
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[PrepackConfig]) -> None:
         found: Packable = match.data
         layout, body = cut(program.copy(), found, packing(found, context.config))
         program.graph_module, program.weights = body.graph_module, body.weights

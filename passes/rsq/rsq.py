@@ -63,17 +63,17 @@ class CodedSite:
 
 
 @register_pass
-class RSQ(Pass):
+class RSQ(Pass[RSQConfig]):
     """Puts the low-bit codes of a file into the graph, rotated as they were made. See the module's docstring."""
 
-    name, config_type = "rsq", RSQConfig
+    name = "rsq"
     effect = Effect(exact=False, budget=1.0)
     rewrites_weights = True
 
-    def budget(self, context: Context) -> float:
+    def budget(self, context: Context[RSQConfig]) -> float:
         return context.config.budget
 
-    def prepare(self, program: Program, context: Context) -> dict[str, str] | None:
+    def prepare(self, program: Program, context: Context[RSQConfig]) -> dict[str, str] | None:
         """Rotate before passes that cut layers apart: behind them nothing says any more what reads the stream.
 
         Not where that would rotate the neurons DEFT is to skip: it comes first, and codes for such a rotation miss.
@@ -92,7 +92,7 @@ class RSQ(Pass):
             context.notes.append(HIDDEN)
         return {e.site.fqn: signature(e) for e in plan.edits.values() if e.site in plan.quantise}
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+    def match(self, program: Program, context: Context[RSQConfig]) -> Sequence[Match | Miss]:
         structure = context.structure()
         stats = context.stats.get(self.name, {})
         if HEADER not in stats:
@@ -123,10 +123,10 @@ class RSQ(Pass):
             )
         return found
 
-    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+    def about(self, done: Sequence[Match], context: Context[RSQConfig]) -> Sequence[str]:
         return savings([m.data.sizes for m in done])
 
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[RSQConfig]) -> None:
         data: CodedSite = match.data
         if data.rotation is not None and not data.rotation.done:
             rsq_rewrite.rotate(program, data.rotation.plan)
@@ -138,7 +138,12 @@ class RSQ(Pass):
             self._put(program, site, data, names, context)
 
     def _put(
-        self, program: Program, site: LinearSite, data: CodedSite, names: Mapping[str, str], context: Context
+        self,
+        program: Program,
+        site: LinearSite,
+        data: CodedSite,
+        names: Mapping[str, str],
+        context: Context[RSQConfig],
     ) -> None:
         """The product with codes in the place of one with a weight. names: of the codes' parts in the program."""
         at = site.output
@@ -166,7 +171,10 @@ class RSQ(Pass):
 
 
 def _prepared(
-    program: Program, structure: Structure, stats: Mapping[str, Mapping[str, torch.Tensor]], context: Context
+    program: Program,
+    structure: Structure,
+    stats: Mapping[str, Mapping[str, torch.Tensor]],
+    context: Context[RSQConfig],
 ) -> list[Match | Miss]:
     """The linears of a program that was rotated before other passes cut it, by the names they had."""
     found: list[Match | Miss] = []

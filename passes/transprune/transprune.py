@@ -73,20 +73,20 @@ class Pruning:
 
 
 @register_pass
-class TransPrune(Pass):
+class TransPrune(Pass[TransPruneConfig]):
     """Leaves image tokens out from a layer on. See the module's docstring."""
 
-    name, config_type = "transprune", TransPruneConfig
+    name = "transprune"
     moves_tokens = True
     effect = Effect(exact=False, budget=float("inf"))
 
-    def budget(self, context: Context) -> float:
+    def budget(self, context: Context[TransPruneConfig]) -> float:
         return context.config.budget
 
-    def prepare(self, program: Program, context: Context) -> int | None:
+    def prepare(self, program: Program, context: Context[TransPruneConfig]) -> int | None:
         return prepare_causal(program, context)
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+    def match(self, program: Program, context: Context[TransPruneConfig]) -> Sequence[Match | Miss]:
         if context.config.choice is not None and not any(context.config.choice) and not context.config.always:
             return whole("", "No token may be left out in calls of this kind.")
         fed = embeddings_fed(program)
@@ -103,7 +103,9 @@ class TransPrune(Pass):
         except (NotPrunable, Stop) as reason:
             return [*misses, Miss(_site(tower, stages), _sentence(reason))]
 
-    def _match(self, program: Program, context: Context, tower: Tower, stages: Any) -> Match:
+    def _match(
+        self, program: Program, context: Context[TransPruneConfig], tower: Tower, stages: Any
+    ) -> Match:
         config = context.config
         packed = program.packing is not None
         sizes = [example_of(s) for s in value(tower.layers[0].input).shape[:2]]
@@ -148,7 +150,7 @@ class TransPrune(Pass):
             _site(tower, stages), Pruning(tower, types, axes, stages, drops, offsets, counted, tables)
         )
 
-    def about(self, done: Sequence[Match], context: Context) -> Sequence[str]:
+    def about(self, done: Sequence[Match], context: Context[TransPruneConfig]) -> Sequence[str]:
         said: list[str] = []
         for found in (m.data for m in done if isinstance(m.data, Pruning)):
             past = (_past_windows(found.tower, context.config.policy, after) for after, _ in found.stages)
@@ -157,7 +159,7 @@ class TransPrune(Pass):
                 f"{after}: {drop}" for (after, _), drop in zip(found.stages, found.drops)) + ".")  # fmt: skip
         return said
 
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[TransPruneConfig]) -> None:
         if isinstance(match.data, dict):
             program.calls = publish_image(program, match.data)
             return
@@ -250,7 +252,12 @@ def _packed(program: Program, config: TransPruneConfig, types: Types) -> tuple[f
 
 
 def _drops_now(
-    program: Program, types: Types, config: TransPruneConfig, stages: Any, context: Context, length: int
+    program: Program,
+    types: Types,
+    config: TransPruneConfig,
+    stages: Any,
+    context: Context[TransPruneConfig],
+    length: int,
 ) -> tuple[int, ...]:
     if context.inputs is None:
         context.notes.append("without example inputs, half of the tokens are taken for an image's.")
@@ -260,7 +267,9 @@ def _drops_now(
     return drops_for(types, config, stages, values, context.inputs, program.packing is not None)
 
 
-def _expect(context: Context, tower: Tower, stages: Any, drops: Sequence[int], length: int) -> None:
+def _expect(
+    context: Context[TransPruneConfig], tower: Tower, stages: Any, drops: Sequence[int], length: int
+) -> None:
     """Fill in what is predicted; raises NotPrunable where too little would be won."""
     left = [length] * len(tower.layers)
     for (after, _), drop in zip(stages, drops):

@@ -62,20 +62,20 @@ class ZipPlan:
 
 
 @register_pass
-class ZipVL(Pass):
+class ZipVL(Pass[ZipVLConfig]):
     """Lets only important tokens attend and be attended to. See the module's docstring."""
 
-    name, config_type = "zipvl", ZipVLConfig
+    name = "zipvl"
     moves_tokens = True
     effect = Effect(exact=False, budget=float("inf"))
 
-    def budget(self, context: Context) -> float:
+    def budget(self, context: Context[ZipVLConfig]) -> float:
         return context.config.budget
 
-    def prepare(self, program: Program, context: Context) -> int | None:
+    def prepare(self, program: Program, context: Context[ZipVLConfig]) -> int | None:
         return prepare_causal(program, context)
 
-    def taps(self, program: Program, context: Context) -> Sequence[Tap]:
+    def taps(self, program: Program, context: Context[ZipVLConfig]) -> Sequence[Tap]:
         tower = largest_tower(context.structure())
         found = []
         for layer in tower.layers if tower else ():
@@ -87,7 +87,7 @@ class ZipVL(Pass):
             found.append(Tap(site.fqn, site.k.result, partial(pair.side, "k")))
         return found
 
-    def match(self, program: Program, context: Context) -> Sequence[Match | Miss]:
+    def match(self, program: Program, context: Context[ZipVLConfig]) -> Sequence[Match | Miss]:
         config = context.config
         try:
             stretches = find_stretches(program, context.structure())
@@ -120,7 +120,9 @@ class ZipVL(Pass):
         plan = ZipPlan(stretches, types, good, protected, counted)
         return [*misses, Match(", ".join(layer.fqn for layer, _ in good), plan)]
 
-    def _types(self, program: Program, stretches: list[Stretch], context: Context) -> tuple[Types, Types]:
+    def _types(
+        self, program: Program, stretches: list[Stretch], context: Context[ZipVLConfig]
+    ) -> tuple[Types, Types]:
         """Where token types come from: in the program, and in the caller's inputs."""
         config = context.config
         sizes = [example_of(s) for s in value(stretches[0].start).shape[:2]]
@@ -149,7 +151,7 @@ class ZipVL(Pass):
             )
         return types, counted
 
-    def _share(self, layer: LayerSite, context: Context) -> float | None:
+    def _share(self, layer: LayerSite, context: Context[ZipVLConfig]) -> float | None:
         """The share of tokens that attend in a layer; None without calibration."""
         if context.config.keep is not None:
             return context.config.keep
@@ -160,7 +162,7 @@ class ZipVL(Pass):
         return EXPECTED if context.config.counts == "exact" else None
 
     def _why_dense(
-        self, layer: LayerSite, stretch: Stretch, rows: list[tuple[int, int]], context: Context
+        self, layer: LayerSite, stretch: Stretch, rows: list[tuple[int, int]], context: Context[ZipVLConfig]
     ) -> str | None:
         """Why a layer is left dense; None, with what it saves off the account of FLOPs, where it is not."""
         config, site, axes = context.config, layer.attention, stretch.axes
@@ -189,7 +191,11 @@ class ZipVL(Pass):
         return None
 
     def _rows(
-        self, program: Program, stretches: list[Stretch], plan_types: tuple[Types, Types], context: Context
+        self,
+        program: Program,
+        stretches: list[Stretch],
+        plan_types: tuple[Types, Types],
+        context: Context[ZipVLConfig],
     ) -> tuple[dict[Stretch, list[tuple[int, int]]], int]:
         """(tokens, protected ones) of the example's sequences in each stretch, and the most protected ones of a row."""
         config, (types, counted) = context.config, plan_types
@@ -216,7 +222,7 @@ class ZipVL(Pass):
         asked = counts_program(caller(program), counted) if counted.kind != "none" else None
         return CallLengths(counted, asked, tuple(behind))
 
-    def _protected(self, program: Program, types: Types, context: Context) -> int:
+    def _protected(self, program: Program, types: Types, context: Context[ZipVLConfig]) -> int:
         config = context.config
         if config.choice is not None:
             return config.choice[0]
@@ -226,7 +232,7 @@ class ZipVL(Pass):
         values = asked.run(*context.inputs) if asked is not None else []
         return protected_tokens(types, config, values, context.inputs)
 
-    def rewrite(self, program: Program, match: Match, context: Context) -> None:
+    def rewrite(self, program: Program, match: Match, context: Context[ZipVLConfig]) -> None:
         plan: ZipPlan = match.data
         config = context.config
         old = program.calls or CallPlan()

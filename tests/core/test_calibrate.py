@@ -32,8 +32,8 @@ class LookConfig(PassConfig):
     name = "look"
 
 
-class Look(base.Pass):
-    name, config_type = "look", LookConfig
+class Look(base.Pass[LookConfig]):
+    name = "look"
 
     def taps(self, program, context):
         return [Tap(m.fqn, m.hidden, CountReal) for m in context.structure().mlps]

@@ -11,6 +11,7 @@ import torch
 import thresher
 from thresher import testing
 from thresher.errors import ArgumentError
+from thresher.graph.edit import replace
 from thresher.passes import base
 from thresher.recipe import CONFIGS, PassConfig
 
@@ -23,10 +24,10 @@ class SoundConfig(PassConfig):
     name = "sound"
 
 
-class Sound(base.Pass):
+class Sound(base.Pass[SoundConfig]):
     """Multiplies every MLP's result by one."""
 
-    name, config_type = "sound", SoundConfig
+    name = "sound"
     amount = 0.0
 
     def match(self, program, context):
@@ -34,10 +35,7 @@ class Sound(base.Pass):
 
     def rewrite(self, program, match, context):
         out = match.data
-        with program.graph.inserting_after(out):
-            new = program.graph.call_function(aten.mul.Tensor, (out, 1.0 + self.amount))
-        new.meta = dict(out.meta)
-        out.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        replace(out, program.insert(out.next, aten.mul.Tensor, out, 1.0 + self.amount))
 
 
 class Edits(Sound):

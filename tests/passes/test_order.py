@@ -85,3 +85,24 @@ def test_a_number_is_refused():
     with pytest.raises(ArgumentError, match=r"Numbered\.order: got 35.*`after` and `before`"):
         base.register_pass(kind)
     assert "numbered" not in CONFIGS
+
+
+def test_the_class_of_the_options_is_the_one_the_pass_is_generic_over():
+    class Config(PassConfig):
+        name = "typed"
+
+    class Other(PassConfig):
+        name = "other"
+
+    class Typed(base.Pass[Config]):
+        name = "typed"
+
+    assert Typed.config_type is Config
+    assert type("Below", (Typed,), {}).config_type is Config
+    assert type("Chosen", (Typed,), {"config_type": Other}).config_type is Other
+
+
+def test_a_pass_without_a_class_for_its_options_is_refused():
+    with pytest.raises(ArgumentError, match=r"Bare\.config_type: got nothing.*Pass\[ItsConfig\]"):
+        base.register_pass(type("Bare", (base.Pass,), {"name": "bare"}))
+    assert "bare" not in base.PASSES

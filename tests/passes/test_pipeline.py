@@ -26,8 +26,8 @@ class ScaleConfig(PassConfig):
     wrong_at: str = ""
 
 
-class Scale(base.Pass):
-    name, config_type = "scale", ScaleConfig
+class Scale(base.Pass[ScaleConfig]):
+    name = "scale"
 
     def match(self, program, context):
         sites = [

@@ -116,10 +116,10 @@ class NudgeConfig(PassConfig):
     by: float = 0.0
 
 
-class Nudge(base.Pass):
+class Nudge(base.Pass[NudgeConfig]):
     """Claims to be exact, and is not."""
 
-    name, config_type = "nudge", NudgeConfig
+    name = "nudge"
 
     def match(self, program, context):
         return [base.Match(n.name, n) for n in program.nodes(aten.scaled_dot_product_attention.default)]

@@ -27,10 +27,10 @@ class DoubleConfig(PassConfig):
     budget: float = 1e-3
 
 
-class Double(base.Pass):
+class Double(base.Pass[DoubleConfig]):
     """Adds almost nothing to every MLP's hidden value, and a lot at the site named `bad`."""
 
-    name, config_type = "double", DoubleConfig
+    name = "double"
 
     def budget(self, context):
         return context.config.budget
