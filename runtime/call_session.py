@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from thresher import given_tokens
+from thresher import given_tokens, own_generate
 from thresher.graph.call_plan import CallPlan
 from thresher.graph.program import Program
 from thresher.graph.tracing import compiling
@@ -94,20 +94,20 @@ class CallSession(Session):
             given_tokens.publish(results[index], self.extras[name])
         for index, short in self.plan.shortened.items():
             given_tokens.note(results[index], kept=self.extras[short.kept])
-        self._warn_of_spare_places(results)
+        self._check_spare_places(results)
         for index, name in self.plan.scored.items():
             if name in self.extras:
                 given_tokens.note(results[index], scores=self.extras[name])
         return results
 
-    def _warn_of_spare_places(self, results: Sequence[Any]) -> None:
-        """Say once that keys and values hold places of no token, to a caller who may take them for tokens."""
+    def _check_spare_places(self, results: Sequence[Any]) -> None:
+        """Keys and values with fewer tokens, or with places of none, are only for callers who know of them: raise where
+        transformers' own `generate` would misread them, and warn other callers once."""
         caches = {short.kept for i, short in self.plan.shortened.items() if results[i].dim() == 4}
-        if (
-            given_tokens.kept_is_read()
-            or self._told
-            or not any(bool((self.extras[n] < 0).any()) for n in caches)
-        ):
+        if given_tokens.kept_is_read() or not caches:
+            return
+        uneven = any(bool((self.extras[n] < 0).any()) for n in caches)
+        if own_generate.refuse(uneven) or self._told or not uneven:
             return
         self._told = True
         warnings.warn(
@@ -170,8 +170,9 @@ class CallSession(Session):
 def run_built(
     program: Program, inputs: Sequence[Any], plain: Any, report: Any
 ) -> tuple[list[Any], dict[str, Any]]:
-    """A program's results and extras on a caller's inputs, as it was built."""
+    """A program's results and extras on a caller's inputs, as it was built; nobody continues from them."""
     if program.calls is None:
         return Session(program, plain, plain, report).results(inputs, {}), {}
     session = CallSession(program, plain, plain, report)
-    return session.run_made(inputs, {}), session.extras
+    with given_tokens.reading_kept():
+        return session.run_made(inputs, {}), session.extras

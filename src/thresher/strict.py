@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from thresher.passes.keep import unnamed
 
+from . import given_tokens
 from .compat import own_symbols, uncollected
 from .compiled import Compiled
 from .errors import ArgumentError, NothingRewrittenError, ThresherError, did_you_mean
@@ -65,7 +66,8 @@ def compile_strictly(
     with uncollected(), warnings.catch_warnings(), own_symbols() if square else contextlib.nullcontext():
         if not may_do_nothing:  # raised below
             warnings.filterwarnings("ignore", "thresher rewrote nothing", ThresherWarning)
-        compiled(*args, **kwargs)
+        with given_tokens.reading_kept():  # its results are nobody's
+            compiled(*args, **kwargs)
     if not compiled.sessions:
         raise ThresherError(
             f"torch.compile handed over no graph of {type(model).__name__}, so that it runs as it is. "
