@@ -10,6 +10,7 @@ was cut short or changed on the disk is built again, as is one that another user
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import errno
 import functools
@@ -19,6 +20,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -28,6 +31,8 @@ from thresher.files import cache_folder, no_cache, scratch, trusted
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-Wall")
 _MARK = b"\nthresher-sha256:"
+NOT_BUILT = "It is built at its first use, which takes seconds."
+_LOOKING = ContextVar("looking", default=False)
 
 
 @functools.cache
@@ -110,16 +115,8 @@ def load(name: str) -> ctypes.CDLL:
     path = compiler()
     if path is None:
         raise RuntimeError(unavailable())
-    source = _SOURCES / f"{name}.cpp"
-    headers = sorted(_SOURCES.glob("*.h"))
-    key = hashlib.sha256(
-        b"\0".join(
-            [source.read_bytes(), *(h.read_bytes() for h in headers)]
-            + [s.encode() for s in (_compiler_version(path), " ".join(_FLAGS), platform.machine())]
-            + [" ".join(sorted(cpu_features())).encode()]
-        )
-    ).hexdigest()[:16]
-    folder, library = cache_folder("native"), f"{name}-{key}.so"
+    source, library = _SOURCES / f"{name}.cpp", _library(name, path)
+    folder = cache_folder("native")
     if folder is not None:
         try:
             if not _whole(folder / library):
@@ -132,9 +129,41 @@ def load(name: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-@functools.cache
+def _library(name: str, compiler_path: str) -> str:
+    """The file's name: what is built from these sources by this compiler for this CPU."""
+    source = _SOURCES / f"{name}.cpp"
+    headers = sorted(_SOURCES.glob("*.h"))
+    key = hashlib.sha256(
+        b"\0".join(
+            [source.read_bytes(), *(h.read_bytes() for h in headers)]
+            + [s.encode() for s in (_compiler_version(compiler_path), " ".join(_FLAGS), platform.machine())]
+            + [" ".join(sorted(cpu_features())).encode()]
+        )
+    ).hexdigest()[:16]
+    return f"{name}-{key}.so"
+
+
+@contextlib.contextmanager
+def only_looking() -> Iterator[None]:
+    """Inside, `load_error` builds nothing: it answers NOT_BUILT for a library that is not there yet."""
+    token = _LOOKING.set(True)
+    try:
+        yield
+    finally:
+        _LOOKING.reset(token)
+
+
 def load_error(name: str) -> str | None:
     """Why `csrc/NAME.cpp` cannot be used here, or None. For a provider's `supported`."""
+    if _LOOKING.get() and unavailable() is None:
+        path, folder = compiler(), cache_folder("native")
+        if path is not None and (folder is None or not _whole(folder / _library(name, path))):
+            return NOT_BUILT
+    return _load_error(name)
+
+
+@functools.cache
+def _load_error(name: str) -> str | None:
     reason = unavailable()
     if reason is None:
         try:

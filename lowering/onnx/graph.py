@@ -51,7 +51,7 @@ def rename_initializers(model: ir.Model, names: Mapping[str, str]) -> None:
 
 
 def label_sizes(model: Any, packed_body: bool) -> None:
-    """Call the dimensions of inputs batch and sequence (tokens in a body) where that is what they are."""
+    """Call the dimensions of inputs and outputs batch and sequence (tokens in a body) where that is what they are."""
     names: dict[str, str] = {}
     for given in model.graph.inputs:
         for index, size in enumerate(given.shape):
@@ -65,6 +65,8 @@ def label_sizes(model: Any, packed_body: bool) -> None:
                 else:
                     known = "offsets" if given.name == "cu_seqlens" else "tokens"
                 names[str(size.value)] = known if known not in names.values() else f"{known}_{len(names)}"
-        given.shape = ir.Shape(
-            [names.get(str(s.value), s) if isinstance(s, ir.SymbolicDim) else s for s in given.shape]
-        )
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [names.get(str(s.value), s) if isinstance(s, ir.SymbolicDim) else s for s in value.shape]
+            )

@@ -189,7 +189,23 @@ def with_packing(program: Program, layout: PackedLayout, parts: Parts) -> ir.Mod
     for part in (body, prologue, epilogue):
         if part is not None:
             imports.update(part.opset_imports)
-    return pack_around(inputs, layout, body, fields, prologue, epilogue, ranks, imports)
+    model = pack_around(inputs, layout, body, fields, prologue, epilogue, ranks, imports)
+    _say_shapes(model, layout.padded, inputs)
+    return model
+
+
+def _say_shapes(model: ir.Model, padded: Program, inputs: Sequence[ir.Value]) -> None:
+    """Give each result the sizes that the padded program's has, called as the inputs' are."""
+    known = {}
+    for place, given in zip(padded.placeholders, inputs, strict=True):
+        for size, name in zip(value(place).shape, given.shape or (), strict=True):
+            if isinstance(size, torch.SymInt):
+                known.setdefault(size.node.expr, str(getattr(name, "value", name)))
+    for result, node in zip(model.graph.outputs, padded.outputs, strict=False):
+        held = value(node)
+        if isinstance(held, torch.Tensor):
+            sizes = [s if isinstance(s, int) else known.get(s.node.expr) for s in held.shape]
+            result.shape = ir.Shape(sizes)
 
 
 def _ranks(program: Program) -> list[int]:

@@ -32,6 +32,10 @@ class _Call(torch.nn.Module):
         return self.module(*arguments)
 
 
+class NumberReadError(ThresherError):
+    """The program reads a number that is given around it, and a file takes tensors alone."""
+
+
 def translate(program: Program, opset: int) -> Any:
     """A program of plain ATen and ONNX's own nodes as an onnx_ir model."""
     examples: list[Any] = []
@@ -39,7 +43,7 @@ def translate(program: Program, opset: int) -> Any:
     for place in program.placeholders:
         known = value(place)
         if not isinstance(known, torch.Tensor):
-            raise ThresherError(number_read(place))
+            raise NumberReadError(number_read(place))
         sizes = [int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in known.shape]
         examples.append(torch.zeros(sizes, dtype=known.dtype))
         moving = [i for i, s in enumerate(known.shape) if isinstance(s, torch.SymInt)]

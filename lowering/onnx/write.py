@@ -65,7 +65,11 @@ def write(model: Any, path: Path, names: list[str] | None, parts: Parts, started
     from .graph import tidy
 
     parts.stage("folding constants")
+    shapes = [out.shape for out in model.graph.outputs]
     tidy(model)
+    for out, known in zip(model.graph.outputs, shapes):
+        if known is not None:  # folding gives an output another value, whose sizes are less well known
+            out.shape = known
     for out, name in zip(model.graph.outputs, names or []):
         out.name = name
     add_functions(model, parts.functions)

@@ -14,6 +14,7 @@ from thresher.lowering.onnx.check import compare
 from thresher.lowering.onnx.export import Exported, require_onnx
 from thresher.lowering.onnx.export import export as onnx_export
 from thresher.lowering.onnx.stages import Stages
+from thresher.lowering.onnx.translate import NumberReadError
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Lowered
 from thresher.runtime.artifact import file as artifact
@@ -164,13 +165,28 @@ def export_onnx(
             stage("capturing the model")
             program, names, inputs = captured(model, positional, named, dynamic_shapes)
             stage("rewriting")
-            program = _rewritten(program, Recipe.of(recipe, **options), inputs)
+            whole, chosen = program, Recipe.of(recipe, **options)
+            program = _rewritten(whole, chosen, inputs)
+
+        def written(program: Program) -> Exported:
+            return onnx_export(
+                program, Path(path), runtime=runtime, body_only=body_only, accuracy_level=accuracy_level,
+                table_bits=table_bits, output_names=names, stage=stage,
+            )  # fmt: skip
+
         if program.calls is not None:
             names = _with_extras(program, names)
-        record = onnx_export(
-            program, Path(path), runtime=runtime, body_only=body_only, accuracy_level=accuracy_level,
-            table_bits=table_bits, output_names=names, stage=stage,
-        )  # fmt: skip
+        try:
+            record = written(program)
+        except NumberReadError as reason:
+            if program.packing is None or body_only or isinstance(model, Program):
+                raise
+            chosen = dataclasses.replace(
+                chosen, passes=tuple(c for c in chosen.passes if c.name != "prepack"), require=()
+            )
+            program = _rewritten(whole, chosen, inputs)
+            record = written(program)
+            record.notes.append(f"It is written without prepacking. {str(reason).split(', and')[0]}.")
         for name, choice in program.calls.choices.items() if program.calls is not None else ():
             record.notes.append(
                 f"{name} was settled at {choice.made} for every call, and the file cannot look at each."

@@ -42,16 +42,18 @@ def specialized_floats() -> Any:
 @contextlib.contextmanager
 def without_cache(model: torch.nn.Module) -> Iterator[None]:
     """Within the context a transformers model returns no cache: its results would be part of the graph."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if not before:
-        yield
-        return
+    parts = (
+        getattr(module, "config", None) for module in model.modules()
+    )  # an encoder-decoder's have their own
+    configs = {id(c): c for c in parts if getattr(c, "use_cache", None)}
+    before = {number: config.use_cache for number, config in configs.items()}
     try:
-        config.use_cache = False  # type: ignore[union-attr]
+        for config in configs.values():
+            config.use_cache = False
         yield
     finally:
-        config.use_cache = before  # type: ignore[union-attr]
+        for number, config in configs.items():
+            config.use_cache = before[number]
 
 
 def shown_to(

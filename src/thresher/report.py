@@ -22,9 +22,18 @@ from .op_checks import OpCheck
 T = TypeVar("T")
 
 
+_without = False
+
+
+def no_progress() -> None:
+    """From now on this process shows no progress bars."""
+    global _without
+    _without = True
+
+
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Go through items with a progress bar on stderr; without one where stderr is no terminal."""
-    hidden = not sys.stderr.isatty()
+    hidden = _without or not sys.stderr.isatty()
     yield from track(items, label, total=total, console=Console(stderr=True), transient=True, disable=hidden)
 
 

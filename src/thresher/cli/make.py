@@ -1,0 +1,138 @@
+"""The subcommands that write files: calibrate, compile, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..files import check_writable
+from .app import Say, app
+from .options import (
+    Data,
+    DType,
+    Html,
+    Json,
+    Longest,
+    Model,
+    Quiet,
+    RecipeOption,
+    Rows,
+    Stats,
+    Target,
+    Task,
+    blamed,
+    load,
+    load_with_batch,
+    recipe_of,
+)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="The statistics' file, *.safetensors.")],
+    recipe: RecipeOption,
+    data: Data = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of text.")] = 8,
+    rows: Rows = 8,
+    longest: Longest = 128,
+    task: Task = None,
+    dtype: DType = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a model over batches of text and keep what the recipe's passes need to know."""
+    from .. import api
+    from ..tools import text
+
+    say = Say(as_json, quiet)
+    check_writable("output", output)
+    chosen = recipe_of(recipe, None)
+    texts = None if data is None else text.read(data)
+    loaded, tokenizer = load(say, model, task, dtype)
+    given = [text.batch(loaded, tokenizer, rows, longest, texts, seed) for seed in range(batches)]
+    with say.phase(f"calibrating on {batches} batches"), blamed(loaded, given):
+        found = api.calibrate(loaded, given, chosen)
+    found.save(output)
+    sites = {name: len(of_pass) for name, of_pass in found.items()}
+    say.json({"path": str(output), "fingerprint": found.fingerprint, "sites": sites})
+    counted = (
+        ", ".join(f"{n} sites for {p}" for p, n in sites.items()) or "no pass of the recipe asked for any"
+    )
+    say.results.print(f"Wrote {output}: {counted}.", markup=False)
+
+
+@app.command("compile")
+def compile_model(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="The artifact's file.")],
+    recipe: RecipeOption = "exact",
+    stats: Stats = None,
+    data: Data = None,
+    rows: Rows = 4,
+    longest: Longest = 128,
+    task: Task = None,
+    dtype: DType = None,
+    target: Target = "inductor",
+    compiled: Annotated[bool, typer.Option(help="Also store machine code for this CPU.")] = False,
+    html: Html = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model, verify it on a batch of text, and save it. Exit code 1 when it is outside its budget."""
+    from .. import api, export
+    from ..records import html_report
+
+    say = Say(as_json, quiet)
+    check_writable("output", output)
+    check_writable("--html", html)
+    chosen = recipe_of(recipe, stats)
+    loaded, batch = load_with_batch(say, model, rows, longest, data, task, dtype)
+    with blamed(loaded, [batch]):
+        with say.phase("compiling and verifying"):
+            made = api.compile(loaded, batch, chosen, target=target)
+        with say.phase("saving"):
+            export.save(made, output, example_inputs=batch, compiled=compiled, longest=max(longest, 512))
+    certificate = made.certificate
+    say.json({"path": str(output), "certificate": certificate.to_dict()})
+    say.results.print(certificate)
+    say.results.print(f"Wrote {output}", markup=False)
+    if html is not None:
+        html_report.write(html, made, title=model)
+    if certificate.error is not None and not certificate.holds:
+        raise typer.Exit(1)
+
+
+@app.command("export")
+def export_model(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="The ONNX file.")],
+    recipe: RecipeOption = "exact",
+    stats: Stats = None,
+    data: Data = None,
+    rows: Rows = 4,
+    longest: Longest = 32,
+    task: Task = None,
+    dtype: DType = None,
+    runtime: Annotated[str, typer.Option(help="ort, ort-cuda, tensorrt or portable.")] = "ort",
+    accuracy_level: Annotated[
+        int, typer.Option(min=0, max=4, help="Of low-bit products (MatMulNBits); 4 computes in int8.")
+    ] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Export a rewritten model to ONNX, with any number of rows and tokens, and check it against the program."""
+    from .. import export
+
+    say = Say(as_json, quiet)
+    check_writable("output", output)
+    chosen = recipe_of(recipe, stats)
+    loaded, batch = load_with_batch(say, model, max(2, rows), longest, data, task, dtype)
+    with say.phase("exporting and checking"), blamed(loaded, [batch]):
+        result = export.export_onnx(
+            loaded, batch, output, chosen, runtime=runtime, accuracy_level=accuracy_level
+        )
+    say.json(result.to_dict())
+    say.results.print(str(result), markup=False, highlight=False)
