@@ -19,7 +19,7 @@ from .compiled import Compiled
 from .errors import ArgumentError, ThresherError, unknown_key
 from .graph import capture
 from .graph.program import Program
-from .model_capture import example, shown_to
+from .model_capture import example, shown_to, watching
 from .recipe import Recipe
 from .report import Report, progress
 from .strict import check_model, check_plain, compile_strictly
@@ -194,7 +194,7 @@ def calibrate(
     """
     check_plain(model)
     calibration = Calibration(Recipe.of(recipe, **options))
-    watched = shown_to(backend.watching(calibration), model, dynamic=True)
+    watched = shown_to(watching(calibration), model, dynamic=True)
     for batch in progress(batches, "calibrating"):
         args, kwargs = example(batch)
         watched(*args, **kwargs)

@@ -20,7 +20,7 @@ from thresher.lowering.providers import provider_notes
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Target
 from thresher.passes import catalog as passes
-from thresher.passes.calibrate import Calibration, Statistics
+from thresher.passes.calibrate import Statistics
 from thresher.passes.contain import Containment
 from thresher.passes.cost.model import CostModel
 from thresher.passes.pipeline import Pipeline
@@ -62,8 +62,23 @@ def thresher_backend(
     mode: torch.compile's mode, handed to Inductor.
     """
     given = dict(options) if isinstance(options, dict) else {} if options is None else {"recipe": options}
-    target, strict = given.pop("target", "inductor"), given.pop("strict", False)
+    how = {"target": given.pop("target", "inductor"), "strict": given.pop("strict", False)}
     mode = given.pop("mode", None) or mode
+    recipe = given.pop("recipe") if isinstance(given.get("recipe"), Recipe) else None
+    recipe = Recipe.of(recipe, **given) if recipe is not None else Recipe.of(given or None)
+    return compile_graph(gm, example_inputs, recipe, mode=mode, **how)
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    recipe: Recipe,
+    *,
+    target: str = "inductor",
+    mode: str | None = None,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    """Compile a graph from Dynamo for a recipe; target, mode and strict as in `thresher_backend`."""
     if disabled():
         logger.info("THRESHER_DISABLE is set: %s runs as it was written.", name_of(gm))
         return gm.forward
@@ -71,8 +86,6 @@ def thresher_backend(
     assert lower is not None
     if not any(isinstance(example, torch.Tensor) for example in example_inputs):
         return gm.forward  # arithmetic on sizes, between two graph breaks
-    recipe = given.pop("recipe") if isinstance(given.get("recipe"), Recipe) else None
-    recipe = Recipe.of(recipe, **given) if recipe is not None else Recipe.of(given or None)
     try:
         refuse = cannot_rewrite(gm)
         if refuse is not None:
@@ -243,26 +256,6 @@ def _statistics(recipe: Recipe, program: Program) -> Mapping[str, Any]:
     found = Statistics.load(recipe.stats)
     found.check(program)
     return found
-
-
-def watching(calibration: Calibration) -> Callable[..., Any]:
-    """A backend for torch.compile that runs graphs as they are and shows them to a calibration."""
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        program, roles = capture.from_dynamo(gm, example_inputs)
-        program.mask_name = calibration.recipe.mask_name
-        with without_fake_mode(), autocast.suspended():
-            watched = calibration.watch(program)
-
-        def run(*args: Any) -> Any:
-            inputs = [a for a, role in zip(args, roles) if role.startswith("input:")]
-            real = program.real_tokens(inputs)
-            with autocast.suspended():
-                return program.settle(calibration.run(watched, inputs, real), inputs)
-
-        return run
-
-    return backend
 
 
 def real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:

@@ -80,14 +80,10 @@ class Compiled(torch.nn.Module):
             return
         dynamic, mode, target = self._settings.values()
         # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs
-        own = functools.partial(backend.thresher_backend)
-        call = torch.compile(
-            self.model,
-            backend=own,
-            dynamic=dynamic,
-            options={"recipe": self.recipe, "target": target, "mode": mode, "strict": True},
-            **isolated(),
+        own = functools.partial(
+            backend.compile_graph, recipe=self.recipe, target=target, mode=mode, strict=True
         )
+        call = torch.compile(self.model, backend=own, dynamic=dynamic, **isolated())
         self.__dict__.update(_call=call, sessions=[], _sizes=Sizes(dynamic))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

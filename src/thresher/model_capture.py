@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
-from .compat import isolated
+from thresher.passes.calibrate import Calibration
+
+from .compat import isolated, without_fake_mode
 from .errors import ArgumentError, CaptureError, ThresherError
-from .graph import capture
+from .graph import autocast, capture
 from .graph.program import Program
 
 
@@ -84,3 +87,23 @@ def exported(
             f"torch.export cannot capture the model: {str(reason).splitlines()[0]}"
         ) from reason
     return capture.from_export(found), found
+
+
+def watching(calibration: Calibration) -> Callable[..., Any]:
+    """A backend for torch.compile that runs graphs as they are and shows them to a calibration."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        program, roles = capture.from_dynamo(gm, example_inputs)
+        program.mask_name = calibration.recipe.mask_name
+        with without_fake_mode(), autocast.suspended():
+            watched = calibration.watch(program)
+
+        def run(*args: Any) -> Any:
+            inputs = [a for a, role in zip(args, roles) if role.startswith("input:")]
+            real = program.real_tokens(inputs)
+            with autocast.suspended():
+                return program.settle(calibration.run(watched, inputs, real), inputs)
+
+        return run
+
+    return backend
