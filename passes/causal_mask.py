@@ -86,7 +86,9 @@ def prepare_causal(program: Program, context: Context[Any]) -> int | None:
     """The preparation of a pass that reads causal attention; None where no mask was one."""
     number = make_all_causal(program)
     if number:
-        context.notes.append(f"the masks of {number} attentions are the plain causal one, and are not made.")
+        context.notes.append(
+            f"the masks of {number} attentions are the plain causal one, and are no longer computed."
+        )
     return number or None
 
 

@@ -86,7 +86,7 @@ def why_not(site: Attention) -> str | None:
     if mask.dim() != 4 or any(not isinstance(n, int) or n != 1 for n in mask.shape[1:3]):
         return f"Its mask of shape {tuple(mask.shape)} differs between heads; the operator takes one row a sequence."
     if q.device.type != "cpu":
-        return f"It runs on {q.device.type}, where attention kernels split a cache over blocks of their own."
+        return f"It runs on {q.device.type}, where PyTorch's attention already spreads a long cache over the whole GPU."
     if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"It attends from {q.dtype} to {k.dtype}; the operator takes fp32, bf16 or fp16 throughout."
     if q.dim() != 4 or q.shape[1] % k.shape[1]:

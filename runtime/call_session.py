@@ -111,9 +111,9 @@ class CallSession(Session):
             return
         self._told = True
         warnings.warn(
-            "The rows of this call keep different numbers of tokens, so that the keys and values handed back have places "
-            "that hold none, which transformers' own decoding would read. Generate with fast.generate(...) of "
-            "thresher.compile, whose cache knows them, or pass use_cache=False.",
+            "The rows of this call keep different numbers of tokens, so that the keys and values handed back have unused "
+            "places, which transformers' own decoding would read as tokens. Generate with fast.generate(...) of "
+            "thresher.compile, whose cache skips them, or pass use_cache=False.",
             stacklevel=3,
         )
 
@@ -145,8 +145,8 @@ class CallSession(Session):
                 if key not in self._missed:
                     self._missed.add(key)
                     warnings.warn(
-                        f"This call asks for {wanted}, and the file has no program for that: it runs whole. Call the "
-                        "model with such inputs before it is saved.",
+                        f"This call asks for {wanted}, and the file has no program for that: it runs without leaving "
+                        "tokens out. Call the model with such inputs before it is saved.",
                         stacklevel=3,
                     )
                 return self.whole(inputs)

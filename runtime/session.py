@@ -102,7 +102,7 @@ class Session:
         self._check_mask(inputs, layout)
         lengths, holed, strange = survey(inputs[layout.mask], layout.mask_name)
         reason = (
-            f"{layout.mask_name} holds values other than 0 and 1; the model itself says what they mean."
+            f"{layout.mask_name} holds values other than 0 and 1, which do not say what is padding."
             if strange
             else self._why_padded(lengths, holed, inputs[layout.mask].shape[1], layout)
         )
@@ -196,7 +196,7 @@ class Session:
             with compiling(), self._lock:
                 if width > layout.proven:
                     if {**layout.visibilities, **layout.reclassify(width)} != layout.visibilities:
-                        return "At this length the model's attention mask may show a window that shorter ones did not."
+                        return "The attention mask has another form, such as a window, at this length than at shorter ones."
                     layout.proven = width
         return None
 

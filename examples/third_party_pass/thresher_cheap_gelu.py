@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from thresher.errors import ArgumentError
+from thresher.graph.edit import call_before, replace
 from thresher.passes.base import Effect, Match, Miss, Pass, register_pass
 from thresher.recipe import PassConfig
 
@@ -53,7 +54,4 @@ class CheapGelu(Pass[CheapGeluConfig]):
 
     def rewrite(self, program, match, context):
         old = match.data
-        with program.graph.inserting_before(old):
-            new = program.graph.call_function(aten.gelu.default, (old.args[0],), {"approximate": "tanh"})
-        new.meta = dict(old.meta)  # the same shape and dtype
-        old.replace_all_uses_with(new)
+        replace(old, call_before(old, aten.gelu.default, (old.args[0],), {"approximate": "tanh"}))

@@ -61,7 +61,8 @@ def widest(mlps: Sequence[MlpSite]) -> tuple[list[MlpSite], list[Miss]]:
             Miss(
                 m.down.fqn,
                 f"It reads what {first.down.fqn} reads and has {m.down.out_features} outputs against "
-                f"{first.down.out_features}; a branch so narrow stays dense. Merge adapters to lose it.",
+                f"{first.down.out_features}; such a narrow branch, a LoRA adapter for instance, stays dense. Merge adapters "
+                "into the model's weights to be rid of it.",
             )
             for m in group
             if m is not first
@@ -102,8 +103,8 @@ def read(program: Program, mlp: MlpSite, bmax: int, min_bytes: int) -> NeuronPla
     tokens = prod(x.shape[:-1])
     if isinstance(tokens, int) and tokens > bmax:
         return (
-            f"This graph computes {tokens} tokens a call, and their union of active neurons is looked for up to "
-            f"bmax = {bmax}; so many tokens rarely leave a neuron to skip."
+            f"This graph computes {tokens} tokens a call, more than bmax = {bmax}: only neurons that are off for all tokens "
+            "of a call can be skipped, and so many tokens rarely leave one."
         )
     size = weight.tensor.numel() * weight.tensor.element_size()
     if size < min_bytes:

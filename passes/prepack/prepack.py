@@ -151,7 +151,7 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
     apart = outside(program, sites, axes, padding)
     sites = {node: site for node, site in sites.items() if node not in apart.attentions}
     if not sites:
-        raise NotPackable("No attention of this program is among the tokens that the padding mask is for.")
+        raise NotPackable("The padding mask marks tokens that no attention of this program works on.")
     visibilities, probes = {}, {}
     for node, site in sites.items():
         where = module_fqn(node) or node.name
@@ -183,8 +183,8 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
         raise NotPackable(of_writes("prepack", program, written))
     if behind and (foreign := _foreign(program, axes, apart)):
         raise NotPackable(
-            f"{foreign} weights are multiplied in another tower than the padded one, where {' and '.join(behind)} behind a "
-            "packed program would not reach them. Leave prepack or them out of the recipe."
+            f"{foreign} weights belong to another tower (encoder or decoder) than the padded one. In a packed program "
+            f"{' and '.join(behind)} could not rewrite them. Leave prepack, or {' and '.join(behind)}, out of the recipe."
         )
     share = _packed_share(program, axes, apart)
     if share < config.min_share:

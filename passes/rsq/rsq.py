@@ -39,8 +39,8 @@ NEEDS_DATA = "It needs calibration: run thresher.quantize(model, data, RSQ(...))
 
 
 HIDDEN = (
-    "rsq: the cache holds values as the model makes them, so that each attention stands between two rotations, and zipvl"
-    " and transprune see no layers through them. Quantize with rotate_heads=False to have both."
+    "rsq: the cache must hold unrotated values, so that each attention now stands between two rotations, behind which zipvl"
+    " and transprune do not recognise the layers. Quantize with rotate_heads=False to use them together."
 )
 
 
@@ -185,7 +185,9 @@ def _prepared(
         held = program.weights[site.weight]
         reason = mismatch_of(made or "not rotated", site, tensors)
         if reason is None and made is None:
-            reason = "It was not there when the program was rotated."
+            reason = (
+                "It is no linear that was in the program when it was rotated, so there are no codes for it."
+            )
         if reason is None:
             assert tensors is not None
             found.append(

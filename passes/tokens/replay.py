@@ -49,7 +49,9 @@ def needed(axes: TokenAxes, node: fx.Node, argument: fx.Node) -> Labels:
     aligned = result[len(result) - rank :] if rank else ()
     wide = {label for label, size in zip(aligned, sizes(argument)) if label is not None and size != 1}
     if TOKENS in wide:
-        raise Stop(f"{node.name} takes {argument.name} beside rows that were joined to one")
+        raise Stop(
+            f"{node.name} takes {argument.name} beside tokens whose rows were merged into one dimension"
+        )
     return tuple(
         label if SEQUENCE in wide and (label in (SEQUENCE, BATCH) or size != 1) else None
         for label, size in zip(aligned, sizes(argument))

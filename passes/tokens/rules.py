@@ -61,7 +61,7 @@ def _dim(dim: int, rank: int) -> int:
 @rule_of(aten.embedding.default)
 def _embedding(node: fx.Node, labels: TokenAxes) -> Any:
     if node.args[0] in labels or node.args[1] not in labels:
-        raise Stop("uses the tokens as the table")
+        raise Stop("looks rows up in the tokens, as in an embedding table")
     return (*labels[node.args[1]], None)  # type: ignore[index]
 
 
@@ -178,7 +178,7 @@ def _index(node: fx.Node, labels: TokenAxes) -> Any:
     for d, _ in chosen:
         free(of_x[d], "picks from")
     if len(chosen) != 1 or not isinstance(chosen[0][1], fx.Node) or chosen[0][1].op != "get_attr":
-        raise Stop("picks by places that are computed")
+        raise Stop("picks positions that are computed in the graph")
     if value(chosen[0][1]).dim() != 1 or value(chosen[0][1]).dtype == torch.bool:
         raise Stop("picks by a mask, or in several dimensions")
     return of_x

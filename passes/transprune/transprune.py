@@ -88,7 +88,7 @@ class TransPrune(Pass[TransPruneConfig]):
 
     def match(self, program: Program, context: Context[TransPruneConfig]) -> Sequence[Match | Miss]:
         if context.config.choice is not None and not any(context.config.choice) and not context.config.always:
-            return whole("", "No token may be left out in calls of this kind.")
+            return whole("", "No token may be left out: for calls like this one, zero was chosen.")
         fed = embeddings_fed(program)
         if fed and not context.structure().layers:
             return [Match("the graph that puts image features in", fed)]

@@ -1,4 +1,4 @@
-"""Thresher computes only the grain: graph rewrites that take the waste out of transformer inference.
+"""Thresher: graph rewrites that take the waste out of transformer inference.
 
     torch.compile(model, backend="thresher")        # no import needed
     thresher.compile(model, example_inputs, recipe) # raises where torch.compile would warn

@@ -154,7 +154,7 @@ def export_onnx(
                 raise ArgumentError(
                     "model",
                     f"a program that writes to its inputs ({program.input_names[next(iter(program.updates.values()))]})",
-                    "a program whose results are all handed back",
+                    "a program that only returns results",
                     "Capture the model without a static cache.",
                 )
             refuse_to_keep(program, "model", program.calls.choices if program.calls is not None else ())
@@ -189,7 +189,7 @@ def export_onnx(
             record.notes.append(f"It is written without prepacking. {str(reason).split(', and')[0]}.")
         for name, choice in program.calls.choices.items() if program.calls is not None else ():
             record.notes.append(
-                f"{name} was settled at {choice.made} for every call, and the file cannot look at each."
+                f"{name} uses the choice {choice.made}, made for the example, in every call of the file."
             )
         if check and inputs:
             stage("running the file and the program")

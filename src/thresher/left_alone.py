@@ -21,7 +21,7 @@ def as_fault(fault: Exception) -> str:
     lines = (str(fault).strip() or "no message").splitlines()[0]
     here = [f for f in traceback.extract_tb(fault.__traceback__) if "torch" not in Path(f.filename).parts]
     at = f" (in {here[-1].name}, {Path(here[-1].filename).name} line {here[-1].lineno})" if here else ""
-    return f"a fault of Thresher's own kept it from this graph, {type(fault).__name__}: {lines}{at}"
+    return f"Thresher failed on this graph by a fault of its own, please report it. {type(fault).__name__}: {lines}{at}"
 
 
 def leave_alone(
@@ -43,13 +43,14 @@ def cannot_rewrite(gm: fx.GraphModule) -> str | None:
         known = node.meta.get("example_value")
         if node.op == "placeholder" and sharded.gathered(node):
             return (
-                f"{node.name} belongs to FSDP, which gathers weights for a call and frees them behind it: what a pass packs "
-                "would have to outlive them. Shard with tensor parallelism instead."
+                f"{node.name} belongs to FSDP, which gathers the weights for each call and frees them again, so that a pass "
+                "cannot convert them once and keep the result. Shard with tensor parallelism instead."
             )
         wrapped = is_traceable_wrapper_subclass(known) and not sharded.is_sharded(known)
         if node.op == "placeholder" and wrapped:
             return (
-                f"{node.name} is a {type(known).__name__}, a tensor made of others, and passes read plain tensors. "
+                f"{node.name} is a {type(known).__name__}, a tensor subclass that wraps other tensors, and passes read "
+                "plain tensors only. "
                 "Inductor compiles such a graph as it is."
             )
         if (

@@ -134,7 +134,7 @@ class Recipe:
                 )
         if self.min_gain < 0:
             raise ArgumentError(
-                "min_gain", self.min_gain, "0 or more", "1.0 leaves what is expected to lose."
+                "min_gain", self.min_gain, "0 or more", "1.0 leaves alone what is expected to become slower."
             )
         if self.inductor:
             option_types.check_inductor(dict(self.inductor))

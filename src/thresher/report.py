@@ -259,7 +259,11 @@ def _details(p: PassReport) -> list[Any]:
     if p.weights:
         done, left = p.weights["rewritten"], p.weights["missed"]
         share = f"{p.coverage:.1%} of the bytes of weights ({done / 1e6:.3g} of {(done + left) / 1e6:.3g} MB)"
-        tables = f"; no product multiplies by {_fold([m.site for m in p.apart])}" if p.apart else ""
+        tables = (
+            f"; not counted, as no matrix product reads them: {_fold([m.site for m in p.apart])}"
+            if p.apart
+            else ""
+        )
         lines.append(Text(f"{p.name} covers {share}{tables}."))
     lines += [Text(f"{p.name}: {sentence}") for sentence in p.sentences]
     lines += [

@@ -121,6 +121,16 @@ def test_no_folders_need_each_other():
     assert not circles(graph)
 
 
+def test_the_page_on_architecture_has_every_folder():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tree = page.split("## The tree")[1].split("```")[1]
+    folders = {path.parent.relative_to(ROOT).as_posix() for _, path in modules()} - {"src/thresher"}
+    inner = {
+        name.removeprefix("src/thresher/").partition("/")[2] or name.rpartition("/")[2] for name in folders
+    }
+    assert not {name for name in inner if f"{name}/" not in tree.split()}
+
+
 def test_circles_are_seen():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 

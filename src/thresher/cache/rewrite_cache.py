@@ -160,7 +160,7 @@ class Entry:
         before = self._before.get("guards", [])
         guards = after.get("guards", [])
         if guards[: len(before)] != before or not all(expressions.readable(g) for g in guards[len(before) :]):
-            raise Unnamed("What was assumed of the sizes cannot be written down.")
+            raise Unnamed("An assumption about the sizes is no expression that a file can hold.")
         return guards[len(before) :], after
 
     def _assume(self, guards: Sequence[str], after: dict[str, list[str]]) -> bool:
@@ -192,7 +192,9 @@ def _check_kind(captured: Program, rewritten: Program) -> None:
     """Raise Unnamed for a program that more belongs to than a file can hold."""
     layout = rewritten.packing
     if layout is None or rewritten.calls is not None:
-        raise Unnamed("Only programs that prepacking rewrote are kept, without those that look at each call.")
+        raise Unnamed(
+            "Only packed programs are kept, and of these none that depends on each call (transprune, zipvl)."
+        )
     for program in (captured, rewritten, layout.prologue, layout.epilogue, layout.padded):
         made = (
             next((w.fqn for w in program.weights.values() if w.source), None) if program is not None else None

@@ -98,7 +98,7 @@ def _check_origin(recipe: Recipe) -> None:
             if not str(getattr(run, "__module__", "")).startswith("thresher."):
                 raise Unnamed(f"An implementation of thresher::{op.name} is not Thresher's own.")
         if getattr(op._forced, "name", None) is not None:
-            raise Unnamed(f"The provider of thresher::{op.name} is prescribed.")
+            raise Unnamed(f"The provider of thresher::{op.name} is chosen by force(), and not as usual.")
 
 
 @functools.cache
@@ -205,7 +205,7 @@ def _hash_value(value: Any, digest: Any) -> None:
         digest.update(json.dumps(_data(value)).encode())
         return
     if value.device.type != "cpu" or not has_values(value):
-        raise Unnamed("A tensor is not in the main memory.")
+        raise Unnamed("A tensor is not in CPU memory.")
     digest.update(f"{value.dtype}{tuple(value.shape)}{value.stride()}".encode())
     if value.numel():
         flat = value.detach().contiguous().reshape(-1)

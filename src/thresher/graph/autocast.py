@@ -140,6 +140,6 @@ def _check(node: fx.Node, wanted: torch.dtype) -> None:
     made = made[0] if isinstance(made, (tuple, list)) else made
     if made.dtype != wanted:
         raise CaptureError(
-            f"Under autocast {node.target} ({node.name}) gives {wanted}, and from converted arguments {made.dtype}. Convert "
-            "the model with .to(dtype) instead, so that the dtypes stand in the graph."
+            f"Autocast cannot be written into the graph: under it {node.target} ({node.name}) gives {wanted}, and without "
+            f"it {made.dtype} from arguments of that type. Convert the model with .to(dtype) instead."
         )

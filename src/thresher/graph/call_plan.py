@@ -81,9 +81,9 @@ def refuse_to_keep(program: Program, what: str, stated: Collection[str] = ()) ->
     if program.packing is not None and any(isinstance(a, Counted) for a in program.packing.arguments):
         raise ArgumentError(
             what,
-            "a packed program that is told with each call how many tokens attend",
+            "a packed program (prepack) whose number of attending tokens (zipvl) is counted anew for each call",
             "a program that fits every call as it stands",
-            "Leave zipvl or prepack out of the recipe; together they work within the process.",
+            "Leave zipvl or prepack out of the recipe; together they work only in the process that compiled them.",
         )
     refuse_data_decided(program, what)
     choices = program.calls.choices if program.calls is not None else {}
@@ -91,11 +91,9 @@ def refuse_to_keep(program: Program, what: str, stated: Collection[str] = ()) ->
     if not open_ones:
         return
     passes, options = ", ".join(open_ones), ", ".join(f"{n}={{'choice': {m}}}" for n, m in open_ones.items())
-    fix = (
-        f"Leave {passes} out of the recipe; it works within the process, where each call is looked at first."
-    )
+    fix = f"Leave {passes} out of the recipe; in the process that compiled it, each call gets a program that fits."
     if what == "recipe":
-        fix += f" Or, if every call can spare what the example can, state so: {options}."
+        fix += f" Or, if as much may be left out of every call as of the example, say so: {options}."
     raise ArgumentError(
         what,
         f"a program rewritten by {passes} for calls like the example",

@@ -61,7 +61,7 @@ class QuantizeReport:
             f"the whole model: {self.model_bytes / 1e6:.1f} MB -> "
             f"{(self.model_bytes - self.bytes_before + self.bytes_after) / 1e6:.1f} MB predicted"
             + (f"; the file has {self.file_bytes / 1e6:.1f} MB" if self.file_bytes else "")
-            + f"; decoding, where bytes decide: {self.predicted_speed:.2f} times as fast",
+            + f"; decoding, where reading weights takes the time, should be {self.predicted_speed:.2f} times as fast",
             f"the rotation alone changes an fp64 output by {self.exact:.1e}",
             *self.notes,
         ]

@@ -72,7 +72,7 @@ def test_a_call_that_raises_while_saving_leaves_no_inputs_behind(pruned, tmp_pat
 def test_a_call_of_another_kind_runs_whole_and_says_so_once(pruned):
     model, path = pruned
     loaded = thresher.load(path, target="reference")
-    with pytest.warns(UserWarning, match="no program for that: it runs whole"):
+    with pytest.warns(UserWarning, match="no program for that: it runs without leaving tokens out"):
         actual = loaded(**call(11)).logits
     assert torch.equal(actual, model.model(**call(11)).logits)
     with warnings.catch_warnings():
