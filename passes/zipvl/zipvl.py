@@ -61,6 +61,9 @@ class ZipPlan:
     counted: Types
 
 
+Ours = Context[ZipVLConfig]
+
+
 @register_pass
 class ZipVL(Pass[ZipVLConfig]):
     """Lets only important tokens attend and be attended to. See the module's docstring."""
@@ -69,13 +72,13 @@ class ZipVL(Pass[ZipVLConfig]):
     moves_tokens = True
     effect = Effect(exact=False, budget=float("inf"))
 
-    def budget(self, context: Context[ZipVLConfig]) -> float:
+    def budget(self, context: Ours) -> float:
         return context.config.budget
 
-    def prepare(self, program: Program, context: Context[ZipVLConfig]) -> int | None:
+    def prepare(self, program: Program, context: Ours) -> int | None:
         return prepare_causal(program, context)
 
-    def taps(self, program: Program, context: Context[ZipVLConfig]) -> Sequence[Tap]:
+    def taps(self, program: Program, context: Ours) -> Sequence[Tap]:
         tower = largest_tower(context.structure())
         found = []
         for layer in tower.layers if tower else ():
@@ -87,7 +90,7 @@ class ZipVL(Pass[ZipVLConfig]):
             found.append(Tap(site.fqn, site.k.result, partial(pair.side, "k")))
         return found
 
-    def match(self, program: Program, context: Context[ZipVLConfig]) -> Sequence[Match | Miss]:
+    def match(self, program: Program, context: Ours) -> Sequence[Match | Miss]:
         config = context.config
         try:
             stretches = find_stretches(program, context.structure())
@@ -120,9 +123,7 @@ class ZipVL(Pass[ZipVLConfig]):
         plan = ZipPlan(stretches, types, good, protected, counted)
         return [*misses, Match(", ".join(layer.fqn for layer, _ in good), plan)]
 
-    def _types(
-        self, program: Program, stretches: list[Stretch], context: Context[ZipVLConfig]
-    ) -> tuple[Types, Types]:
+    def _types(self, program: Program, stretches: list[Stretch], context: Ours) -> tuple[Types, Types]:
         """Where token types come from: in the program, and in the caller's inputs."""
         config = context.config
         sizes = [example_of(s) for s in value(stretches[0].start).shape[:2]]
@@ -151,7 +152,7 @@ class ZipVL(Pass[ZipVLConfig]):
             )
         return types, counted
 
-    def _share(self, layer: LayerSite, context: Context[ZipVLConfig]) -> float | None:
+    def _share(self, layer: LayerSite, context: Ours) -> float | None:
         """The share of tokens that attend in a layer; None without calibration."""
         if context.config.keep is not None:
             return context.config.keep
@@ -162,7 +163,7 @@ class ZipVL(Pass[ZipVLConfig]):
         return EXPECTED if context.config.counts == "exact" else None
 
     def _why_dense(
-        self, layer: LayerSite, stretch: Stretch, rows: list[tuple[int, int]], context: Context[ZipVLConfig]
+        self, layer: LayerSite, stretch: Stretch, rows: list[tuple[int, int]], context: Ours
     ) -> str | None:
         """Why a layer is left dense; None, with what it saves off the account of FLOPs, where it is not."""
         config, site, axes = context.config, layer.attention, stretch.axes
@@ -191,11 +192,7 @@ class ZipVL(Pass[ZipVLConfig]):
         return None
 
     def _rows(
-        self,
-        program: Program,
-        stretches: list[Stretch],
-        plan_types: tuple[Types, Types],
-        context: Context[ZipVLConfig],
+        self, program: Program, stretches: list[Stretch], plan_types: tuple[Types, Types], context: Ours
     ) -> tuple[dict[Stretch, list[tuple[int, int]]], int]:
         """(tokens, protected ones) of the example's sequences in each stretch, and the most protected ones of a row."""
         config, (types, counted) = context.config, plan_types
@@ -222,7 +219,7 @@ class ZipVL(Pass[ZipVLConfig]):
         asked = counts_program(caller(program), counted) if counted.kind != "none" else None
         return CallLengths(counted, asked, tuple(behind))
 
-    def _protected(self, program: Program, types: Types, context: Context[ZipVLConfig]) -> int:
+    def _protected(self, program: Program, types: Types, context: Ours) -> int:
         config = context.config
         if config.choice is not None:
             return config.choice[0]
@@ -232,7 +229,7 @@ class ZipVL(Pass[ZipVLConfig]):
         values = asked.run(*context.inputs) if asked is not None else []
         return protected_tokens(types, config, values, context.inputs)
 
-    def rewrite(self, program: Program, match: Match, context: Context[ZipVLConfig]) -> None:
+    def rewrite(self, program: Program, match: Match, context: Ours) -> None:
         plan: ZipPlan = match.data
         config = context.config
         old = program.calls or CallPlan()
