@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import thresher
-from thresher import backend, sessions
+from thresher import model_capture, sessions
 from thresher.errors import ArgumentError, CaptureError
 from thresher.passes.calibrate import Calibration
 from thresher.recipe import Recipe
@@ -203,7 +203,7 @@ def test_calibrating_writes_to_the_cache_too():
     torch._dynamo.reset()
     watched = torch.compile(
         model,
-        backend=backend.watching(Calibration(Recipe.of(nvfp4={"min_weights": 1, "sensitive": 0.5}))),
+        backend=model_capture.watching(Calibration(Recipe.of(nvfp4={"min_weights": 1, "sensitive": 0.5}))),
         dynamic=False,
     )
     with torch.no_grad():
