@@ -7,7 +7,7 @@ st.encode(texts)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,30 +17,15 @@ from ..compiled import Compiled
 from ..errors import ArgumentError
 from ..recipe import Recipe
 from ..strict import compile_strictly
+from .batches import groups, token_counts
 
 M = TypeVar("M")
-_WORDS = tuple(
-    [
-        "thresher",
-        "keeps",
-        "the",
-        "grain",
-        "and",
-        "leaves",
-        "the",
-        "chaff",
-        "of",
-        "every",
-        "harvest",
-        "that",
-        "is",
-        "brought",
-        "to",
-        "its",
-        "floor",
-    ]
+EXAMPLE_TEXTS = (  # mixed lengths, as texts have
+    "Thresher keeps the grain.",
+    "It leaves the chaff of every harvest where it fell.",
+    "What is brought to its floor is beaten, shaken and sieved, and only what feeds somebody is carried home.",
+    "Nothing else is weighed or paid for.",
 )
-_LENGTHS = (4, 9, 17, 6)  # words of the sentences that a model is compiled on: mixed, as texts are
 
 
 def optimize(
@@ -67,10 +52,10 @@ def optimize(
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise ArgumentError("tokens_per_batch", tokens_per_batch, "1 or more", "Try 8192.")
     tokenizer, inner = model.tokenizer, holder.model  # type: ignore[attr-defined]
-    if texts is None:
-        texts = [" ".join(_WORDS[:n]) for n in _LENGTHS]
     longest = getattr(model, "max_seq_length", None) or getattr(model, "max_length", None)
-    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    batch = tokenizer(
+        list(texts or EXAMPLE_TEXTS), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    )
     device = next(inner.parameters()).device
     given = {name: t.to(device) for name, t in dict(batch).items()}
     inner.eval()
@@ -128,18 +113,8 @@ class _ByTokens:
         """Texts, or pairs of them, in their order, in groups of up to `tokens` tokens and of one text at least."""
         longest = getattr(self.model, "max_seq_length", None) or getattr(self.model, "max_length", None)
         pairs = inputs if isinstance(inputs[0], str) else [tuple(pair) for pair in inputs]
-        ids: Iterable[Sequence[int]] = self.model.tokenizer(
-            pairs, truncation=True, max_length=longest, padding=False, verbose=False
-        )["input_ids"]
-        group: list[Any] = []
-        held = 0
-        for text, tokens in zip(inputs, ids, strict=True):
-            if group and held + len(tokens) > self.tokens:
-                yield group
-                group, held = [], 0
-            group.append(text)
-            held += len(tokens)
-        yield group
+        for group in groups(token_counts(self.model.tokenizer, pairs, longest), self.tokens):
+            yield inputs[group]
 
 
 def _is_texts(inputs: Any) -> bool:
