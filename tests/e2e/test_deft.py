@@ -48,6 +48,7 @@ def test_from_training_to_a_compiled_model(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_same_through_inductor(tmp_path):
     check(*fine_tuned(tmp_path), "inductor")
 

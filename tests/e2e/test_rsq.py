@@ -27,7 +27,7 @@ def difference(model, call, inputs):
 @pytest.mark.parametrize(
     "name, cache",
     [
-        ("llama", False),
+        pytest.param("llama", False, marks=pytest.mark.thorough),
         ("llama", True),
         ("gpt2", False),
         pytest.param("qwen2", False, marks=pytest.mark.thorough),

@@ -90,7 +90,7 @@ def test_the_program_reads_each_key_head_once():
     assert len(program.updates) == 3 * 3  # keys, values and length of each layer
 
 
-@pytest.mark.parametrize("make", [tiny_llama.make, mistral])
+@pytest.mark.parametrize("make", [pytest.param(tiny_llama.make, marks=pytest.mark.thorough), mistral])
 def test_generate_compiles_its_decode_step(make):
     torch._dynamo.reset()
     model = make(num_hidden_layers=2)
@@ -122,7 +122,7 @@ def test_a_compiled_model_generates_compiled():
         ).generate()
 
 
-@pytest.mark.parametrize("make", [tiny_llama.make, mistral])
+@pytest.mark.parametrize("make", [pytest.param(tiny_llama.make, marks=pytest.mark.thorough), mistral])
 def test_its_prefill_is_packed_before_a_static_cache_too(make):
     torch._dynamo.reset()
     model = make(num_hidden_layers=1)

@@ -37,7 +37,7 @@ def _pruning(**options):
 
 @pytest.mark.filterwarnings("ignore::thresher.ThresherWarning")
 @pytest.mark.parametrize(
-    "name", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.thorough), "qwen2_5_vl"]
+    "name", [*(pytest.param(n, marks=pytest.mark.thorough) for n in ("llava", "qwen2_vl")), "qwen2_5_vl"]
 )
 @torch.no_grad()
 def test_vision_language_models_as_they_are(name):
@@ -71,7 +71,7 @@ def test_generation_behind_a_prefill_that_kept_all_is_the_models_own(llama):
     assert torch.equal(call.generate(**inputs, cache=cache, max_new_tokens=8, do_sample=False), expected)
 
 
-@pytest.mark.parametrize("restore", ["zeros", "none"])
+@pytest.mark.parametrize("restore", [pytest.param("zeros", marks=pytest.mark.thorough), "none"])
 @torch.no_grad()
 def test_a_second_turn_of_several_tokens_on_the_pruned_cache(llama, restore):
     """Right-aligned, at the positions the unpruned prompt leaves off."""
@@ -118,7 +118,7 @@ def test_with_quantized_weights(llama):
     """Later passes rewrite the pruned program's linears."""
     ids = prompt()
     inputs = dict(input_ids=ids, use_cache=False)
-    pruned = _compile(llama, inputs, **_pruning(stages=((1, 0.5),), policy="uniform"))
+    pruned = _compile(llama, inputs, **_pruning(stages=((1, 0.5),), policy="uniform"), verify=False)
     quantized = dict(nvfp4={"min_weights": 0}, verify=False)
     call = _compile(llama, inputs, **_pruning(stages=((1, 0.5),), policy="uniform"), **quantized)
     assert call.report["transprune"].rewritten and call.report["nvfp4"].rewritten
@@ -140,7 +140,7 @@ def mixed(llama):
     return [(i, captures.export(llama, i, dynamic=i is together)) for i in (together, *alone)]
 
 
-@pytest.mark.parametrize("policy", ["transprune", "fastv"])
+@pytest.mark.parametrize("policy", ["transprune", pytest.param("fastv", marks=pytest.mark.thorough)])
 @torch.no_grad()
 def test_with_prepacking_each_row_is_pruned_as_alone(mixed, policy):
     """Budgets, probes and softmax of each packed sequence are its own."""
@@ -175,7 +175,7 @@ def test_generation_behind_zipvl_on_packed_prompts(llama):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.thorough), True])
 @torch.no_grad()
 def test_inductor_agrees(packed):
     """Pruned; and packed with ZipVL, whose program is told the number of tokens that attend with each call."""

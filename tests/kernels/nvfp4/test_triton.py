@@ -62,7 +62,7 @@ def test_gemm_fits_and_uses_tensor_cores(capability, rows):
         assert any(name.startswith("HGMMA" if capability == 90 else "UTC") for name in found.mma), found
 
 
-@pytest.mark.parametrize("capability", [100, 120])
+@pytest.mark.parametrize("capability", [pytest.param(100, marks=pytest.mark.thorough), 120])
 def test_w4a4_multiplies_fp4_in_hardware(capability):
     signature = {**SIGNATURE, "a": "*u8", "a_scales": "*fp8e4nv", "scales": "*fp8e4nv", "alpha": "*fp32"}
     binary = compiled(capability, nvfp4_triton.gemm_w4a4, nvfp4_cuda.w4a4_tile(), signature)

@@ -34,7 +34,6 @@ POINTERS = {
     "out": "*bf16",
 }
 ODD = ("tokens", "groups", "chunks")
-TARGETS = [c if c == 90 else pytest.param(c, marks=pytest.mark.slow) for c in aot.TARGETS]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +53,7 @@ def found(capability, kernel, tile, constants, **pointers):
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", aot.TARGETS)
 def test_gemv_fits_and_loads_wide(capability, tokens):
     constants = {"THRESHOLD": 2, "SCALED": False, "CHUNK": sparse_cuda.CHUNK, "BT": tokens, "scale": None}
     report = found(capability, sparse_triton.gemv, sparse_cuda.GEMV, constants)
@@ -63,7 +62,7 @@ def test_gemv_fits_and_loads_wide(capability, tokens):
 
 
 @pytest.mark.parametrize("weight", ["*bf16", "*i8"])
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", aot.TARGETS)
 def test_down_of_listed_neurons_uses_tensor_cores(capability, weight):
     scaled = weight == "*i8"
     constants = {"SCALED": scaled, "PRECISION": "tf32", "DTYPE": tl.bfloat16, "CHUNK": sparse_cuda.CHUNK}
@@ -73,7 +72,7 @@ def test_down_of_listed_neurons_uses_tensor_cores(capability, weight):
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", aot.TARGETS)
 def test_up_of_listed_neurons_fits(capability, tokens):
     constants = {"SCALED": False, "HAS_BIAS": True, "RELU": True, "PRECISION": "tf32", "scale": None}
     constants |= {"CHUNK": sparse_cuda.CHUNK, "BT": tokens}
@@ -81,7 +80,7 @@ def test_up_of_listed_neurons_fits(capability, tokens):
     report.require_fit(capability, tensor_cores=tokens == 16)
 
 
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", aot.TARGETS)
 def test_compact_and_reduce_fit(capability):
     constants = {"THRESHOLD": 1, "CHUNK": sparse_cuda.CHUNK, "BT": 16}
     found(capability, sparse_triton.compact, {"num_warps": 4}, constants).require_fit(capability)

@@ -17,7 +17,6 @@ from thresher.kernels.wna16 import triton_kernels as wna16_triton
 
 OPTIONS = ("num_warps", "num_stages")
 TYPES = {"codes": "*i32", "scales": "*fp32", "zeros": "*u8", "x": "*bf16", "bias": "*bf16", "y": "*bf16"}
-SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +35,8 @@ def compiled(capability, kernel, tile, bits):
     )
 
 
-@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=SLOW), pytest.param(100, marks=SLOW), 120])
-@pytest.mark.parametrize(
-    "bits", [pytest.param(2, marks=SLOW), 3, pytest.param(4, marks=SLOW), pytest.param(8, marks=SLOW)]
-)
+@pytest.mark.parametrize("capability", aot.TARGETS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gemv_fits_in_registers(capability, bits):
     compiled(capability, wna16_triton.gemv, wna16_cuda.gemv_tile(), bits).require_fit(capability)
 
@@ -53,8 +50,8 @@ def test_gemm_fits_and_uses_tensor_cores(capability, rows, bits):
     found.require_fit(capability, tensor_cores=True)
 
 
-@pytest.mark.parametrize("capability", [80, *(pytest.param(c, marks=SLOW) for c in (90, 100, 120))])
-@pytest.mark.parametrize("block", [1536, pytest.param(2048, marks=SLOW)])
+@pytest.mark.parametrize("capability", aot.TARGETS)
+@pytest.mark.parametrize("block", [1536, pytest.param(2048, marks=pytest.mark.thorough)])
 def test_hadamard_fits(capability, block):
     height, width = hadamard_cuda.factors(block)
     signature = {"x": "*bf16", "signs": "*fp32", "left": "*fp32", "y": "*bf16", "height": "i32", "width": "i32",

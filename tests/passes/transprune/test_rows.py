@@ -46,8 +46,18 @@ def run(model, inputs, scores=None, **options):
     return logits, extras
 
 
-@pytest.mark.parametrize("policy", ["transprune", "fastv"])
-@pytest.mark.parametrize("side", ["left", "right", None])
+@pytest.mark.parametrize(
+    "policy, side",
+    [
+        ("transprune", "left"),
+        ("transprune", None),
+        ("fastv", "right"),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (("transprune", "right"), ("fastv", "left"), ("fastv", None))
+        ),
+    ],
+)
 @torch.no_grad()
 def test_each_row_is_pruned_as_alone(model, side, policy):
     """Left over places are hidden by the mask, or by causality where there is none, in scores too."""

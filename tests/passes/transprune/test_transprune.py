@@ -142,7 +142,7 @@ def test_policies_rank_as_their_formulas_say(model):
         assert torch.equal(kept(call)["kept.1"], best), policy
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.thorough), True])
 @torch.no_grad()
 def test_calls_with_other_image_counts_get_programs_of_their_own(model, dynamic):
     ids = prompt()
