@@ -76,22 +76,56 @@ def test_providers_agree_with_reference(op, dtype, device):
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _in_another_dtype(given):
+    """(dtype it is, dtype it becomes, the argument so changed): each floating tensor in turn, those of lists too."""
+    if isinstance(given, torch.Tensor) and given.dtype in HALVES:
+        yield from ((given.dtype, other, given.to(other)) for other in HALVES if other != given.dtype)
+    elif isinstance(given, (list, tuple)):
+        for at, one in enumerate(given):
+            for was, other, new in _in_another_dtype(one):
+                yield was, other, [*given[:at], new, *given[at + 1 :]]
+
+
+def _size(sample):
+    return sum(t.numel() for a in sample.args for t in (a if isinstance(a, (list, tuple)) else [a])
+               if isinstance(t, torch.Tensor))  # fmt: skip
+
+
 @pytest.mark.parametrize("op", ops.all_ops(), ids=_id)
 def test_another_dtype_of_one_tensor_is_refused_or_computed_right(op):
     """No kernel reads numbers of one dtype as those of another: a call is refused in Python, or equals the reference."""
+    tried = 0
+    for dtype in [d for d in HALVES if d in op.tolerance]:
+        for number, sample in enumerate(op.inputs(torch.device("cpu"), dtype)):
+            if number and _size(sample) > 20_000:  # a large one of each operator is enough
+                continue
+            for place, given in enumerate(sample.args):
+                for _, other, new in _in_another_dtype(given):
+                    args = [new if i == place else a for i, a in enumerate(sample.args)]
+                    tried += 1
+                    try:
+                        actual = _tensors(op(*args))
+                    except ArgumentError as refused:
+                        assert str(other) in str(refused), (sample.label, place, refused)
+                        continue
+                    limit = max(op.tolerance.get(d, 0.0) for d in (dtype, other))
+                    for a, e in zip(actual, _tensors(op.reference(*args)), strict=True):
+                        assert a.shape == e.shape and a.dtype == e.dtype
+                        assert relative_error(a, e) <= limit, (sample.label, place, dtype, other)
+    assert tried or not any(t.is_floating_point() for s in op.inputs(torch.device("cpu"), torch.float32)
+                            for t in s.args if isinstance(t, torch.Tensor))  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ops.all_ops(), ids=_id)
+def test_a_mixed_call_has_the_dtypes_its_fake_says(op):
+    """Tensors of several dtypes that a check lets through are a program's too: its graph must say what comes out."""
     for dtype in [d for d in HALVES if d in op.tolerance]:
         sample = op.inputs(torch.device("cpu"), dtype)[0]
         for place, given in enumerate(sample.args):
-            if not isinstance(given, torch.Tensor) or given.dtype not in HALVES:
-                continue
-            for other in HALVES:
-                args = [given.to(other) if i == place else a for i, a in enumerate(sample.args)]
+            for _, _, new in _in_another_dtype(given):
+                args = tuple(new if i == place else a for i, a in enumerate(sample.args))
                 try:
-                    actual = _tensors(op(*args))
-                except ArgumentError as refused:
-                    assert other != given.dtype and str(other) in str(refused), (place, refused)
+                    op.check(*args)
+                except ArgumentError:
                     continue
-                limit = max(op.tolerance.get(d, 0.0) for d in (dtype, other))
-                for a, e in zip(actual, _tensors(op.reference(*args)), strict=True):
-                    assert a.shape == e.shape and a.dtype == e.dtype
-                    assert relative_error(a, e) <= limit, (place, dtype, other)
+                torch.library.opcheck(op.overload, args, test_utils=("test_schema", "test_faketensor"))

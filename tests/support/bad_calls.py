@@ -26,7 +26,16 @@ from thresher.kernels import catalog, native
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
-DTYPES = (torch.float32, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+)
 INDICES = (-(10**9), -2, -1, 10**9)
 NUMBERS = {
     bool: (True, False),
