@@ -45,7 +45,7 @@ _PACKAGES = (
     "tensorrt-rtx",
     "numpy",
 )
-_PLACES = ("json", "lock", "log", "more", "state")  # options that name files
+_PLACES = ("json", "lock", "log", "more", "openvino", "state")  # options that name files
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,

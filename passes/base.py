@@ -147,6 +147,11 @@ class Pass(abc.ABC, Generic[C]):
         """Sentences about these matches, which all were rewritten: what they save together, what they took along."""
         return ()
 
+    def linear_kernels(self, config: C) -> Sequence[str]:
+        """Classes of kernels that linears become, as prices name them ("linear.bfloat16", "nvfp4_linear.int8"): where a
+        recipe leaves sites that would lose, they are timed once a machine."""
+        return ()
+
     def prepare(self, program: Program, context: Context[C]) -> Any:
         """Edit the program exactly, in place, before any pass of the recipe runs, because a pass that comes earlier
         would take away what this one must see, or because its `match` must see it done. The edits stay also where this

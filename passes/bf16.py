@@ -62,6 +62,9 @@ class BF16(Pass[BF16Config]):
     def budget(self, context: Context[BF16Config]) -> float:
         return context.config.budget
 
+    def linear_kernels(self, config: BF16Config) -> Sequence[str]:
+        return ("linear.bfloat16",)
+
     def match(self, program: Program, context: Context[BF16Config]) -> Sequence[Match | Miss]:
         structure, config = context.structure(), context.config
         kept = kept_layers(structure, config.keep, context.notes)

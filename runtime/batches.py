@@ -16,17 +16,21 @@ import torch
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
+from .fewer_rows import first_rows
+
 ROWS, WIDTH = 6, 16  # of a small batch, where sizes are free
 SCALE = 2.0
 _NO_SCALE = ("mask", "bias", "cache", "past", "key", "value", "scale")  # in names of inputs that are not data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """label: in words, for the certificate. inputs: in the order of the program's placeholders."""
+    """label: in words, for the certificate. inputs: in the order of the program's placeholders. rows: how many, where
+    they are fewer than the program was captured for."""
 
     label: str
     inputs: list[Any]
+    rows: int | None = None
 
 
 def example(program: Program, inputs: Sequence[Any]) -> Batch:
@@ -36,24 +40,27 @@ def example(program: Program, inputs: Sequence[Any]) -> Batch:
     return Batch(f"the example{size}", list(inputs))
 
 
-def further(program: Program, inputs: Sequence[Any]) -> list[Batch]:
-    """The batches beside the example, the one with other lengths first; none where the example offers nothing to vary."""
-    small = _resized(program, list(inputs))
+def further(program: Program, inputs: Sequence[Any], rows: int | None = None) -> list[Batch]:
+    """The batches beside the example, the one with other lengths first; none where the example offers nothing to vary.
+
+    rows: take so many of the example's, where its sizes are fixed.
+    """
+    small = first_rows(inputs, rows) if rows is not None else _resized(program, list(inputs))
     mask = mask_of(program, small)
     found = []
     lengths: list[int] = []
     if mask is not None and small[mask].numel():
         cut, lengths = _other_lengths(small[mask], _is_step(program, small, mask))
-        if not torch.equal(cut, inputs[mask]):
+        if not torch.equal(cut, small[mask]):
             shown = ", ".join(map(str, lengths[:ROWS])) + (", ..." if len(lengths) > ROWS else "")
-            found.append(Batch(f"other lengths ({shown})", _with(small, {mask: cut})))
+            found.append(Batch(f"other lengths ({shown})", _with(small, {mask: cut}), rows))
     base = found[0].inputs if found else small
     changed = _permuted(program, base, mask)
     if changed:
-        found.append(Batch("permuted", _with(base, changed)))
+        found.append(Batch("permuted", _with(base, changed), rows))
     scaled = {i: x * SCALE for i, x in enumerate(base) if _is_data(program.input_names[i], x)}
     if scaled:
-        found.append(Batch(f"scaled by {SCALE:g}", _with(base, scaled)))
+        found.append(Batch(f"scaled by {SCALE:g}", _with(base, scaled), rows))
     return found
 
 

@@ -17,6 +17,8 @@ from thresher import given_tokens, own_generate
 from thresher.graph.call_plan import CallPlan
 from thresher.graph.program import Program
 from thresher.graph.tracing import compiling
+from thresher.lowering.target import Target
+from thresher.report import Report
 
 from .session import Session
 
@@ -167,12 +169,16 @@ class CallSession(Session):
             return self.variants[key]
 
 
-def run_built(
-    program: Program, inputs: Sequence[Any], plain: Any, report: Any
-) -> tuple[list[Any], dict[str, Any]]:
-    """A program's results and extras on a caller's inputs, as it was built; nobody continues from them."""
-    if program.calls is None:
-        return Session(program, plain, plain, report).results(inputs, {}), {}
-    session = CallSession(program, plain, plain, report)
+def built(program: Program, plain: Target, report: Report) -> Session:
+    """A session that runs a program through one target, as it was built."""
+    kind = Session if program.calls is None else CallSession
+    return kind(program, plain, plain, report)
+
+
+def run_built(session: Session, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+    """A program's results and extras on a caller's inputs, as it was built, whatever the call would choose; nobody
+    continues from them."""
+    if not isinstance(session, CallSession):
+        return session.results(inputs, {}), {}
     with given_tokens.reading_kept():
         return session.run_made(inputs, {}), session.extras

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from thresher.graph.program import Program
 from thresher.lowering.target import Target
 from thresher.report import Report
 
-from .call_session import run_built
+from .call_session import built, run_built
+from .session import Session
 
 
 @dataclass(frozen=True)
@@ -29,28 +31,31 @@ class Outcome:
 
 def run_plainly(program: Program, inputs: Sequence[Any], plain: Target) -> list[Any]:
     """A program's results on the caller's inputs, packed or not."""
-    return outcome(program, inputs, plain).results
+    return outcome(program, inputs, plain)[0].results
 
 
 def run_with_extras(program: Program, inputs: Sequence[Any], plain: Target) -> list[Any]:
     """As `run_plainly`, with what the program gives beyond the caller's results behind them."""
-    found = outcome(program, inputs, plain)
+    found = outcome(program, inputs, plain)[0]
     return [*found.results, *found.extras.values()]
 
 
-def outcome(program: Program, inputs: Sequence[Any], plain: Target) -> Outcome:
-    """What a program gives for the caller's inputs, without counting it among its sites' calls."""
+def outcome(
+    program: Program, inputs: Sequence[Any], plain: Target, session: Session | None = None
+) -> tuple[Outcome, Session]:
+    """What a program gives for the caller's inputs, without counting it among its sites' calls, and the session that ran
+    it, which may run it again. session: such a one."""
+    session = session or built(program, plain, Report(plain.name))
     with site_counts.paused():
-        return Outcome(program, *run_built(program, inputs, plain, Report(plain.name)))
+        return Outcome(program, *run_built(session, inputs)), session
 
 
 def as_packed(before: Program, after: Program, inputs: Sequence[Any]) -> tuple[Program, Sequence[Any]]:
     """Where `after` was packed and `before` was not: a copy that packs every batch with padding and hands back padded
     results, and inputs with padding where they had none. Else both as they are."""
-    layout: PackedLayout | None = after.packing
-    if layout is None or before.packing is not None:
+    if after.packing is None or before.packing is not None:
         return after, inputs
-    return _packing_always(after, layout), _with_padding(inputs, layout)
+    return always_packed(after), with_padding(inputs, after.packing)
 
 
 class Comparison:
@@ -60,15 +65,23 @@ class Comparison:
     A result that mixes positions (a pooler, a sliding cache) may read pads. Such elements are undefined in
     the padded model too: they are those that change with what stands at the pads, and are left out; whole vectors along
     the last dimension, since in half precision one number among them may come out the same by chance.
+
+    run: gives the results of the program before for changed inputs.
     """
 
-    def __init__(self, before: Program, after: Program, inputs: Sequence[Any], plain: Target):
-        self.inputs = inputs
+    def __init__(
+        self, before: Program, after: Program, inputs: Sequence[Any], run: Callable[[list[Any]], list[Any]]
+    ):
+        self.inputs, self._run = inputs, run
         self.layout: PackedLayout | None = after.packing
         self.mask = before.real_tokens(inputs) if self.layout is None else None
-        self.disturbed: list[Any] | None = None
-        if self.layout is not None and self.layout.epilogue is not None:
-            self.disturbed = run_plainly(before, _other_pads(inputs, self.layout), plain)
+
+    @cached_property
+    def disturbed(self) -> list[Any] | None:
+        """The results of the program before where other tokens stand at the pads; None where no result mixes positions."""
+        if self.layout is None or self.layout.epilogue is None:
+            return None
+        return self._run(_other_pads(self.inputs, self.layout))
 
     def parts(self, expected: Outcome, *others: Outcome) -> dict[int, tuple[torch.Tensor, ...]]:
         """For each result that is a tensor with elements, by number, what is to be compared of all these outcomes.
@@ -129,14 +142,14 @@ def _largest(expected: torch.Tensor, actual: torch.Tensor, where: torch.Tensor) 
     return float((expected - actual)[where].abs().max() / scale)
 
 
-def _packing_always(program: Program, layout: PackedLayout) -> Program:
+def always_packed(program: Program) -> Program:
     """The program with a layout that packs every batch with padding, whatever it gains, and hands back padded."""
-    copy = program.copy()
+    copy, layout = program.copy(), program.packing
     copy.packing = replace(layout, packing=replace(layout.packing, min_gain=0.0, outputs="padded"))
     return copy
 
 
-def _with_padding(inputs: Sequence[Any], layout: PackedLayout) -> Sequence[Any]:
+def with_padding(inputs: Sequence[Any], layout: PackedLayout) -> Sequence[Any]:
     """The inputs, with a quarter of the last row masked out where nothing was: else nothing would be packed."""
     mask = inputs[layout.mask]
     if not (mask != 0).all():

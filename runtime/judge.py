@@ -9,6 +9,9 @@ programs are run in the higher precision: there they must be the same.
     example           as given; the rewritten program against the captured one, and where that leaves a doubt, both
                       against the higher precision
     permuted, scaled  like the example
+
+All but the example have few rows: of a program that was captured for a fixed number of them, a copy for fewer is made,
+and what does not hold there is judged once more by the whole.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from typing import Any
 
 import torch
 
-from thresher.errors import ThresherError
 from thresher.graph.program import Program
 from thresher.lowering.raised import Raised, narrowest, wider
 from thresher.lowering.target import Target
@@ -28,11 +30,13 @@ from thresher.verdict import FACTOR, FLOOR, SAME, Verdict
 
 from . import batches
 from .batches import Batch
-from .compare import Comparison, Outcome, as_packed, difference, errors, outcome
+from .compare import Comparison, Outcome, difference, errors
+from .fewer_rows import rows_of
+from .runs import CANNOT, Runs
 from .witness import FEW, expected_errors
 
-# What a program raises that an operator will not run in another precision, or a batch it was not written for.
-_CANNOT = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, KeyError, ThresherError)
+_LEAST_SHARE = 4  # of the example's rows that are taken, one in so many
+_LEAST_ROWS = 2  # packed beside one another
 
 
 @dataclass(frozen=True)
@@ -75,19 +79,53 @@ class Judge:
         self.raised = Raised(self.wide)
         self.example = batches.example(captured, inputs)
         self.cannot: str | None = None  # why the captured program does not run in the higher precision
+        self._runs = Runs(plain)
         self._kept: dict[Any, Any] = {}
 
     @cached_property
     def all(self) -> list[Batch]:
         """The batches, the cheap and telling one first. Those that the captured program refuses are no batches of its."""
+        return self._with_example(batches.further(self.captured, self.example.inputs))
+
+    @cached_property
+    def small(self) -> list[Batch] | None:
+        """The same, with fewer rows where the program was captured for a fixed number of them; None where it was not, or
+        has few, or a copy for fewer gives other results for the example's first rows than it does itself."""
+        rows = rows_of(self.captured)
+        few = max(_LEAST_ROWS, min(batches.ROWS, (rows or 0) // _LEAST_SHARE))
+        if rows is None or rows < _LEAST_SHARE * _LEAST_ROWS:
+            return None
+        whole = self._low(self.captured, self.example, self.example.inputs)
+        unlike = self._runs.unlike_with(self.captured, rows, few, self.example.inputs, whole)
+        if not self.agree(unlike) <= 2 * FLOOR[self.dtype]:
+            return None
+        found = self._with_example(batches.further(self.captured, self.example.inputs, few))
+        return found if len(found) > 1 else None
+
+    def _with_example(self, further: Sequence[Batch]) -> list[Batch]:
         found = []
-        for batch in batches.further(self.captured, self.example.inputs):
+        for batch in further:
             try:
-                self._low(self.captured, batch, batch.inputs)
-            except _CANNOT:
+                self._low(self._at(batch, self.captured), batch, batch.inputs)
+            except CANNOT:
                 continue
             found.append(batch)
         return [*found[:1], self.example, *found[1:]]
+
+    def _at(self, batch: Batch, program: Program) -> Program:
+        """A program for a batch's number of rows."""
+        if batch.rows is None:
+            return program
+        made = self._runs.fewer(program, rows_of(self.captured) or 0, batch.rows)
+        assert made is not None
+        return made
+
+    def _has_small(self, program: Program) -> bool:
+        few = next(b.rows for b in self.small or () if b.rows is not None)
+        return self._runs.fewer(program, rows_of(self.captured) or 0, few) is not None
+
+    def _all_agree(self, true: bool) -> bool:
+        return self.agree(0.0 if true else 1.0) == 0.0
 
     def exact(self, before: Program, after: Program, budget: float, anchored: bool = True) -> Verdict:
         """Judge a pass that changes nothing but rounding.
@@ -97,11 +135,23 @@ class Judge:
         """
         if self.fixed or after.calls is not None or before.calls is not None:
             return self.within(before, after, budget)
+        self._runs.keep_only(self.captured, before)
         base = self.captured if anchored else before
+        if self.small is not None and self._all_agree(self._has_small(base) and self._has_small(after)):
+            verdict = self._on_all(self.small, base, after, budget, anchored)
+            if verdict.holds:
+                return verdict
+        return self._on_all(self.all, base, after, budget, anchored)
+
+    def _on_all(
+        self, chosen: Sequence[Batch], base: Program, after: Program, budget: float, anchored: bool
+    ) -> Verdict:
         done = []
-        for batch in self.all:
-            done.append((batch, self._on(batch, base, after, budget, anchored)))
-            if not done[-1][1].holds:
+        for batch in chosen:
+            first = batch is chosen[0]
+            found = self._on(batch, self._at(batch, base), self._at(batch, after), budget, anchored, first)
+            done.append((batch, found))
+            if not found.holds:
                 break
         return self._verdict(done)
 
@@ -109,9 +159,10 @@ class Judge:
         """Judge a pass by how far it moved the program's results on the example: no further than its budget, beside
         which the rounding of both programs is allowed."""
         batch = self.example
-        packed, inputs = as_packed(before, after, batch.inputs)
-        comparison = Comparison(before, packed, inputs, self.plain)
-        low, made = self._low(before, batch, inputs), outcome(packed, inputs, self.plain)
+        self._runs.keep_only(self.captured, before)
+        packed, inputs = self._runs.packed(before, after, batch.inputs)
+        comparison = self._runs.comparison(before, packed, inputs)
+        low, made = self._low(before, batch, inputs), self._runs.outcome(packed, inputs, self.plain)
         error = self._most([difference(e, a) for e, a in comparison.parts(low, made).values()])
         if error <= budget or error != error or self.fixed:
             return self._verdict([(batch, _Found(error, budget))])
@@ -121,24 +172,27 @@ class Judge:
     @cached_property
     def rounding(self) -> float:
         """The captured program's own error on the first batch; 0 where it cannot be told."""
-        batch = self.all[0]
-        low, true = self._low(self.captured, batch, batch.inputs), self._true(batch, batch.inputs)
+        batch = (self.small or self.all)[0]
+        captured = self._at(batch, self.captured)
+        low, true = self._low(captured, batch, batch.inputs), self._true(batch, batch.inputs)
         if true is None:
             return 0.0
-        parts = Comparison(self.captured, self.captured, batch.inputs, self.plain).parts(low, true)
+        parts = self._runs.comparison(captured, captured, batch.inputs).parts(low, true)
         return self._most([errors(t, o, o)[0] for o, t in parts.values()])
 
-    def _on(self, batch: Batch, base: Program, after: Program, budget: float, anchored: bool) -> _Found:
-        packed, inputs = as_packed(base, after, batch.inputs)
+    def _on(
+        self, batch: Batch, base: Program, after: Program, budget: float, anchored: bool, first: bool
+    ) -> _Found:
+        packed, inputs = self._runs.packed(base, after, batch.inputs)
         low = self._low(base, batch, inputs)
         try:
-            made = outcome(packed, inputs, self.plain)
-        except _CANNOT as reason:
+            made = self._runs.outcome(packed, inputs, self.plain)
+        except CANNOT as reason:
             return _Found(
                 float("nan"), 0.0, why=f"the rewritten program raised {type(reason).__name__}: {reason}"
             )
-        comparison = Comparison(base, packed, inputs, self.plain)
-        if batch is not self.all[0] or not anchored:
+        comparison = self._runs.comparison(base, packed, inputs)
+        if not first or not anchored:
             error = self._most([difference(e, a) for e, a in comparison.parts(low, made).values()])
             limit = FLOOR[self.dtype] + (1 + FACTOR) * self.rounding
             if error <= limit or not anchored or self.cannot is not None:
@@ -153,7 +207,7 @@ class Judge:
             told = max(own, self._expected(batch, inputs, place)) if t.numel() < FEW else own
             found = _Found(self.agree(error), self.agree(FACTOR * told + FLOOR[self.dtype]), self.agree(own))
             worst = found if found.share >= worst.share else worst
-        if batch is self.all[0] and worst.holds:
+        if first and worst.holds:
             return self._unlike(base, packed, inputs, comparison, low, true) or worst
         return worst
 
@@ -168,8 +222,8 @@ class Judge:
     ) -> _Found | None:
         """What is wrong with the rewritten program in the higher precision, or None."""
         try:
-            made = outcome(after, inputs, self.raised)
-        except _CANNOT:  # an operator that takes no such precision: what is written down was compared already
+            made = self._runs.outcome(after, inputs, self.raised)
+        except CANNOT:  # an operator that takes no such precision: what is written down was compared already
             return None
         error = self._most([errors(t, t, a)[1] for _, t, a in comparison.parts(low, true, made).values()])
         known = {w.fqn for w in base.weights.values()}
@@ -182,28 +236,30 @@ class Judge:
 
     def _low(self, program: Program, batch: Batch, inputs: Sequence[Any]) -> Outcome:
         """A program's results as it is written; the captured one's are kept."""
-        if program is not self.captured:
-            return outcome(program, inputs, self.plain)
-        key = ("low", batch.label, inputs is batch.inputs)
+        if program is not self._at(batch, self.captured):
+            return self._runs.outcome(program, inputs, self.plain)
+        key = ("low", batch, inputs is batch.inputs)
         if key not in self._kept:
-            self._kept[key] = outcome(program, inputs, self.plain)
+            self._kept[key] = self._runs.outcome(program, inputs, self.plain)
         return self._kept[key]
 
     def _true(self, batch: Batch, inputs: Sequence[Any]) -> Outcome | None:
         """The captured program's results in the higher precision; None where it does not run so."""
-        key = ("true", batch.label, inputs is batch.inputs)
+        key = ("true", batch, inputs is batch.inputs)
         if key not in self._kept and self.cannot is None:
             try:
-                self._kept[key] = outcome(self.captured, inputs, self.raised)
-            except _CANNOT as reason:
+                captured = self._at(batch, self.captured)
+                self._kept[key] = self._runs.outcome(captured, inputs, self.raised)
+            except CANNOT as reason:
                 self.cannot = f"{type(reason).__name__}: {reason}"
         return self._kept.get(key)
 
     def _expected(self, batch: Batch, inputs: Sequence[Any], place: int) -> float:
         """What the error of a small result may be expected to be; see `witness`."""
-        key = ("expected", batch.label, inputs is batch.inputs)
+        key = ("expected", batch, inputs is batch.inputs)
         if key not in self._kept:
-            self._kept[key] = expected_errors(self.captured, inputs, self.plain, self.raised)
+            captured = self._at(batch, self.captured)
+            self._kept[key] = expected_errors(captured, inputs, self.plain, self.raised)
         return self._kept[key][place]
 
     def _most(self, found: Sequence[float]) -> float:

@@ -33,7 +33,7 @@ def expected_errors(program: Program, inputs: Sequence[Any], plain: Target, rais
     watched.output_node.args = ((*watched.outputs, *(names[k] for k in kept)),)
     watched.graph_module.recompile()
     first = len(nodes)
-    low, true = (outcome(watched, inputs, target).results[first:] for target in (plain, raised))
+    low, true = (outcome(watched, inputs, target)[0].results[first:] for target in (plain, raised))
     found = {name: _DEVIATIONS * _relative(t, o) for name, o, t in zip(kept, low, true)}
     return [found[n.name] if n is not None else 0.0 for n in nodes]
 

@@ -43,6 +43,9 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     import torch
 
+    from thresher.machine import linear_rates
+
+    linear_rates.enabled = False  # what a recipe leaves alone must not hang on how fast this machine is
     # sizes and symbols of tiny models seldom repeat, so that noting results costs more than it saves
     torch._dynamo.config.fake_tensor_cache_enabled = False
     # once for each compiled frame, for a log: it empties the processor's caches first, which takes 40 ms

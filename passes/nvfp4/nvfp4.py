@@ -113,6 +113,9 @@ class NVFP4(Pass[NVFP4Config]):
     def budget(self, context: Context[NVFP4Config]) -> float:
         return context.config.budget
 
+    def linear_kernels(self, config: NVFP4Config) -> Sequence[str]:
+        return (f"nvfp4_linear.{config.activations}",)
+
     def taps(self, program: Program, context: Context[NVFP4Config]) -> Sequence[Tap]:
         config = context.config
         if config.input_scale == "dynamic" and not config.sensitive:

@@ -73,6 +73,9 @@ class RSQ(Pass[RSQConfig]):
     def budget(self, context: Context[RSQConfig]) -> float:
         return context.config.budget
 
+    def linear_kernels(self, config: RSQConfig) -> Sequence[str]:
+        return ("nvfp4_linear.exact",) if config.grid == "nvfp4" else (f"wna16_linear.{config.bits}",)
+
     def prepare(self, program: Program, context: Context[RSQConfig]) -> dict[str, str] | None:
         """Rotate before passes that cut layers apart: behind them nothing says any more what reads the stream.
 

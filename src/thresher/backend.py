@@ -23,6 +23,7 @@ from thresher.passes import catalog as passes
 from thresher.passes.calibrate import Statistics
 from thresher.passes.contain import Containment
 from thresher.passes.cost.model import CostModel
+from thresher.passes.device import device_for
 from thresher.passes.pipeline import Pipeline
 from thresher.runtime.artifact.fakes import materialise
 from thresher.runtime.artifact.loaded import OnFakes
@@ -39,7 +40,7 @@ from .graph.nodes import value
 from .graph.program import Program
 from .graph.tracing import compiling
 from .left_alone import as_fault, cannot_rewrite, leave_alone
-from .machine import devices, memory
+from .machine import memory
 from .notices import disabled, logger, name_of, warn
 from .op_checks import watch
 from .recipe import Recipe
@@ -227,7 +228,7 @@ def run_pipeline(
         judge=judge_of(program, recipe, inputs) if inputs is not None and recipe.verify else None,
         device=device,
         stats=_statistics(recipe, program),
-        cost=CostModel(devices.of(device), lengths or real_lengths(program, inputs)),
+        cost=CostModel(device_for(device, recipe, program), lengths or real_lengths(program, inputs)),
         faults=Containment(contain),
     )
     with compiling(), watch() as checks:

@@ -15,7 +15,7 @@ from thresher import backend
 from thresher.kernels import catalog
 from thresher.lowering.reference import Reference
 from thresher.recipe import Recipe
-from thresher.runtime.compare import as_packed, outcome
+from thresher.runtime.compare import as_packed, run_plainly
 
 catalog.load()
 aten = torch.ops.aten
@@ -33,8 +33,8 @@ def run_captured(program, inputs, **passes):
     with torch.no_grad():
         after, report = backend.run_pipeline(program, Recipe.of(passes), arguments)
         packed, arguments = as_packed(program, after, arguments)
-        before = outcome(program, arguments, Reference()).results
-        return report, before, outcome(packed, arguments, Reference()).results
+        before = run_plainly(program, arguments, Reference())
+        return report, before, run_plainly(packed, arguments, Reference())
 
 
 @functools.cache

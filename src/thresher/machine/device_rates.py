@@ -33,9 +33,9 @@ def measure_cpu(quick: bool = False) -> Device:
     found: dict[str, dict[tuple[float, float], float]] = {}
     with torch.no_grad():
         for kernel, row, size, make in progress(cases, "measuring this CPU"):
-            found.setdefault(kernel, {})[row, size] = _least(make(), 1 if quick else 7)
+            found.setdefault(kernel, {})[row, size] = least_seconds(make(), 1 if quick else 7)
         bandwidth, launch, pointwise = _bandwidth(quick), _launch(), _pointwise()
-    surfaces = {name: _surface(points) for name, points in found.items()}
+    surfaces = {name: surface(points) for name, points in found.items()}
     guess = guessed_cpu()
     linear = found["linear.float32"]
     best = max(2 * r * w / s for (r, w), s in linear.items())
@@ -79,7 +79,7 @@ def _linear(dtype: torch.dtype) -> Callable[[int, int], Callable[[], Any]]:
     def make(rows: int, side: int) -> Callable[[], Any]:
         x, weights = (
             torch.randn(rows, side, dtype=dtype),
-            _copies(lambda: torch.randn(side, side, dtype=dtype)),
+            copies(lambda: torch.randn(side, side, dtype=dtype)),
         )
         return lambda: F.linear(x, next(weights))
 
@@ -88,11 +88,11 @@ def _linear(dtype: torch.dtype) -> Callable[[int, int], Callable[[], Any]]:
 
 def _own(rate: LinearRate, rows: int, side: int) -> Callable[[], Any]:
     """The timed call of an operator over weights of its own format."""
-    x, weights = torch.randn(rows, side), _copies(lambda: rate.weight(side))
+    x, weights = torch.randn(rows, side), copies(lambda: rate.weight(side))
     return lambda: rate.run(x, *next(weights))
 
 
-def _copies(make: Callable[[], Any], total: float = 64e6) -> Iterator[Any]:
+def copies(make: Callable[[], Any], total: float = 64e6) -> Iterator[Any]:
     """The weights of a model's layers in turn: one alone would stay in the cache, which in a model it does not."""
     first = make()
     tensors = first if isinstance(first, tuple) else (first,)
@@ -119,13 +119,13 @@ def _padded(length: int, width: int) -> tuple[Callable[[], Any], float]:
 def _per_million(
     make: Callable[[int, int], tuple[Callable[[], Any], float]], length: int, width: int
 ) -> Callable[[], Any]:
-    """An attention's call, marked so that `_least` gives the seconds of a million of its FLOPs."""
+    """An attention's call, marked so that `least_seconds` gives the seconds of a million of its FLOPs."""
     call, flops = make(length, width)
     call.__dict__["share"] = flops / 1e6
     return call
 
 
-def _least(call: Callable[[], Any], rounds: int) -> float:
+def least_seconds(call: Callable[[], Any], rounds: int) -> float:
     """Least seconds of a call, or of a million of its FLOPs where it says how many it has.
 
     On one thread its CPU time counts, which other programs disturb less than the clock on the wall.
@@ -145,7 +145,7 @@ def _least(call: Callable[[], Any], rounds: int) -> float:
     return best / getattr(call, "share", 1.0)
 
 
-def _surface(points: dict[tuple[float, float], float]) -> Surface:
+def surface(points: dict[tuple[float, float], float]) -> Surface:
     """The grid; a point that was too large to time follows from the row before it, in proportion."""
     rows, sizes = (tuple(sorted({p[i] for p in points})) for i in (0, 1))
     table: list[list[float]] = []
@@ -159,14 +159,14 @@ def _surface(points: dict[tuple[float, float], float]) -> Surface:
 def _bandwidth(quick: bool) -> float:
     source = torch.empty((4 if quick else 64) << 20, dtype=torch.uint8).fill_(1)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _least(lambda: target.copy_(source), 3)
+    return 2 * source.numel() / least_seconds(lambda: target.copy_(source), 3)
 
 
 def _launch() -> float:
     one = torch.zeros(1)
-    return _least(lambda: F.linear(one, one[None]), 3)
+    return least_seconds(lambda: F.linear(one, one[None]), 3)
 
 
 def _pointwise() -> float:
     x = torch.randn(1 << 16)
-    return x.numel() / _least(lambda: F.silu(x), 3)
+    return x.numel() / least_seconds(lambda: F.silu(x), 3)

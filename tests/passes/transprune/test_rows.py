@@ -10,7 +10,7 @@ from thresher.backend import run_pipeline
 from thresher.lowering.reference import Reference
 from thresher.passes.transprune.rows import choose, going, ranks_in_runs, runs
 from thresher.recipe import Recipe
-from thresher.runtime.call_session import run_built
+from thresher.runtime.call_session import built, run_built
 
 OPTIONS = dict(
     min_image_tokens=2, bucket=1, min_saving=0.0, image_token_id=IMAGE, stages=((1, 0.5), (2, 0.25))
@@ -42,7 +42,7 @@ def run(model, inputs, scores=None, **options):
     recipe = Recipe.of(None, verify=False, transprune={**OPTIONS, **options})
     after, report = run_pipeline(program, recipe, given)
     assert report["transprune"].rewritten, report
-    (logits, *_), extras = run_built(after, given, Reference(), report)
+    (logits, *_), extras = run_built(built(after, Reference(), report), given)
     return logits, extras
 
 
