@@ -1,8 +1,9 @@
 """CPU providers of packed attention: C++ over all segments at once, else PyTorch's own, one by one.
 
-The C++ kernel computes in fp32. It makes one call of a whole batch, where a call per segment costs more
-than the attention of a short one. Half types go through it as fp32 on CPUs that multiply tiles of bf16
-no faster, those without AMX: 1.0 to 1.9 times PyTorch's attention, and closer to the exact result.
+The C++ kernels make one call of a whole batch, where a call per segment costs more than the attention of a short one.
+bf16 is multiplied in pairs where the CPU has AVX512-BF16, with weights rounded to bf16 as PyTorch's attention does; fp32,
+and half types on other CPUs, in fp32. With AMX PyTorch's attention multiplies tiles of bf16, which pays for long segments:
+there the two are timed once a machine, by the length of segments.
 
 For the rest there is PyTorch's attention: each call sees one segment only, so nothing outside it can
 reach its result, and no mask is ever larger than one segment's. Segments under a window or a soft cap
@@ -16,15 +17,20 @@ batch size, so a segment's bits would depend on its neighbours.
 from __future__ import annotations
 
 import ctypes
+import functools
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import arguments, native
+from ..sparse import tune as sparse_tune
 from . import attention as defs
 
+_TIMED = (16, 64, 256, 1024)  # tokens of a segment at which tiles are timed
 _MIN_BLOCK = 128  # queries; smaller blocks spend their time in calls
 _MAX_SCORES = 1 << 22  # of one block, over all heads: 16 MiB in fp32
 
@@ -35,8 +41,43 @@ def _takes(q, k, v, *rest) -> str | None:
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"The kernel computes in float32; the queries are {q.dtype}."
     if "amx_bf16" in native.cpu_features():
-        return f"The kernel computes in float32, and this CPU multiplies {q.dtype} faster, in tiles."
+        cu_seqlens = rest[3] if isinstance(rest[1], torch.Tensor) else rest[0]  # behind a mask, or at once
+        mean = q.shape[2] // max(1, cu_seqlens.shape[0] - 1)
+        length = next((n for n in _TIMED if mean <= n), _TIMED[-1])
+        if gain_over_tiles(length, q.shape[3], q.dtype) < 1:
+            return (
+                f"This CPU multiplies {q.dtype} in tiles, measured to be faster at {length} tokens a segment."
+            )
     return None
+
+
+@functools.lru_cache(maxsize=256)
+def gain_over_tiles(length: int, width: int, dtype: torch.dtype) -> float:
+    """How many times the speed of PyTorch's attention the C++ kernel has on eight segments of so many tokens, four heads
+    wide; measured once a machine."""
+    built = Path(native.load("varlen_bf16")._name).stem
+    shape = [length, width, str(dtype), torch.get_num_threads()]
+
+    def measure() -> float:
+        q = torch.ones(1, 4, 8 * length, width, dtype=dtype)
+        ends = torch.arange(0, 8 * length + 1, length, dtype=torch.int32)
+        given = (q, q, q, ends, length, width**-0.5, False, -1, 0.0)
+        theirs, ours = sparse_tune.least_seconds(
+            (lambda turn: _varlen_cpu(*given), lambda turn: _varlen_cpp(*given))
+        )
+        return theirs / ours
+
+    key = json.dumps(["varlen", built, torch.__version__, *shape])
+    return sparse_tune.remembered(key, measure)
+
+
+@functools.cache
+def multiplies_pairs() -> bool:
+    """Whether the kernel for bf16 was built with the instructions it is for."""
+    return (
+        native.load_error("varlen_bf16") is None
+        and native.load("varlen_bf16").thresher_varlen_bf16_products() == 1
+    )
 
 
 def _native_supported() -> str | None:
@@ -57,8 +98,12 @@ def _varlen_masked_cpp(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
 
 
 def _run_cpp(q, k, v, cu_seqlens, scale, causal, window, softcap, mask=None, rows=None, cols=None):
-    given_dtype = q.dtype
-    q, k, v = (t.float() if t.stride(3) == 1 else t.float().contiguous() for t in (q, k, v))
+    given_dtype, name, function = q.dtype, "varlen_attention", "thresher_varlen_attention"
+    if q.dtype == torch.bfloat16 and multiplies_pairs():
+        name, function = "varlen_bf16", "thresher_varlen_bf16"
+    else:
+        q, k, v = (t.float() for t in (q, k, v))
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     cu_seqlens, out = cu_seqlens.contiguous(), defs.empty_result(q, v)
     sizes = (cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     strides = [stride for t in (q, k, v, out) for stride in t.stride()[1:3]]
@@ -67,7 +112,7 @@ def _run_cpp(q, k, v, cu_seqlens, scale, causal, window, softcap, mask=None, row
         strides += [0 if mask.shape[d] == 1 and d < 2 else mask.stride(d) for d in range(4)]
         rows, cols = rows.long().contiguous(), cols.long().contiguous()
         given = tuple(native.pointer(t) for t in (mask, rows, cols))
-    failed = native.load("varlen_attention").thresher_varlen_attention(
+    failed = getattr(native.load(name), function)(
         *(native.pointer(t) for t in (q, k, v, out, cu_seqlens)),
         (ctypes.c_int64 * 5)(*sizes),
         (ctypes.c_int64 * 12)(*strides),
