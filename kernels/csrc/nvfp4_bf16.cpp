@@ -160,7 +160,10 @@ void nvfp4_bf16_linear(const void* x, const uint8_t* codes, const uint8_t* scale
 #if NVFP4_BF16
   const Bf16Product p{codes, scales, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(bias),
                       static_cast<uint16_t*>(y), *alpha, m, n, k, blocks, threads};
-  few ? few_rows(p) : many_rows(p);
+  if (few)
+    few_rows(p);
+  else
+    many_rows(p, [&](int64_t column, uint16_t* strip) { decode_strip(p, column, strip); });
   for (int64_t row = 0; row < n && !few; row++)
     for (int64_t i = 0; i < m && !p.plain(row); i++) p.put_carefully(i, row);
 #endif

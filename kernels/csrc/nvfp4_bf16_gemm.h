@@ -182,7 +182,9 @@ void multiply_rows(const Bf16Product& p, int64_t size, const uint16_t* x, int64_
   if constexpr (MB > 1) multiply_rows<MB - 1>(p, size, x, pairs, weights, row, column);
 }
 
-inline void many_rows(const Bf16Product& p) {
+// decode(column, strip): what decode_strip does, for this or another format of weights.
+template <class Decode>
+void many_rows(const Bf16Product& p, Decode decode) {
   const int64_t pairs = p.blocks * 8;
   Tiles tiles{(p.m + kTileRows - 1) / kTileRows, pairs, p.m, Lines(size_t(p.m * pairs) * 2)};
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
@@ -193,7 +195,7 @@ inline void many_rows(const Bf16Product& p) {
     uint16_t* strip = memory.data();
 #pragma omp for schedule(static)
     for (int64_t column = 0; column < p.n; column += kStripRows) {
-      decode_strip(p, column, strip);
+      decode(column, strip);
       for (int64_t tile = 0; tile < tiles.count; tile++) {
         const int64_t row = tiles.begin(tile);
         multiply_rows<kTileRows>(p, tiles.begin(tile + 1) - row, tiles.at(tile), pairs, strip, row, column);

@@ -1,4 +1,8 @@
-"""CPU provider of the low-bit linear: fused for a few rows, dequantise-and-multiply for many."""
+"""CPU provider of the low-bit linear: fused for a few rows, dequantise-and-multiply for many.
+
+Many rows of bf16 by weights of four bits have a kernel of their own on CPUs with AVX512-BF16, which decodes strips that stay
+in the L2 cache; others are dequantised a slab at a time for PyTorch's product.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from .. import native
 from . import linear as defs
 
 _FUSED_ROWS = 16  # beyond it, one dequantisation costs less than decoding again for every eight rows
+_FEW_BF16_ROWS = 8  # the same, of bf16 by four bits in strips
 _SLAB = 1 << 20  # weights dequantised at a time: 4 MiB, small beside the weight, large enough for a matmul
 _MIN_WORK = 1 << 18  # multiply-adds; below it a second thread costs more than it saves
 _SCALE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -46,6 +51,32 @@ def _accepts(x, codes, scales, zeros, bias, bits, group_size):
     if x.dtype == torch.float64 or scales.dtype not in _SCALE_KINDS:
         return "The C++ kernel computes in fp32 with scales of 16 or 32 bits; fp64 runs the reference."
     return None
+
+
+@functools.cache
+def _bf16_kernel():
+    """The product of bf16 rows by weights of four bits, or None where the CPU has no instructions for it."""
+    if native.load_error("wna16_bf16") is not None or not native.load("wna16_bf16").wna16_bf16_built():
+        return None
+    function = native.load("wna16_bf16").wna16_bf16_linear
+    function.argtypes = [_POINTER] * 6 + [_SIZE] * 5 + [_INT]
+    function.restype = None
+    return function
+
+
+def _bf16(x, codes, scales, zeros, bias):
+    """x [M, K] of bf16 by codes of four bits, in strips."""
+    (outputs, words), (rows, inputs) = codes.shape, x.shape
+    scales = scales.float()
+    shifts = scales * (8.0 if zeros is None else zeros)
+    x, bias = x.contiguous(), None if bias is None else bias.to(x.dtype).contiguous()
+    out = x.new_empty(rows, outputs)
+    _bf16_kernel()(
+        x.data_ptr(), codes.data_ptr(), scales.data_ptr(), shifts.data_ptr(),
+        None if bias is None else bias.data_ptr(), out.data_ptr(),
+        rows, outputs, inputs, 4 * words, scales.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _many_rows(x, codes, scales, zeros, bias, bits):
@@ -87,6 +118,8 @@ def _wna16_cpu(x, codes, scales, zeros, bias, bits, group_size):
     rows = x.numel() // inputs
     codes, scales = codes.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
+    if rows > _FEW_BF16_ROWS and bits == 4 and x.dtype == torch.bfloat16 and _bf16_kernel() is not None:
+        return _bf16(x.reshape(rows, inputs), codes, scales, zeros, bias).reshape(*x.shape[:-1], outputs)
     if rows > _FUSED_ROWS:
         out = _many_rows(x.reshape(rows, inputs), codes, scales, zeros, bias, bits)
         return out.reshape(*x.shape[:-1], outputs)

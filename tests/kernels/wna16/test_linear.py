@@ -210,3 +210,37 @@ def test_bad_arguments_are_named(changed, argument):
     with pytest.raises(ArgumentError) as caught:
         _call(**changed)
     assert caught.value.argument == argument
+
+
+@needs_cpp
+@pytest.mark.parametrize("rows", [9, 14, 15, 33])
+@pytest.mark.parametrize(
+    "outputs, inputs, group, zeros, bias",
+    [
+        (32, 128, 64, False, False),
+        (45, 77, -1, True, True),
+        (33, 416, 32, True, False),
+        (7, 256, 128, False, True),
+        (64, 24, -1, False, True),
+    ],
+)
+def test_many_rows_of_bf16_by_four_bits_agree_with_the_reference(rows, outputs, inputs, group, zeros, bias):
+    """Strips of 32 outputs, chunks of 128 inputs, tiles of 14 rows: whole ones and what is left over."""
+    args = defs._sample(torch.Generator().manual_seed(3), "cpu", torch.bfloat16, "", (rows,), outputs, inputs, 4,
+                          group, zeros, bias, torch.float32).args  # fmt: skip
+    op = linear
+    expected = op.reference(*args)
+    with op.force("cpu_cpp"):
+        made = op(*args)
+    assert made.shape == expected.shape and made.dtype == torch.bfloat16
+    assert float((made.double() - expected.double()).norm() / expected.double().norm()) <= 6e-3
+
+
+def test_a_row_that_is_not_finite_spoils_no_other():
+    x = torch.randn(20, 64, dtype=torch.bfloat16)
+    codes, scales = torch.randint(0, 1 << 30, (40, 8), dtype=torch.int32), torch.rand(40, 1)
+    whole = torch.ops.thresher.wna16_linear(x, codes, scales, None, None, 4, -1)
+    x[3] = float("nan")
+    spoiled = torch.ops.thresher.wna16_linear(x, codes, scales, None, None, 4, -1)
+    others = [i for i in range(20) if i != 3]
+    assert torch.equal(whole[others], spoiled[others]) and spoiled[3].isnan().all()
