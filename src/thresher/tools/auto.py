@@ -88,8 +88,7 @@ class Candidate:
 
 def candidates(stats: str | None = None) -> dict[str, Recipe]:
     """The presets, and each form of linears on top of the exact rewrites. stats: of RSQ, tried too when given."""
-    found = {name: Recipe.of(name) for name in PRESETS}
-    found["exact + bf16"] = Recipe.of("exact", bf16=True, min_gain=1.0)
+    found = {n: Recipe.of(n) for n in PRESETS} | {"exact + bf16": Recipe.of("exact", bf16=True, min_gain=1.0)}
     for mode in ("exact", "int16", "int8"):
         found[f"exact + nvfp4 {mode}"] = Recipe.of("exact", nvfp4={"activations": mode}, min_gain=1.0)
     if stats is not None:
