@@ -60,7 +60,9 @@ class TransPruneConfig(PassConfig):
     always: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(tuple(s) for s in self.stages))
+        if isinstance(self.stages, (list, tuple)):  # what is neither is refused by name when a recipe is made of it
+            made = tuple(tuple(s) if isinstance(s, (list, tuple)) else s for s in self.stages)
+            object.__setattr__(self, "stages", made)
 
     def validate(self) -> None:
         self.one_of(policy=POLICIES, mode=MODES, restore=RESTORE, position=POSITION)

@@ -12,7 +12,7 @@ import torch
 _BINARY: dict[type[ast.AST], Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-    ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.Gt: operator.gt, ast.GtE: operator.ge, ast.BitAnd: operator.and_, ast.BitOr: operator.or_,
 }  # fmt: skip
 _CALLS: dict[str, Any] = {
     "Max": lambda *a: max(a), "Min": lambda *a: min(a), "Mod": operator.mod, "PythonMod": operator.mod,
@@ -60,6 +60,13 @@ def _evaluate(node: ast.AST, names: Mapping[str, Any]) -> Any:
         return names[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_evaluate(node.operand, names)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):  # of a condition
+        return not _evaluate(node.operand, names)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        base, power = _evaluate(node.left, names), _evaluate(node.right, names)
+        if not 0 <= power <= 8:
+            raise ValueError(f"{ast.unparse(node)!r} is a power beyond 8.")
+        return base**power
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         return _BINARY[type(node.op)](_evaluate(node.left, names), _evaluate(node.right, names))
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _BINARY:

@@ -182,14 +182,20 @@ def _symbols(program: Program) -> dict[str, Any]:
 
 
 def relations(program: Program) -> list[str]:
-    """What was assumed of the sizes while tracing, as expressions over the placeholders' symbols."""
-    mode, symbols = program.fake_mode(), set(_symbols(program))
+    """What was assumed of the sizes while tracing, as expressions over the placeholders' symbols.
+
+    An assumption that cannot be written so, such as what a float that was computed from a size came to, holds for the
+    example's sizes: those are then the ones that the program is for.
+    """
+    mode, symbols = program.fake_mode(), _symbols(program)
     found: list[str] = []
     for guard in getattr(mode.shape_env, "guards", ()) if mode is not None else ():
         names = {str(s) for s in guard.expr.free_symbols}
+        if not names or not names <= symbols.keys():
+            continue
         text = str(guard.expr)
-        if names and names <= symbols and text not in found and expressions.readable(text):
-            found.append(text)
+        kept = [text] if expressions.readable(text) else [f"Eq({n}, {symbols[n]['hint']})" for n in sorted(names)]
+        found += [one for one in kept if one not in found]
     return found
 
 

@@ -19,7 +19,7 @@ def check(owner: str, options: Any) -> None:
     """Raise ArgumentError for the first field of a dataclass whose value is not of its declared type.
 
     owner: what the message calls the field after, as in "nvfp4 option min_weights". A whole number is a number;
-    true and false are not. Types other than the words', tuples and unions are not looked at.
+    true and false are not. Types other than the words', tuples, lists, dicts and unions are not looked at.
     """
     hints = _hints(type(options))  # type: ignore[arg-type]
     for field in dataclasses.fields(options):
@@ -72,6 +72,12 @@ def _fits(value: Any, hint: Any) -> bool:
         if parts[-1] is Ellipsis:
             return all(_fits(v, parts[0]) for v in value)
         return len(value) == len(parts) and all(map(_fits, value, parts))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
+    if typing.get_origin(hint) is dict:  # JSON has null where a number was infinite
+        return isinstance(value, dict) and all(
+            _fits(k, parts[0]) and (v is None or _fits(v, parts[1])) for k, v in value.items()
+        )
     if hint is type(None):
         return value is None
     if hint not in _WORDS:
@@ -87,6 +93,10 @@ def _words(hint: Any) -> str:
     parts = [p for p in typing.get_args(hint) if p is not type(None)]
     if _is_union(hint):
         return " or ".join(map(_words, parts))
+    if typing.get_origin(hint) is dict:
+        return f"names, each with {_words(parts[1])}"
+    if typing.get_origin(hint) is list:
+        return f"a list, each of it {_words(parts[0])}"
     if typing.get_origin(hint) is tuple:
         if parts[-1] is Ellipsis:
             return f"a list, each of it {_words(parts[0])}"

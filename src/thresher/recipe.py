@@ -162,6 +162,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The dict that `Recipe.of` turns back into this recipe."""
         result: dict[str, Any] = {c.name: dataclasses.asdict(c) for c in self.passes}
+        if not result:
+            result["recipe"] = "none"  # a dict that names no pass means "exact"
         for field in dataclasses.fields(self):
             if field.name == "passes":
                 continue
@@ -175,7 +177,7 @@ class Recipe:
         given = self.to_dict()
         if self.stats is not None:
             given["stats"] = os.path.relpath(self.stats, folder)
-        return recipe_toml.write(given if self.passes else {"recipe": "none", **given})
+        return recipe_toml.write(given)
 
     @classmethod
     def of(

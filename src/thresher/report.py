@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from . import site_counts
+from . import option_types, site_counts
 from .compat import trace_structured_json
 from .op_checks import OpCheck
 
@@ -94,10 +94,17 @@ class PassReport:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], strict: bool = False) -> PassReport:
-        """What asdict wrote. strict: TypeError for what this version does not know, which else is left out."""
+        """What asdict wrote. strict: TypeError for what this version does not know, which else is left out, and
+        ArgumentError for a value of another type than its field's."""
         known = dict(given) if strict else _known(cls, given)
         misses = {name: [Miss(**m) for m in given.get(name, ())] for name in ("missed", "apart")}
-        return cls(**{**known, **misses})
+        if known.get("budget", 0.0) is None:  # JSON has no infinity
+            known["budget"] = float("inf")
+        made = cls(**{**known, **misses})
+        if strict:
+            for part in (made, *made.missed, *made.apart):
+                option_types.check("a pass's", part)
+        return made
 
     @property
     def flops_left(self) -> float | None:

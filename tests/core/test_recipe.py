@@ -167,3 +167,15 @@ def test_a_recipe_can_be_made_first_thing():
         "thresher.optimize(deft=True)",
     ):
         subprocess.run([sys.executable, "-c", f"import thresher; {code}"], check=True)
+
+
+def test_a_recipe_without_passes_stays_one():
+    empty = Recipe.of({"prepack": False})
+    assert Recipe.of(empty.to_dict()) == empty == Recipe.of("none")
+    assert Recipe.of(Recipe.of("none"), freshness="trust").passes == ()
+
+
+@pytest.mark.parametrize("stages", [None, 3, [3], ["ab"], [[2, 0.5, 1]], [["2", 0.5]], {"2": 0.5}])
+def test_stages_of_another_kind_are_refused_by_name(stages):
+    with pytest.raises(ArgumentError, match="stages"):
+        Recipe.of(transprune={"stages": stages})

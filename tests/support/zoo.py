@@ -73,11 +73,11 @@ class Entry:
         model = self.make()
         if attention is not None:
             model.set_attn_implementation(attention)
-        _spread(model)
+        spread(model)
         return model.eval(), self.inputs()
 
 
-def _spread(model: torch.nn.Module) -> None:
+def spread(model: torch.nn.Module) -> None:
     """Weights at which signals keep their size: matrices by fan-in, the rest near where it was."""
     rng = torch.Generator().manual_seed(SEED)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -442,7 +442,7 @@ def _qwen2_5_vl() -> tuple[torch.nn.Module, Inputs]:
     model = hf.Qwen2_5_VLForConditionalGeneration(
         hf.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **markers)
     )
-    _spread(model)
+    spread(model)
     return model.eval(), _qwen2_vl_inputs()
 
 

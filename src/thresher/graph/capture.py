@@ -39,7 +39,10 @@ class _Inliner(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        return float(result) if isinstance(result, torch.SymFloat) else result
+        return self.number(n, result) if isinstance(result, torch.SymFloat) else result
+
+    def number(self, n: fx.Node, result: torch.SymFloat) -> float:
+        return float(result)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(target, "__name__", "")
@@ -51,11 +54,11 @@ class _Inliner(fx.Interpreter):
             return args[0].__exit__(None, None, None)
         if name in _GRAD_WRAPPERS:
             _, body, *rest = args
-            return _Inliner(body).run(*rest)
+            return type(self)(body).run(*rest)
         if name == "wrap_with_autocast":
             device, dtype, enabled, _, body, *rest = args
             with torch.autocast(device, dtype=dtype, enabled=enabled):
-                return _Inliner(body).run(*rest)
+                return type(self)(body).run(*rest)
         if sharded.takes(args, kwargs):
             return sharded.call(target, args, kwargs)
         return super().call_function(target, args, kwargs)
@@ -66,13 +69,27 @@ class _Inliner(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
 
+class _Unguarded(_Inliner):
+    """Of an exported graph, which nothing guards at a call: a number computed from a size that may change is refused."""
+
+    def number(self, n: fx.Node, result: torch.SymFloat) -> float:
+        if result.node.expr.free_symbols:
+            said = f"{n.name} is a number that is computed from a size of the inputs, {result.node.expr}, and an exported "
+            kept = "program would keep the example's. Export with fixed sizes, or compute it as a tensor."
+            raise CaptureError(said + kept)
+        return float(result)
+
+
 def _trace(
-    source: fx.GraphModule, fakes: Sequence[Any], whole: Callable[[Sequence[Any]], Sequence[Any]] = tuple
+    source: fx.GraphModule,
+    fakes: Sequence[Any],
+    whole: Callable[[Sequence[Any]], Sequence[Any]] = tuple,
+    inliner: type[_Inliner] = _Inliner,
 ) -> tuple[fx.GraphModule, list[int]]:
     """Run a graph once more on fakes, twice where it writes to tensors.
 
-    whole: the graph's own arguments, from those that are traced. Gives the new graph, functional, and the arguments
-    whose new values stand behind its results, by number.
+    whole: the graph's own arguments, from those that are traced. inliner: what runs it. Gives the new graph, functional,
+    and the arguments whose new values stand behind its results, by number.
     """
     mode = next((f.fake_mode for f in fakes if isinstance(f, torch._subclasses.fake_tensor.FakeTensor)), None)
     if mode is None:
@@ -81,7 +98,7 @@ def _trace(
 
     def run(*args: Any) -> Any:
         with fx.traceback.preserve_node_meta():
-            flat, _ = torch.utils._pytree.tree_flatten(_Inliner(source).run(*whole(args)))
+            flat, _ = torch.utils._pytree.tree_flatten(inliner(source).run(*whole(args)))
             if any(map(sharded.is_sharded, flat)):
                 raise CaptureError(
                     "A result is a DTensor. Let the last parallel layer return a plain tensor."
@@ -276,7 +293,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
         fakes.append(node.meta["val"])
         if node.name in owners:
             weights[index] = (owners[node.name], state[owners[node.name]])
-    traced, changed = _trace(exported.graph_module, fakes)
+    traced, changed = _trace(exported.graph_module, fakes, inliner=_Unguarded)
     program = assemble(traced, names, weights, [], changed)
     for number in program.updates.values():
         raise CaptureError(_WRITES.format(program.input_names[number]))

@@ -30,7 +30,7 @@ from rich.text import Text
 
 from thresher.graph.program import weights_fingerprint
 
-from .. import ops
+from .. import ops, option_types
 from ..errors import ArgumentError, ThresherError
 from ..graph.program import Program
 from ..recipe import Recipe
@@ -117,14 +117,16 @@ class Certificate:
             known["passes"] = tuple(PassReport.from_dict(p, strict=True) for p in known["passes"])
             known["ops"] = tuple(OpProof(**o) for o in known["ops"])
             known["notes"], known["checked"] = tuple(known["notes"]), tuple(known["checked"])
-            return cls(**known)
+            if known["budget"] is None:  # JSON has no infinity
+                known["budget"] = float("inf")
+            made = cls(**known)
+            for part in (made, *made.ops):
+                option_types.check("the field", part)
+            return made
         except (KeyError, TypeError, ValueError, AttributeError) as reason:
-            raise ArgumentError(
-                "certificate",
-                f"something else ({reason})",
-                f"what {FORMAT} describes",
-                "Compile the model again.",
-            ) from None
+            said = f"something else ({reason})"
+            accepted = f"what {FORMAT} describes"
+            raise ArgumentError("certificate", said, accepted, "Compile the model again.") from None
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Certificate:

@@ -17,6 +17,7 @@ from thresher.kernels import catalog
 from thresher.passes import base
 from thresher.recipe import CONFIGS, PassConfig, Recipe
 from thresher.records.certificate import FORMAT, Certificate
+from thresher.report import PassReport
 
 aten = torch.ops.aten
 
@@ -138,3 +139,27 @@ def test_unknown_fields_are_refused():
     assert given["format"] == FORMAT
     with pytest.raises(ArgumentError, match="extra"):
         Certificate.from_dict(given)
+
+
+WRONG = [
+    ("error", "small"), ("budget", [1]), ("notes", [3]), ("versions", {"torch": 2}), ("passes", 5),
+    ("passes", [{"name": 7}]), ("passes", [{"name": "a", "missed": [{"site": 1, "reason": "b"}]}]),
+    ("passes", [{"name": "a", "predicted": {"s": "t"}}]),
+    ("ops", [{"name": "a", "calls": "many", "provider": "b", "tolerance": {}}]), ("ops", [["a"]]), ("target", None),
+    ("ops", [{"name": "a", "calls": 1, "provider": "b", "tolerance": {"float32": "none"}}]), ("recipe", "exact"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", WRONG, ids=[f"{f}-{i}" for i, (f, _) in enumerate(WRONG)])
+def test_a_field_of_another_type_is_refused(field, value):
+    given = Certificate({}, "r", "w", "p", "reference").to_dict()
+    assert Certificate.from_dict(given)
+    with pytest.raises(ArgumentError, match="certificate"):
+        Certificate.from_dict({**given, field: value})
+
+
+def test_an_infinite_budget_survives_json():
+    made = Certificate({}, "r", "w", "p", "reference", error=0.5, budget=float("inf"),
+                       passes=(PassReport("zipvl", ["a"], budget=float("inf")),))  # fmt: skip
+    again = Certificate.from_json(made.to_json())
+    assert again == made and again.holds

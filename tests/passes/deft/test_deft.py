@@ -119,7 +119,7 @@ def test_every_site_is_found_and_computes_the_same(name):
     make, inputs, expected = LIST[name]
     torch.manual_seed(zoo.SEED)
     model = make()
-    zoo._spread(model)
+    zoo.spread(model)
     model.eval()
     batch = inputs()
     done = compiled(model, batch)
@@ -373,7 +373,7 @@ def test_lora_beside_the_down_projection_stays_dense():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = bert_relu()
-    zoo._spread(model)
+    zoo.spread(model)
     wrapped = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=["output.dense"], init_lora_weights=False)
     ).eval()

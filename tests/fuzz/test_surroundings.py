@@ -1,6 +1,7 @@
 """What goes wrong around a compilation leaves results right, old files whole, and a sentence that says what it was."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -98,3 +99,63 @@ def test_the_old_artifact_survives_saves_that_fail(tmp_path):
         f"os.chdir({str(tmp_path)!r})\nloaded = thresher.load('m.thresher', target='reference')\n"
         "check(loaded)\nassert loaded.manifest['certificate']"
     )
+
+
+@pytest.fixture(params=["full", "read-only"])
+def spoiled_disk(request, tmp_path):
+    """A file system of its own, of a megabyte, on which nothing more can be written once a file `spoil` is run."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip(
+            "This user may mount nothing; a limit on the size of files stands for it in the test above."
+        )
+    yield place, request.param
+    subprocess.run(["umount", str(place)], check=True)
+
+
+SPOIL = {
+    "full": """
+rest = open(disk + "/rest", "wb", buffering=0)
+for size in (4096, 64):
+    try:
+        while True:
+            rest.write(b"x" * size)
+    except OSError:
+        pass
+""",
+    "read-only": "os.system(f'mount -o remount,ro {disk}')",
+}
+
+
+def test_a_disk_that_takes_nothing_more(spoiled_disk):
+    """Compiling needs no disk, what stood on it stays whole, and a save that fails says so and leaves nothing behind."""
+    disk, how = spoiled_disk
+    code = f"disk = {str(disk)!r}\n" + """
+from thresher.passes.calibrate import Statistics
+first = compiled(prepack=True)
+check(first)
+thresher.save(first, disk + "/m.thresher", example_inputs=inputs)
+statistics = Statistics("0", {"a": {"b": {"c": torch.zeros(3000)}}})
+before = {f: open(os.path.join(disk, f), "rb").read() for f in os.listdir(disk) if f.endswith("thresher")}
+""" + SPOIL[how] + """
+torch._dynamo.reset()
+os.environ["THRESHER_CACHE_DIR"] = disk + "/cache"
+os.environ["THRESHER_REWRITE_CACHE"] = "1"
+check(compiled(prepack=True, nvfp4={"min_weights": 0, "budget": 2.0, "keep": ["*"]}))
+for write in (lambda: thresher.save(first, disk + "/m.thresher", example_inputs=inputs),
+              lambda: thresher.save(first, disk + "/other.thresher", example_inputs=inputs),
+              lambda: statistics.save(disk + "/s.safetensors")):
+    try:
+        write()
+    except (thresher.ThresherError, OSError) as reason:
+        assert disk in str(reason) or "space" in str(reason) or "Read-only" in str(reason), reason
+    else:
+        raise SystemExit("was written")
+left = sorted(f for f in os.listdir(disk) if f not in ("rest", "cache"))
+assert left == ["m.thresher"], left
+assert all(open(os.path.join(disk, f), "rb").read() == b for f, b in before.items())
+check(thresher.load(disk + "/m.thresher", target="reference"))
+"""  # fmt: skip
+    run(code, HOME=str(disk))

@@ -1,0 +1,276 @@
+"""What was attacked, and what came of it: fuzzing, damaged files, long runs, threads, sanitizers; what checking costs.
+
+Each row runs alone: `python benchmarks/trust.py --only files,soak`. `--more PATH` names a record whose other rows are
+taken over, so that one record grows row by row. The rows run what `tests/` holds; nothing is written twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from _harness import Benchmark, arguments, interleave
+
+ROOT = Path(__file__).resolve().parents[1]
+SUPPORT = ROOT / "tests" / "support"
+# The tests that hold the cases of the first attack, one line each: weights' identity, files that act, threads, stale
+# weights, caches, resuming, operators' memory, equal sizes, passes, damaged files, full disks.
+CASES = (
+    "tests/core/graph/test_weight_identity.py", "tests/runtime/artifact/test_only_computes.py",
+    "tests/core/test_threads.py", "tests/runtime/test_freshness.py", "tests/core/test_files.py",
+    "tests/passes/rsq/quantizer/test_layer_files.py", "tests/kernels/test_bad_calls.py",
+    "tests/passes/prepack/test_square.py", "tests/passes/test_contain.py", "tests/fuzz/test_files.py",
+    "tests/fuzz/test_surroundings.py",
+)  # fmt: skip
+
+
+def tested(*arguments: str) -> dict[str, int]:
+    """Run tests in a process of their own; how many passed, failed and had errors."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
+        "--tb=short",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    line = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-300:]
+    found = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", line)}
+    if done.returncode not in (0, 1) or not found:
+        raise SystemExit(f"{' '.join(arguments)}: {line}\n{done.stdout[-2000:]}")
+    if done.returncode:
+        print(done.stdout[-6000:], file=sys.stderr)
+    return {"passed": 0, "failed": 0, "error": 0, **found}
+
+
+def cases(bench: Benchmark) -> None:
+    found = tested(*CASES)
+    bench.row(what="cases", files=len(CASES), **found)
+    bench.claim("cases of the first attack: tests that fail", found["failed"] + found["error"], "== 0")
+
+
+def fuzz(bench: Benchmark) -> None:
+    """Chunks of 200 examples (120 of programs, 80 of models); recipes beside them."""
+    chunks = 1 if bench.args.quick else bench.args.chunks
+    names = [f"tests/fuzz/{file}[{n}]" for n in range(chunks) for file in (
+        "test_programs.py::test_as_near_to_the_truth_as_eager_or_refused",
+        "test_models.py::test_calls_give_what_the_model_gives",
+        "test_recipes.py::test_any_options_make_a_recipe_or_an_argument_error",
+    )]  # fmt: skip
+    found = tested("--thorough", *names)
+    violations = found["failed"] + found["error"]
+    bench.row(what="fuzz", examples=200 * chunks, recipes=400 * chunks, violations=violations)
+    bench.claim("fuzz: violations", violations, "== 0")
+    bench.claim("fuzz: examples", 200 * chunks, ">= 200" if chunks == 1 else ">= 20000")
+
+
+def files(bench: Benchmark) -> None:
+    count = 300 if bench.args.quick else 10_000
+    found = tested(
+        "--thorough", f"tests/fuzz/test_files.py::test_a_damaged_file_is_refused_or_read_as_it_was[{count}]"
+    )
+    bench.row(what="files", mutations=count, escapes=found["failed"] + found["error"])
+    bench.claim(f"{count} damaged files: tests with an escape", found["failed"] + found["error"], "== 0")
+
+
+def long_run(bench: Benchmark) -> None:
+    import soak
+
+    for target, calls in (("reference", 20_000), ("inductor", 2000)):
+        if bench.args.quick:
+            calls //= 20
+        found = soak.run(soak.pairs(target), calls, warm=max(200, calls // 10))
+        bench.row(what="soak", target=target, calls=found.calls, edits=found.edits, wrong=len(found.wrong),
+                  growth=round(found.growth, 5), programs=max(found.programs))  # fmt: skip
+        bench.claim(f"soak on {target}: wrong numbers of {found.calls}", len(found.wrong), "== 0")
+        bench.claim(f"soak on {target}: growth of memory", max(0.0, found.growth), "<= 0.01")
+
+
+def threads(bench: Benchmark) -> None:
+    """8 threads, 200 calls each, every call of a shape not seen before."""
+    for target in ("reference", "inductor"):
+        runs = 1 if bench.args.quick or (target == "inductor" and not bench.args.all_runs) else 5
+        for kept in ("cold", "warm"):
+            calls, faults, warm = 0, 0, 0
+            with tempfile.TemporaryDirectory() as folder:
+                for run in range(runs + (kept == "warm")):
+                    where = folder if kept == "warm" else tempfile.mkdtemp(dir=folder)
+                    count = "20" if kept == "warm" and run == 0 else "200"  # the first fills the cache
+                    env = {**os.environ, "THRESHER_CACHE_DIR": where, "THRESHER_REWRITE_CACHE": "1",
+                           "TORCHINDUCTOR_CACHE_DIR": f"{where}/inductor", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+                    done = subprocess.run([sys.executable, str(SUPPORT / "crowd.py"), "--target", target, "--calls", count,
+                                           "--seed", str(run)], env=env, capture_output=True, text=True)  # fmt: skip
+                    if done.returncode:
+                        raise SystemExit(done.stderr[-3000:])
+                    found = json.loads(done.stdout.splitlines()[-1])
+                    if count == "200":
+                        calls, faults, warm = (
+                            calls + found["calls"],
+                            faults + found["faults"],
+                            warm + found["warm"],
+                        )
+                    if found["faults"]:
+                        print(found, file=sys.stderr)
+            bench.row(
+                what="threads",
+                target=target,
+                cache=kept,
+                runs=runs,
+                from_cache=warm,
+                calls=calls,
+                faults=faults,
+            )
+            bench.claim(
+                f"8 threads x 200 calls, {target}, {kept} cache, {runs} runs: errors and wrong",
+                faults,
+                "== 0",
+            )
+
+
+def sanitizers(bench: Benchmark) -> None:
+    found = tested(
+        "--thorough", "tests/kernels/test_bad_calls.py::test_sanitizers_find_nothing_in_the_kernels"
+    )
+    bench.row(what="sanitizers", runs=found["passed"], reports=found["failed"] + found["error"])
+    if not found["passed"] + found["failed"]:
+        bench.not_measured("sanitizers: reports", "The compiler brings no address sanitizer.")
+        return
+    bench.claim("address and undefined-behaviour sanitizers over all operators' samples: reports",
+                found["failed"] + found["error"], "== 0")  # fmt: skip
+
+
+@contextlib.contextmanager
+def unchecked(sessions: Any) -> Iterator[None]:
+    """Within the context no operator checks its arguments, and no call looks whether weights changed."""
+    from thresher import op, ops
+
+    known = [(o, o.check) for o in ops.all_ops()]
+    fresh = [s._fresh for s in sessions if getattr(s, "_fresh", None) is not None]
+    modes = [f.mode for f in fresh]
+    for one, _ in known:
+        one.check = None
+    for f in fresh:
+        f.mode = "trust"
+    try:
+        with mock.patch.object(op, "_check_devices", lambda *_: None):
+            yield
+    finally:
+        for one, check in known:
+            one.check = check
+        for f, mode in zip(fresh, modes):
+            f.mode = mode
+
+
+def overhead(bench: Benchmark) -> None:
+    """One compiled model with all checks and with none of them, in turn."""
+    import thresher
+
+    rounds = 10 if bench.args.quick else 40
+    for name, make in (("MiniLM, 8 texts", minilm), ("decode step, 4 layers of SmolLM2", decode_step)):
+        model, inputs, recipe = make()
+        with torch.no_grad():
+            fast = thresher.compile(model, inputs, recipe, dynamic=True)
+            fast(**inputs)
+
+            def bare(fast: Any = fast, inputs: Any = inputs) -> Any:
+                with unchecked(fast.sessions):
+                    return fast(**inputs)
+
+            def empty(fast: Any = fast) -> None:
+                with unchecked(fast.sessions):
+                    pass
+
+            times = interleave(
+                {"checked": lambda f=fast, i=inputs: f(**i), "bare": bare, "empty": empty}, rounds=rounds
+            )
+        without = times["bare"].cpu_min - times["empty"].cpu_min
+        share = times["checked"].cpu_min / without - 1
+        bench.row(what="overhead", model=name, checked_ms=round(times["checked"].cpu_min, 4), bare_ms=round(without, 4),
+                  share=round(share, 5))  # fmt: skip
+        bench.claim(f"what the checks add to a call: {name}", max(0.0, share), "<= 0.01")
+
+
+def minilm() -> tuple[torch.nn.Module, dict[str, Any], Any]:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=3000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    lengths = torch.tensor([12, 20, 31, 9, 44, 27, 16, 60])
+    mask = (torch.arange(60)[None] < lengths[:, None]).long()
+    return (
+        BertModel(config).eval(),
+        {"input_ids": torch.randint(1, 3000, mask.shape) * mask, "attention_mask": mask},
+        "exact",
+    )
+
+
+def decode_step() -> tuple[torch.nn.Module, dict[str, Any], Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=3000, hidden_size=576, intermediate_size=1536, num_hidden_layers=4,
+                                         num_attention_heads=9, num_key_value_heads=3)).eval()  # fmt: skip
+    inputs = {
+        "input_ids": torch.tensor([[5]]),
+        "attention_mask": torch.ones(1, 1, dtype=torch.long),
+        "use_cache": False,
+    }
+    return model, inputs, {"nvfp4": {"min_weights": 0, "activations": "int16"}}
+
+
+ROWS: dict[str, Callable[[Benchmark], None]] = {
+    "cases": cases, "fuzz": fuzz, "files": files, "soak": long_run, "threads": threads, "sanitizers": sanitizers,
+    "overhead": overhead,
+}  # fmt: skip
+
+
+def options(parser: Any) -> None:
+    parser.add_argument("--only", default=",".join(ROWS), help="rows to run, by name, with commas between")
+    parser.add_argument("--more", type=Path, help="a record whose other rows are taken over")
+    parser.add_argument(
+        "--chunks", type=int, default=100, help="chunks of 200 fuzz examples; the whole is 100"
+    )
+    parser.add_argument("--all-runs", action="store_true", help="threads: five runs on Inductor too")
+
+
+def main() -> None:
+    args = arguments(__doc__, options)
+    sys.path.insert(0, str(SUPPORT))
+    bench, chosen = Benchmark("trust", args), args.only.split(",")
+    for name in chosen:
+        ROWS[name](bench)
+    if args.more and args.more.exists():
+        take_over(bench, json.loads(args.more.read_text()), chosen)
+    for name in set(ROWS) - {row["what"] for row in bench.rows}:
+        bench.not_measured(name, f"It was not run: python benchmarks/trust.py --only {name}.")
+    bench.row(what="memory", peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+    bench.finish()
+
+
+def take_over(bench: Benchmark, record: dict[str, Any], chosen: list[str]) -> None:
+    """The rows and claims of an earlier record that were not run now."""
+    words = {"cases": "cases of", "fuzz": "fuzz:", "files": "damaged files", "soak": "soak on", "threads": "threads x",
+             "sanitizers": "sanitizers", "overhead": "what the checks add"}  # fmt: skip
+    bench.rows = [r for r in record["rows"] if r["what"] in ROWS and r["what"] not in chosen] + bench.rows
+    kept = [c for c in record["claims"] if not any(words[name] in c["claim"] for name in chosen)]
+    bench.claims = kept + bench.claims
+
+
+if __name__ == "__main__":
+    main()
