@@ -60,7 +60,7 @@ class TransPruneConfig(PassConfig):
     always: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stages, (list, tuple)):  # what is neither is refused by name when a recipe is made of it
+        if isinstance(self.stages, (list, tuple)):  # else a recipe refuses it by name
             made = tuple(tuple(s) if isinstance(s, (list, tuple)) else s for s in self.stages)
             object.__setattr__(self, "stages", made)
 

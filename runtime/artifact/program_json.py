@@ -193,8 +193,9 @@ def relations(program: Program) -> list[str]:
         names = {str(s) for s in guard.expr.free_symbols}
         if not names or not names <= symbols.keys():
             continue
-        text = str(guard.expr)
-        kept = [text] if expressions.readable(text) else [f"Eq({n}, {symbols[n]['hint']})" for n in sorted(names)]
+        kept = [str(guard.expr)]
+        if not expressions.readable(kept[0]):
+            kept = [f"Eq({n}, {symbols[n]['hint']})" for n in sorted(names)]
         found += [one for one in kept if one not in found]
     return found
 
