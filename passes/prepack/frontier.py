@@ -53,7 +53,10 @@ class Frontier:
             else:
                 for argument in node.all_input_nodes:
                     if is_computed(argument) and argument not in self.axes:
-                        self._enter(argument, self._needed(node, argument))
+                        needed = self._needed(node, argument)
+                        if self.rows and SEQUENCE in needed and BATCH not in needed:
+                            argument, needed = self._for_each_row(node, argument)
+                        self._enter(argument, needed)
 
     def _needed(self, node: fx.Node, argument: fx.Node) -> Labels:
         """Labels an unlabelled argument must have to line up with a node's labelled result."""
@@ -71,6 +74,20 @@ class Frontier:
         if BATCH in wide and SEQUENCE not in aligned:
             raise Stop(f"{argument.name} has a value per row and no sequence dimension")
         return aligned  # a size of 1 stands for all rows, or for all of a row's tokens
+
+    def _for_each_row(self, node: fx.Node, argument: fx.Node) -> tuple[fx.Node, Labels]:
+        """A table [sequence, ...] beside tokens [batch, ..., sequence, ...], as one with all their dimensions: rows that
+        sequences share hold other positions each."""
+        labels = self.axes[node]
+        assert isinstance(labels, tuple)
+        made = argument
+        with self.program.graph.inserting_before(node):
+            for _ in range(len(labels) - value(argument).dim()):
+                known = value(made)
+                made = self.program.graph.call_function(aten.unsqueeze.default, (made, 0))
+                made.meta["val"] = known.unsqueeze(0)
+        node.replace_input_with(argument, made)
+        return made, labels
 
     def _enter(self, node: fx.Node, labels: Labels) -> None:
         known = self.entering.get(node, labels)

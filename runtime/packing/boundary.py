@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from thresher.errors import ThresherError
 from thresher.graph.packed_layout import Counted, Gather, Packing, Passed, PlanField, Scatter
 
 from .binpack import best_capacity, pack_dataset
@@ -43,10 +44,11 @@ def argument(
     if where.batch == where.sequence:  # batch and sequence in one dimension
         return tensor.index_select(where.sequence, packing.idx)
     if where.batch is None:  # the same for every row
-        taken = tensor.index_select(where.sequence, packing.cols)
-        if packing.shape[0] == 1:
-            return taken
-        return taken.unflatten(where.sequence, packing.shape)
+        if packing.shape[0] > 1:  # rows hold other positions each; files of earlier versions may ask for this
+            raise ThresherError(
+                "The packed program takes one table for rows of different positions. Compile it again."
+            )
+        return tensor.index_select(where.sequence, packing.cols)
     if tensor.shape[where.sequence] == 1:
         shape = list(tensor.shape)
         shape[where.sequence] = packing.width
