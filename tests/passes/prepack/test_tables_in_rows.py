@@ -1,4 +1,4 @@
-"""Rows that sequences share hold other positions each: a table of positions without a batch dimension is taken row by row."""
+"""Rows that sequences share hold other positions each: tables of positions are taken for each row."""
 
 import captures
 import fuzz
