@@ -20,10 +20,10 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import fx
 
 from thresher.errors import ArgumentError, ThresherError
+from thresher.files import write_tensors
 from thresher.graph.program import Program, weights_fingerprint
 from thresher.graph.snapshot import Snapshot
 from thresher.hashing import of_tensors
@@ -97,9 +97,7 @@ class Statistics(Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]]):
         flat = {str(i): self.tensors[p][s][n].contiguous() for i, (p, s, n) in enumerate(names)}
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "names": json.dumps(names)}
         metadata["sha256"] = _digest(flat, metadata)
-        partial = path.with_name(path.name + ".partial")
-        save_file(flat, str(partial), metadata)
-        partial.replace(path)
+        write_tensors(path, flat, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from thresher.errors import ArgumentError
+from thresher.files import write_tensors
 from thresher.formats import bitpack
 from thresher.reading import reading
 
@@ -162,9 +162,7 @@ def save(path: str | Path, linears: Mapping[str, LowBitLinear], layout: str, **o
         "thresher.bits": json.dumps({name: linear.bits for name, linear in linears.items()}),
         "quantization_config": json.dumps(quantization_config(linears, layout)),
     }
-    partial = Path(path).with_suffix(".partial")
-    save_file(tensors, partial, metadata)
-    partial.replace(path)  # an interrupted save leaves the old file whole
+    write_tensors(Path(path), tensors, metadata)
 
 
 def load(

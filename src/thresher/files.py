@@ -15,10 +15,12 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from .errors import ArgumentError
+from .errors import ArgumentError, ThresherError
+from .reading import said
 
 try:
     import fcntl
@@ -89,6 +91,26 @@ def keep(path: Path, content: bytes) -> None:
             partial.replace(path)
     except OSError as reason:
         no_cache(path, reason)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; an old one stays whole until the new one is complete.
+
+    Raises ThresherError, which names the file, where it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(dict(tensors), str(partial), dict(metadata))
+        partial.replace(path)
+    except (OSError, SafetensorError) as reason:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ThresherError(
+            f"{path} cannot be written: {said(reason)}. Free the place, or name another."
+        ) from reason
 
 
 @contextlib.contextmanager

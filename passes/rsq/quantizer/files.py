@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from thresher.compat import has_values
 from thresher.errors import ThresherError
+from thresher.files import write_tensors
 from thresher.graph.program import Program
 from thresher.hashing import add_tensor, of_tensors
 from thresher.reading import reading
@@ -56,16 +56,12 @@ class LayerFiles:
         if self.folder is None:
             return
         path = self.path(name)
-        partial = path.with_name(path.name + ".partial")
         stamped = {**metadata, "stamp": self.stamp}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(dict(tensors), str(partial), {**stamped, "sha256": _digest(name, tensors, stamped)})
-            partial.replace(path)
-        except Exception as reason:  # safetensors raises its own kind for a full disk
-            raise ThresherError(
-                f"The layer {name} cannot be kept in {path}: {reason}. Name another folder."
-            ) from None
+        except OSError as reason:
+            raise ThresherError(f"{path} cannot be written: {reason}. Name another folder.") from None
+        write_tensors(path, tensors, {**stamped, "sha256": _digest(name, tensors, stamped)})
 
     def path(self, name: str) -> Path:
         """Where a layer's file is; each name has a file of its own."""
