@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from thresher.graph.edit import call_before
 from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Counted, Gather, Passed, PlanField, Visibility
 from thresher.graph.program import Program
@@ -81,11 +82,8 @@ class Frontier:
         labels = self.axes[node]
         assert isinstance(labels, tuple)
         made = argument
-        with self.program.graph.inserting_before(node):
-            for _ in range(len(labels) - value(argument).dim()):
-                known = value(made)
-                made = self.program.graph.call_function(aten.unsqueeze.default, (made, 0))
-                made.meta["val"] = known.unsqueeze(0)
+        for _ in range(len(labels) - value(argument).dim()):
+            made = call_before(node, aten.unsqueeze.default, (made, 0))
         node.replace_input_with(argument, made)
         return made, labels
 
