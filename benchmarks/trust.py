@@ -90,9 +90,9 @@ def files(bench: Benchmark) -> None:
 def long_run(bench: Benchmark) -> None:
     import soak
 
-    for target, calls in (("reference", 20_000), ("inductor", 2000)):
-        if bench.args.quick:
-            calls //= 20
+    wanted = {"reference": 20_000, "inductor": 2000}
+    for target in bench.args.targets.split(","):
+        calls = wanted[target] // (20 if bench.args.quick else 1)
         found = soak.run(soak.pairs(target), calls, warm=max(200, calls // 10))
         bench.row(what="soak", target=target, calls=found.calls, edits=found.edits, wrong=len(found.wrong),
                   growth=round(found.growth, 5), programs=max(found.programs))  # fmt: skip
@@ -102,8 +102,8 @@ def long_run(bench: Benchmark) -> None:
 
 def threads(bench: Benchmark) -> None:
     """8 threads, 200 calls each, every call of a shape not seen before."""
-    for target in ("reference", "inductor"):
-        runs = 1 if bench.args.quick or (target == "inductor" and not bench.args.all_runs) else 5
+    for target in bench.args.targets.split(","):
+        runs = 1 if bench.args.quick else bench.args.runs
         for kept in ("cold", "warm"):
             calls, faults, warm = 0, 0, 0
             with tempfile.TemporaryDirectory() as folder:
@@ -246,7 +246,8 @@ def options(parser: Any) -> None:
     parser.add_argument(
         "--chunks", type=int, default=100, help="chunks of 200 fuzz examples; the whole is 100"
     )
-    parser.add_argument("--all-runs", action="store_true", help="threads: five runs on Inductor too")
+    parser.add_argument("--targets", default="reference,inductor", help="of soak and threads")
+    parser.add_argument("--runs", type=int, default=5, help="of threads, for each target and cache")
 
 
 def main() -> None:
@@ -256,20 +257,22 @@ def main() -> None:
     for name in chosen:
         ROWS[name](bench)
     if args.more and args.more.exists():
-        take_over(bench, json.loads(args.more.read_text()), chosen)
+        take_over(bench, json.loads(args.more.read_text()))
     for name in set(ROWS) - {row["what"] for row in bench.rows}:
         bench.not_measured(name, f"It was not run: python benchmarks/trust.py --only {name}.")
     bench.row(what="memory", peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
     bench.finish()
 
 
-def take_over(bench: Benchmark, record: dict[str, Any], chosen: list[str]) -> None:
-    """The rows and claims of an earlier record that were not run now."""
-    words = {"cases": "cases of", "fuzz": "fuzz:", "files": "damaged files", "soak": "soak on", "threads": "threads x",
-             "sanitizers": "sanitizers", "overhead": "what the checks add"}  # fmt: skip
-    bench.rows = [r for r in record["rows"] if r["what"] in ROWS and r["what"] not in chosen] + bench.rows
-    kept = [c for c in record["claims"] if not any(words[name] in c["claim"] for name in chosen)]
-    bench.claims = kept + bench.claims
+def take_over(bench: Benchmark, record: dict[str, Any]) -> None:
+    """The rows and claims of an earlier record that were not made again now."""
+
+    def what(row: dict[str, Any]) -> list[Any]:
+        return [row.get(k) for k in ("what", "target", "cache", "model")]
+
+    made, claimed = [what(r) for r in bench.rows], [c["claim"] for c in bench.claims]
+    bench.rows = [r for r in record["rows"] if r["what"] in ROWS and what(r) not in made] + bench.rows
+    bench.claims = [c for c in record["claims"] if c["claim"] not in claimed] + bench.claims
 
 
 if __name__ == "__main__":
