@@ -153,7 +153,7 @@ for write in (lambda: thresher.save(first, disk + "/m.thresher", example_inputs=
         assert disk in str(reason) or "space" in str(reason) or "Read-only" in str(reason), reason
     else:
         raise SystemExit("was written")
-left = sorted(f for f in os.listdir(disk) if f not in ("rest", "cache"))
+left = sorted(f for f in os.listdir(disk) if f not in ("rest", "cache", ".cache"))
 assert left == ["m.thresher"], left
 assert all(open(os.path.join(disk, f), "rb").read() == b for f, b in before.items())
 check(thresher.load(disk + "/m.thresher", target="reference"))
