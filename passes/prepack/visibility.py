@@ -61,7 +61,18 @@ class MaskProbe:
 
     def resizable(self) -> bool:
         """Whether the graph was captured with a symbolic sequence length."""
-        return not isinstance(value(self.padding).shape[1], int)
+        return self._fixed(1) is None
+
+    def _fixed(self, dim: int) -> int | None:
+        """The size of a dimension of [batch, sequence], where any input of that shape has a number there.
+
+        Dynamo may give the mask symbols where it holds the tokens to be as many in every call.
+        """
+        padding = value(self.padding)
+        captured = [example_of(s) for s in padding.shape]
+        known = [v for v in map(value, self.program.placeholders) if isinstance(v, torch.Tensor)]
+        sizes = [v.shape[dim] for v in (padding, *known) if [example_of(s) for s in v.shape[:2]] == captured]
+        return next((size for size in sizes if isinstance(size, int)), None)
 
     def evaluate(self, real: torch.Tensor) -> torch.Tensor:
         """The mask for a bool [rows, length] padding mask; the sizes must be those captured unless symbolic."""
@@ -92,9 +103,9 @@ class MaskProbe:
 
     def rows(self, length: int) -> int:
         """How many rows an evaluation must have."""
-        batch = value(self.padding).shape[0]
-        if isinstance(batch, int):
-            return batch
+        batch, fixed = value(self.padding).shape[0], self._fixed(0)
+        if fixed is not None:
+            return fixed
         same = str(batch) == str(
             value(self.padding).shape[1]
         )  # one symbol for both: captured with B equal to S

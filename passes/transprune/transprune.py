@@ -26,6 +26,7 @@ from thresher.graph.call_rules import Rule
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
+from thresher.undone import FEEDING
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..causal_mask import prepare_causal
@@ -91,7 +92,7 @@ class TransPrune(Pass[TransPruneConfig]):
             return whole("", "No token may be left out: for calls like this one, zero was chosen.")
         fed = embeddings_fed(program)
         if fed and not context.structure().layers:
-            return [Match("the graph that puts image features in", fed)]
+            return [Match(FEEDING, fed)]
         tower = largest_tower(context.structure())
         if tower is None:
             return no_layers(context.structure())

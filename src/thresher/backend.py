@@ -111,7 +111,7 @@ def compile_graph(
 
 
 def _say_what_is_undone(gm: fx.GraphModule, report: Report) -> None:
-    reason = rewrote_nothing([report])
+    reason = None if report.rewritten else rewrote_nothing([report])
     said = f"thresher rewrote nothing, and the model runs as plain Inductor compiles it: {reason}"
     say = functools.partial(warn, said, gm) if reason is not None else None
     told = said if side_graphs.tell(gm, bool(report.rewritten), say) else ""

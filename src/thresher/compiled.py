@@ -23,6 +23,7 @@ from .notices import disabled, logger, warn
 from .recipe import Recipe
 from .records.certificate import Certificate
 from .report import Report
+from .tractable import parts_of, tractable
 from .undone import rewrote_nothing
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -69,6 +70,7 @@ class Compiled(torch.nn.Module):
             training=False,
             last_call=None,
             _settings={"dynamic": dynamic, "mode": mode, "target": target},
+            _parts=parts_of(model),
         )
         self._forget()
 
@@ -104,6 +106,7 @@ class Compiled(torch.nn.Module):
             unwrapped(),
             specialized_floats(),
             room_for_graphs(),
+            tractable(self._parts),
             self._sizes.prepared(args, kwargs) as given,
         ):
             result = self._call(*args, **given)

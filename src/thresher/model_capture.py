@@ -15,6 +15,7 @@ from .compat import isolated, without_fake_mode
 from .errors import ArgumentError, CaptureError, ThresherError
 from .graph import autocast, capture
 from .graph.program import Program
+from .tractable import parts_of, tractable
 
 
 def example(given: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -67,9 +68,10 @@ def shown_to(
     It records no gradients. Raises what `backend` raises, where that is an error of ours, as it is.
     """
     compiled = torch.compile(model, backend=backend, dynamic=dynamic, **isolated())
+    parts = parts_of(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), unwrapped(), specialized_floats():
+        with torch.no_grad(), unwrapped(), specialized_floats(), tractable(parts):
             return compiled(*args, **kwargs)
 
     return call

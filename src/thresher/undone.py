@@ -7,10 +7,16 @@ from collections.abc import Sequence
 
 from .report import PassReport, Report
 
+FEEDING = "the graph that puts image features in"  # a site of token passes
+
 
 def rewrote_nothing(reports: Sequence[Report]) -> str | None:
-    """A sentence for each pass that says why it rewrote nothing, where no pass of any graph did; else None."""
-    if any(r.rewritten for r in reports) or not any(r.passes for r in reports):
+    """A sentence for each pass that says why it rewrote nothing, where no pass of any graph did; else None.
+
+    A graph that only tells the next one which tokens are an image's has done nothing by itself.
+    """
+    done = any(site != FEEDING for r in reports for p in r.passes for site in p.rewritten)
+    if done or not any(r.passes for r in reports):
         return None
     names = dict.fromkeys(p.name for r in reports for p in r.passes)
     return " ".join(f"{name}: {why([r[name] for r in reports if _has(r, name)])}" for name in names)

@@ -52,13 +52,26 @@ class Sizes:
         if self.dynamic is False or alone:
             yield named
             return
-        tokens, mask = named.get("input_ids"), named.get("attention_mask")
-        if not isinstance(tokens, torch.Tensor) or tokens.shape[-1] != 1:
-            yield named  # marked sizes are never taken for equal, and packing must know a mask to be as wide as its tokens
-            return
-        # a static cache's mask is made beside it and is as wide
-        with free_sizes(apart=not (isinstance(mask, torch.Tensor) and mask.dim() == 4)):
+        with free_sizes(apart=_differ(named)):
             yield _prepared(named)
+
+
+def _differ(named: Mapping[str, Any]) -> bool:
+    """Whether sizes that are equal in this call may differ in the next.
+
+    A prompt's mask is as wide as its tokens in every call, which packing must know, and a static cache's mask as wide as the
+    cache. All others are wider than what stands beside them by chance.
+    """
+    mask = named.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        return False
+    return any(_held(named))
+
+
+def _held(named: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes of the keys that a call's cache holds; empty for a prompt's."""
+    found = (getattr(layer, "keys", None) for layer in _layers(cache_of(named)))
+    return [tuple(keys.shape) for keys in found if keys is not None]
 
 
 def _signature(args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any] | None:
@@ -66,12 +79,7 @@ def _signature(args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any] | N
     if args or not any(isinstance(named.get(name), torch.Tensor) for name in _PER_TOKEN):
         return None
     shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else type(v) for k, v in named.items()}
-    held = [
-        tuple(k.shape)
-        for k in (getattr(layer, "keys", None) for layer in _layers(cache_of(named)))
-        if k is not None
-    ]
-    return [shapes, held]
+    return [shapes, _held(named)]
 
 
 def _layers(cache: Any) -> list[Any]:

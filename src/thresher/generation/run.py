@@ -83,7 +83,7 @@ class _Calls:
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         cache = cache_of(named)
-        tokens = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
+        tokens = _tokens_of(named)
         ours = self.request.cache is not None and cache is self.request.cache
         began = time.perf_counter()
         first = not self.done.tokens_in
@@ -119,22 +119,20 @@ class _Calls:
         self.done.prompt(self.model, cache, real.bool(), ran)
 
     def _with_mask(self, named: dict[str, Any], cache: Any, tokens: Any) -> dict[str, Any]:
-        """A call's arguments with a mask among them: a step has one even where nothing is hidden, so that one program
-        serves rows with padding and without; a prompt None, which is faster."""
-        if (
-            named.get("attention_mask") is not None
-            or tokens is None
-            or cache is None
-            or self.model.config.is_encoder_decoder
-        ):
+        """A call's arguments with a mask among them, so that one program serves rows with padding and without: a step
+        always, a prompt where its program packs; without packing a prompt is faster for having none."""
+        given = named.get("attention_mask")
+        if given is not None or tokens is None or cache is None or self.model.config.is_encoder_decoder:
             return named
         seen = cache.get_seq_length()
-        mask = (
-            torch.ones(tokens.shape[0], seen + tokens.shape[1], dtype=torch.long, device=tokens.device)
-            if seen
-            else None
-        )
+        if not seen and not self.packs():
+            return {**named, "attention_mask": None}
+        mask = torch.ones(tokens.shape[0], seen + tokens.shape[1], dtype=torch.long, device=tokens.device)
         return {**named, "attention_mask": mask}
+
+    def packs(self) -> bool:
+        """Whether padded prompts are packed."""
+        return any(s.program.packing is not None for s in getattr(self.compiled, "sessions", ()))
 
     def _call(self, *inputs: Any, **named: Any) -> Any:
         with _instead(self.model, "forward", self.own):  # what is compiled is the model's own
@@ -148,7 +146,8 @@ class _Calls:
                 "inputs", "a prompt by position", "input_ids or inputs_embeds by name", "Name it."
             )
         with given_tokens.reading_kept():
-            out = self._call(**{**named, name: prompt_cache(self.model.config, named[name])})
+            given = {**named, name: prompt_cache(self.model.config, named[name])}
+            out = self._call(**self._with_mask(given, given[name], tokens))
         move(cache_of(out), named[name], tokens.shape[1])
         out["cache" if "cache" in out else name] = named[name]
         return out
@@ -185,7 +184,9 @@ class _Calls:
             type(layer) is StaticLayer for layer in layers
         )  # the cache that a prompt without a static one has
         handed = DynamicCache(config=self.model.config) if full else DynamicCache()
-        out = self._call(**{**named, name: handed, "attention_mask": self.mask})
+        out = self._call(
+            **self._with_mask({**named, name: handed, "attention_mask": self.mask}, handed, _tokens_of(named))
+        )
         for index, layer in enumerate(cache_of(out).layers):
             static.update(layer.keys, layer.values, index)
         out["cache" if "cache" in out else name] = static
@@ -214,7 +215,10 @@ def _is_empty_and_static(cache: Any) -> bool:
 
 def _one_prompt(named: dict[str, Any], mask: torch.Tensor | None) -> bool:
     """Whether a call is a whole prompt, with a mask [rows, tokens] or none."""
-    tokens = named.get("input_ids")
-    if tokens is None:
-        tokens = named.get("inputs_embeds")
+    tokens = _tokens_of(named)
     return tokens is not None and (mask is None or mask.shape == tokens.shape[:2])
+
+
+def _tokens_of(named: dict[str, Any]) -> torch.Tensor | None:
+    """A call's tokens, as ids or as embeddings."""
+    return named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
