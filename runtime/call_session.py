@@ -64,6 +64,10 @@ class CallSession(Session):
             for name, c in self.plan.choices.items()
         }
 
+    @property
+    def programs(self) -> int:
+        return super().programs + sum(variant.programs for variant in list(self.variants.values()))
+
     def results(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         if self.keep_inputs:
             self.inputs = list(inputs)

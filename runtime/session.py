@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from thresher import at_hand
 from thresher.compat import any_autocast
 from thresher.errors import ArgumentError
 from thresher.graph import autocast
@@ -78,6 +79,11 @@ class Session:
         self._prologue = self._lower_prologue(layout)
         self._epilogue = self._lower_epilogue(layout)
         self._padded: tuple[Lowered, Freshness] | None = None
+
+    @property
+    def programs(self) -> int:
+        """How many programs were lowered for calls: a packed one and a padded one count apart."""
+        return (self._body is not None) + (self._padded is not None)
 
     def __call__(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         """Run on the caller's inputs, in the order of the captured program's placeholders.
@@ -185,9 +191,9 @@ class Session:
         if tokens < 2:
             return "The batch has fewer than two real tokens."
         if not layout.rewritten:  # else what other passes did is in the body only
-            if tokens == len(lengths) * width:
-                return "The batch has no padding."
             least = layout.packing.min_gain
+            if tokens == len(lengths) * width and not (at_hand.is_preferred() and least <= 1):
+                return "The batch has no padding."
             if least > 1 and layout.packing.gain(lengths, width) < least:
                 return f"The predicted gain is below min_gain={least:g}."
         if holed and layout.windowed() and layout.packing.form == "flat":

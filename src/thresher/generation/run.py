@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from thresher import given_tokens
+from thresher import at_hand, given_tokens
 from thresher.errors import ArgumentError
 from thresher.notices import warn
 
@@ -51,7 +51,7 @@ def generate(compiled: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[Any,
 
 
 def _programs(compiled: Any) -> int:
-    return sum(1 + len(getattr(s, "variants", ())) for s in getattr(compiled, "sessions", ()))
+    return sum(s.programs for s in getattr(compiled, "sessions", ()))
 
 
 class _Calls:
@@ -135,7 +135,8 @@ class _Calls:
         return any(s.program.packing is not None for s in getattr(self.compiled, "sessions", ()))
 
     def _call(self, *inputs: Any, **named: Any) -> Any:
-        with _instead(self.model, "forward", self.own):  # what is compiled is the model's own
+        # what is compiled is the model's own
+        with _instead(self.model, "forward", self.own), at_hand.preferred():
             return self.compiled(*inputs, **named)
 
     def _prompt(self, inputs: tuple[Any, ...], named: dict[str, Any], tokens: Any) -> Any:

@@ -35,7 +35,9 @@ def test_a_cut_reaches_the_layers_behind_the_features():
 
 def test_telling_which_tokens_are_an_images_is_no_rewrite_by_itself():
     feeding = Report("transprune", passes=[PassReport("transprune", rewritten=[FEEDING])])
-    missed = Report("transprune", passes=[PassReport("transprune", missed=[Miss("layers.0", "It cannot be cut.")])])
+    missed = Report(
+        "transprune", passes=[PassReport("transprune", missed=[Miss("layers.0", "It cannot be cut.")])]
+    )
     pruned = Report("transprune", passes=[PassReport("transprune", rewritten=["layers.0"])])
     assert rewrote_nothing([feeding, missed]) == "transprune: It cannot be cut."
     assert rewrote_nothing([feeding, pruned]) is None

@@ -149,3 +149,16 @@ def test_inductor_compiles_a_layer_once_and_a_call_costs_no_autograd():
     fast = thresher.compile(model, next(calls()), "exact", dynamic=True)
     for call in calls():
         same(fast, model, call)
+
+
+def test_a_program_out_of_the_rewrite_cache_is_in_pieces_too(pieces, tmp_path, monkeypatch):
+    """A file has the shapes of its ends only, and layers are told by those of all nodes."""
+    monkeypatch.setenv("THRESHER_REWRITE_CACHE", "1")
+    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path))
+    model, call = tiny_llama.make(num_hidden_layers=LAYERS), next(calls())
+    thresher.compile(model, call, "exact", dynamic=True)
+    made = len(pieces)
+    again = thresher.compile(model, call, "exact", dynamic=True)
+    assert any("taken from the cache" in note for note in again.report.notes)
+    assert made % 3 == 0 and len(pieces) == 2 * made
+    same(again, model, call)
