@@ -60,10 +60,12 @@ def holds(said: str) -> bool:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """The record's rows in Markdown; what was raised stands below."""
+    """The record's rows in Markdown; what was raised stands below, and what was not run."""
     notes: list[str] = []
 
-    def short(said: str) -> str:
+    def short(said: str | None) -> str:
+        if said is None:
+            return ""
         if said == "equal":
             return "equal"
         text = re.sub(r"\s+", " ", said).replace("|", "\\|")
@@ -72,8 +74,10 @@ def table(rows: list[dict[str, str]]) -> str:
         return ("refused" if holds(said) else "**fault**") + f" [{notes.index(text) + 1}]"
 
     lines = ["| class | " + " | ".join(COLUMNS.values()) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {r['model']} | " + " | ".join(short(r[c]) for c in COLUMNS) + " |" for r in rows]
-    return "\n".join([*lines, "", *(f"{n}. {text}" for n, text in enumerate(notes, 1))])
+    lines += [f"| {r['model']} | " + " | ".join(short(r.get(c)) for c in COLUMNS) + " |" for r in rows]
+    left = [name for name in vlm_zoo.ZOO if name not in {r["model"] for r in rows}]
+    said = [f"Not run so far: {', '.join(left)}, and what is empty above.", ""] if left else []
+    return "\n".join([*lines, "", *said, *(f"{n}. {text}" for n, text in enumerate(notes, 1))])
 
 
 def write_table(rows: list[dict[str, str]]) -> None:
@@ -83,14 +87,34 @@ def write_table(rows: list[dict[str, str]]) -> None:
     PAGE.write_text(head + begin + table(rows) + "\n" + end + rest.split(end)[1])
 
 
+def add_records(paths: list[Path]) -> None:
+    """Put rows of other records, such as one a class, into the kept one: the newest of each class, in the zoo's order."""
+    found = {}
+    for path in [*([RECORD] if RECORD.exists() else []), *paths]:
+        record = json.loads(path.read_text())
+        for row in record["rows"]:
+            found[row["model"]] = found.get(row["model"], {}) | row
+    record["rows"] = [found[name] for name in vlm_zoo.ZOO if name in found]
+    cells = [said for row in record["rows"] for column, said in row.items() if column in COLUMNS]
+    share = sum(map(holds, cells)) / len(cells)
+    record["claims"] = [record["claims"][0] | {"value": share, "holds": share == 1}]
+    record["command"] = "python benchmarks/vlm_matrix.py"
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--only", nargs="*", help="these classes")
         parser.add_argument("--columns", nargs="*", default=list(COLUMNS), choices=list(COLUMNS))
         parser.add_argument("--table", action="store_true", help="write the page's table from the record")
+        parser.add_argument(
+            "--add", type=Path, nargs="*", help="records to take into the kept one; nothing is run"
+        )
 
     args = arguments(__doc__, add)
-    if args.table:
+    if args.add:
+        add_records(args.add)
+    if args.table or args.add:
         write_table(json.loads(RECORD.read_text())["rows"])
         return
     bench = Benchmark("vlm_matrix", args)

@@ -48,5 +48,5 @@ def test_a_row_alone_holds_its_own_images():
 
 def test_the_page_shows_the_record(script):
     rows = json.loads(script.RECORD.read_text())["rows"]
-    assert {row["model"] for row in rows} == set(vlm_zoo.ZOO)
+    assert {row["model"] for row in rows} <= set(vlm_zoo.ZOO)
     assert script.table(rows) in script.PAGE.read_text()
