@@ -31,6 +31,7 @@ import _rsq_other
 import torch
 from _harness import Benchmark, arguments
 
+from thresher.calibration_data import cut_text
 from thresher.files import cache_dir
 from thresher.graph.program import Program
 from thresher.passes.rsq.config import RSQConfig
@@ -38,7 +39,7 @@ from thresher.passes.rsq.quantizer.driver import quantise_program
 from thresher.passes.rsq.quantizer.outcome import Outcome
 from thresher.passes.rsq.quantizer.pieces import Batch
 from thresher.passes.rsq.quantizer.sweep import Sweep, bind
-from thresher.quantization import _capture, cut_text
+from thresher.quantization import _capture
 from thresher.tools import models
 
 PLAIN = dict(rotate=False, rotate_heads=False, rotate_down=False, importance="uniform")

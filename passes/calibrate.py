@@ -22,8 +22,8 @@ import torch
 from safetensors import safe_open
 from torch import fx
 
+from thresher import tensor_files
 from thresher.errors import ArgumentError, ThresherError
-from thresher.files import write_tensors
 from thresher.graph.program import Program, weights_fingerprint
 from thresher.graph.snapshot import Snapshot
 from thresher.hashing import of_tensors
@@ -91,13 +91,13 @@ class Statistics(Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]]):
             )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; the old one stays whole until the new one is complete."""
+        """Write a safetensors file, tensor after tensor; the old one stays whole until the new one is complete."""
         path = Path(path)
         names = [[p, s, n] for p, sites in self.tensors.items() for s, named in sites.items() for n in named]
-        flat = {str(i): self.tensors[p][s][n].contiguous() for i, (p, s, n) in enumerate(names)}
+        flat = {str(i): self.tensors[p][s][n] for i, (p, s, n) in enumerate(names)}
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "names": json.dumps(names)}
         metadata["sha256"] = _digest(flat, metadata)
-        write_tensors(path, flat, metadata)
+        tensor_files.write(path, [(k, t.dtype, t.shape) for k, t in flat.items()], flat.__getitem__, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -12,6 +12,7 @@ returned in the weight's own dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from thresher.errors import ArgumentError
 from thresher.formats.hadamard import base_matrix, decompose, sylvester
 
+_FP64 = 1 << 21  # elements of a weight held in fp64 at a time: 16 MiB, of which rotating holds a few copies
 KINDS = ("auto", "hadamard", "block", "orthogonal")
 
 
@@ -116,11 +118,10 @@ def fuse_norm(
     weight: [N, K]; gain, shift: [K]. The norm's gain then becomes 1 and its shift 0. For a norm that
     multiplies by 1 + gain (Gemma), pass 1 + gain.
     """
-    wide = weight.to(torch.float64)
-    fused = (wide * gain.to(torch.float64)).to(weight.dtype)
+    fused = _by_rows(weight, lambda wide: wide * gain.to(torch.float64))
     if shift is None:
         return fused, bias
-    extra = wide @ shift.to(torch.float64)
+    extra = weight.to(torch.float64) @ shift.to(torch.float64)
     if bias is not None:
         extra = extra + bias.to(torch.float64)
     return fused, extra.to(weight.dtype if bias is None else bias.dtype)
@@ -143,15 +144,16 @@ def centre_writer(
 
 def rotate_reader(weight: torch.Tensor, r: Rotation) -> torch.Tensor:
     """W R: a linear (or a [vocabulary, d] embedding or head) whose input is the rotated stream."""
-    return r.right(weight).to(weight.dtype)
+    return _by_rows(weight, r.right)
 
 
 def rotate_writer(
     weight: torch.Tensor, bias: torch.Tensor | None, r: Rotation
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """R^T W and bias R: a linear whose output is added to the rotated stream."""
-    rotated = r.right(weight.t()).t().contiguous().to(weight.dtype)
-    return rotated, None if bias is None else r.right(bias).to(bias.dtype)
+    return _by_rows(weight.t(), r.right).t().contiguous(), None if bias is None else r.right(bias).to(
+        bias.dtype
+    )
 
 
 def rotate_heads_out(
@@ -160,8 +162,10 @@ def rotate_heads_out(
     """The value projection [heads * order, K] with each head's output rotated, its bias with it."""
     heads = _heads("weight", weight.shape[0], r)
     split = weight.reshape(heads, r.order, weight.shape[1]).transpose(1, 2)
-    rotated = r.right(split).transpose(1, 2).reshape(weight.shape).to(weight.dtype)
-    return rotated, None if bias is None else r.right(bias.reshape(heads, -1)).reshape(-1).to(bias.dtype)
+    rotated = _by_rows(split.reshape(-1, r.order), r.right).view(split.shape)
+    return rotated.transpose(1, 2).reshape(weight.shape), None if bias is None else r.right(
+        bias.reshape(heads, -1)
+    ).reshape(-1).to(bias.dtype)
 
 
 def rotate_heads_in(weight: torch.Tensor, r: Rotation) -> torch.Tensor:
@@ -169,8 +173,19 @@ def rotate_heads_in(weight: torch.Tensor, r: Rotation) -> torch.Tensor:
 
     With grouped queries every query head reads the rotation of its value head: one R serves them all.
     """
-    heads = _heads("weight", weight.shape[1], r)
-    return r.right(weight.reshape(-1, heads, r.order)).reshape(weight.shape).to(weight.dtype)
+    _heads("weight", weight.shape[1], r)
+    return _by_rows(weight.reshape(-1, r.order), r.right).reshape(weight.shape)
+
+
+def _by_rows(weight: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`change` of a matrix's rows, in its own dtype; few are held in fp64 at a time. A change sees rows alone."""
+    step = max(1, _FP64 // max(1, weight.shape[1]))
+    if len(weight) <= step:
+        return change(weight.to(torch.float64)).to(weight.dtype)
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for first in range(0, len(weight), step):
+        out[first : first + step] = change(weight[first : first + step].to(torch.float64))
+    return out
 
 
 def _heads(argument: str, width: int, r: Rotation) -> int:

@@ -8,44 +8,29 @@ maximum and for its codes. What is not quantized is copied byte for byte, whatev
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
+from thresher import tensor_files
 from thresher.errors import ArgumentError, unknown_key
 from thresher.formats.nvfp4 import BLOCK
 from thresher.kernels.nvfp4 import cpu as nvfp4_cpu
 from thresher.kernels.nvfp4.quantize import mode_named, quantize
-from thresher.reading import reading
+from thresher.tensor_files import Entry
 
 from .nvfp4 import KEYS, CheckpointError, to_tensors
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-          "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 _SLAB_BYTES = 32 << 20
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a safetensors file: its header fields, and where its bytes begin and end."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -59,40 +44,8 @@ class Summary:
 
 
 def read_header(path: Path) -> tuple[list[Entry], dict[str, str]]:
-    """The tensors of a safetensors file in file order, and its metadata.
-
-    Raises CheckpointError, naming the file, when it is truncated or not a safetensors file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 < length <= size - 8:
-            raise CheckpointError(f"{path} is truncated or not a safetensors file ({size} bytes).")
-        with reading(path, "a safetensors header", "Fetch it again.", CheckpointError):
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = [_entry(name, e, 8 + length) for name, e in header.items()]
-    entries.sort(key=lambda e: e.begin)
-    if entries and entries[-1].end > size:
-        raise CheckpointError(
-            f"{path} is truncated: {entries[-1].name} ends at byte {entries[-1].end}, the file at {size}."
-        )
-    for before, after in pairwise(entries):
-        if after.begin < before.end:
-            raise CheckpointError(f"{path} is damaged: {before.name} and {after.name} overlap.")
-    return entries, metadata
-
-
-def _entry(name: str, given: dict[str, Any], start: int) -> Entry:
-    """One tensor of a header. Raises CheckpointError where its bytes cannot be what it says."""
-    shape, (begin, end) = tuple(given["shape"]), given["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise CheckpointError(f"{name} has the shape {shape} and lies at {begin} to {end}")
-    size = _SIZES.get(given["dtype"])
-    if begin > end or (size is not None and math.prod(shape) * size != end - begin):
-        raise CheckpointError(f"{name} is {given['dtype']} {shape} and has {end - begin} bytes")
-    return Entry(name, given["dtype"], shape, start + begin, start + end)
+    """See `tensor_files.read_header`. Raises CheckpointError, naming the file."""
+    return tensor_files.read_header(path, CheckpointError)
 
 
 def linear_weights(entry: Entry) -> bool:

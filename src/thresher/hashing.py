@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .tensor_files import release
+
 _PIECE = 1 << 26  # elements brought to the main memory at a time
 
 
@@ -30,4 +32,5 @@ def of_tensors(named: Iterable[tuple[str, torch.Tensor]], *texts: str) -> str:
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{len(name)}:{name}".encode())
         add_tensor(digest, tensor)
+        release()
     return digest.hexdigest()

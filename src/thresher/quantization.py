@@ -12,12 +12,13 @@ and is refused for others.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -25,32 +26,40 @@ from thresher.passes.calibrate import Statistics
 from thresher.passes.keep import kept_layers, unnamed
 from thresher.passes.rsq import rsq
 from thresher.passes.rsq.config import RSQConfig
-from thresher.passes.rsq.quantizer import driver as rsq_driver
-from thresher.passes.rsq.quantizer.importance import shift_sequences
+from thresher.passes.rsq.quantizer.driver import Driver
+from thresher.passes.rsq.quantizer.estimate import Estimate
 from thresher.passes.rsq.quantizer.outcome import Outcome
 from thresher.passes.rsq.quantizer.pieces import Batch
+from thresher.passes.rsq.quantizer.states import Keeping, check_place
 from thresher.passes.structure.recover import recover
 
+from .calibration_data import batches_of, is_text
 from .errors import ArgumentError, ThresherError
 from .files import cache_folder
 from .graph import capture
 from .graph.program import Program
+from .hashing import of_tensors
+from .mapped_model import MappedModel, open_model, tokenizer_of
 from .model_capture import shown_to, without_cache
 from .recipe import Recipe
 from .records.quantization_report import QuantizeReport
 from .strict import check_model, names_nothing
+from .tensor_files import need_room
 
 RSQ = RSQConfig
+_log = logging.getLogger(__name__)
 
 
 @dataclass
 class Quantized:
-    """What `quantize` made. statistics: as compile reads it. report: what it cost and saved."""
+    """What `quantize` made. statistics: as compile reads it. report: what it cost and saved. model: the one it was made
+    for, with its own weights; of a directory, as it was read from there."""
 
     statistics: Statistics
     report: QuantizeReport
     config: RSQConfig
     path: Path | None = field(default=None)
+    model: torch.nn.Module | None = field(default=None, repr=False)
 
     def save(self, path: str | Path) -> Path:
         """Write the safetensors file; an old one stays whole until the new one is complete."""
@@ -71,8 +80,18 @@ class Quantized:
         return {"rsq": {"budget": self.config.budget}, "stats": str(self.path)}
 
 
+@overload
 def quantize(
-    model: torch.nn.Module,
+    model: Any, data: Any = ..., recipe: Any = ..., *, dry_run: Literal[True], **options: Any
+) -> Estimate: ...
+
+
+@overload
+def quantize(model: Any, data: Any = ..., recipe: Any = ..., **options: Any) -> Quantized: ...
+
+
+def quantize(
+    model: torch.nn.Module | str | Path,
     data: Any = None,
     recipe: Any = None,
     *,
@@ -82,36 +101,108 @@ def quantize(
     batch_size: int = 4,
     seed: int = 0,
     folder: str | Path | None = None,
-) -> Quantized:
+    weights: str | Path | None = None,
+    activations: str = "memory",
+    narrow: bool = False,
+    dry_run: bool = False,
+) -> Quantized | Estimate:
     """Quantise a model's linears by RSQ: rotate, weigh tokens, round with error feedback.
 
-    data: a list of strings (with `tokenizer`), token ids int64 [sequences, length], an iterable of batches (dicts
-        of the model's keyword arguments; an `attention_mask` tells pads), or None for the demo's text.
+    model: a module, or the directory that `save_pretrained` wrote: its weights are then read from the files as each
+        layer needs them, and finished layers are files too, so that the model need not fit into memory.
+    data: a list of strings (with `tokenizer`; a directory's own is found there), token ids int64 [sequences, length],
+        an iterable of batches (dicts of the model's keyword arguments; an `attention_mask` tells pads), or None for the
+        demo's text.
     recipe: `RSQ(...)`, or anything `Recipe.of` takes that has the pass rsq.
     sequences, length, seed: how text is cut: `sequences` windows of `length` tokens, drawn with `seed`.
-    folder: keep finished layers there, so that an interrupted run goes on; give each run its own.
+    folder: keep finished layers there, so that an interrupted run goes on and gives the same codes; give each run its
+        own. A directory's are kept in the cache by default, for the same model, data and options.
+    weights: of a module on meta, the directory of its safetensors files.
+    activations: where the calibration batches wait between layers, "memory" or "disk" (in `folder`). narrow: round them
+        to bf16 there, which halves an fp32 model's.
+    dry_run: run nothing, and return what it would take: memory by part, time, and bytes written.
+
+    What it will take is said before it starts (logging, level INFO), and kept in the report.
 
     Raises ArgumentError for data that cannot be used, HessianError (naming the linear) for activations that
-    cannot be calibrated on, ThresherError for NaN weights, for a rotation that is not exact, and for a model
-    that is not one graph.
+    cannot be calibrated on, and ThresherError for weights that are missing, truncated, NaN or infinite (naming file and
+    tensor), for a disk without room, for a rotation that is not exact, and for a model that is not one graph.
     """
     config = _config(recipe)
-    check_model(model)
+    check_place(activations)
     started = time.perf_counter()
-    batches = list(_batches(data, tokenizer, sequences, length, batch_size, seed, config))
+    source = _source(model, weights)
+    found: torch.nn.Module = model if source is None else source.model  # type: ignore[assignment]
+    check_model(found)
+    if source is not None and tokenizer is None and is_text(data):
+        tokenizer = tokenizer_of(source.directory)
+    batches = list(batches_of(data, tokenizer, sequences, length, batch_size, seed, config))
     if not batches:
         raise ArgumentError("data", "no batch", "at least one sequence", "Give some text.")
-    program = _capture(model, batches)
+    program = _capture(found, batches)
     nothing: list[str] = []
     kept_layers(recover(program), config.keep, nothing)
     for word in config.keep:
         if unnamed(word) in nothing:
-            raise names_nothing(config, word, model)
-    outcome = rsq_driver.quantise_program(program, batches, config, None if folder is None else Path(folder))
+            raise names_nothing(config, word, found)
+    keeping = Keeping(
+        _folder(folder, source is not None or activations == "disk", config, batches, source),
+        activations,
+        torch.bfloat16 if narrow else None,
+        {} if source is None else {name: str(path) for name, path in source.files.items()},
+    )
+    driver = Driver(program, batches, config, keeping)
+    estimate = driver.estimate()
+    if dry_run:
+        return estimate
+    _log.info("%s", estimate)
+    if keeping.folder is not None:
+        need_room(keeping.folder, estimate.written + estimate.on_disk, "Finished layers and activations")
+    outcome = driver.run()
     tensors = rsq.to_statistics(outcome.linears, outcome.plan, config)
     statistics = Statistics(outcome.fingerprint, {"rsq": tensors})
-    report = _report(outcome, model, batches, time.perf_counter() - started)
-    return Quantized(statistics, report, config)
+    report = _report(outcome, found, estimate, time.perf_counter() - started)
+    if source is not None:
+        source.settle()
+    return Quantized(statistics, report, config, model=found)
+
+
+def _source(model: Any, weights: str | Path | None) -> MappedModel | None:
+    """The directory behind a model, opened; None for a module with values of its own."""
+    if isinstance(model, (str, Path)):
+        if weights is not None:
+            raise ArgumentError("weights", str(weights), "None beside a directory", "Name one directory.")
+        return open_model(model)
+    on_meta = any(p.is_meta for p in model.parameters()) if isinstance(model, torch.nn.Module) else False
+    if on_meta and weights is None:
+        raise ArgumentError("model", f"{type(model).__name__} on meta", "weights=directory with it, or values of its own",
+                            "Pass weights=, the directory of its safetensors files.")  # fmt: skip
+    if weights is not None and not on_meta:
+        raise ArgumentError("weights", str(weights), "None beside a model with values",
+                            "Leave it out, or build the model under torch.device('meta').")  # fmt: skip
+    return open_model(weights, model) if weights is not None else None
+
+
+def _folder(
+    folder: str | Path | None,
+    needed: bool,
+    config: RSQConfig,
+    batches: Sequence[Batch],
+    source: MappedModel | None,
+) -> Path | None:
+    """Where finished layers are kept: the one given, or one in the cache for this model, data and options."""
+    if folder is not None or not needed:
+        return None if folder is None else Path(folder)
+    tensors = [
+        (f"{i}.{n}", t)
+        for i, b in enumerate(batches)
+        for n, t in b.inputs.items()
+        if isinstance(t, torch.Tensor)
+    ]
+    where = "" if source is None else str(source.directory.resolve())
+    name = of_tensors(tensors, config.to_json(), where)[:16]
+    kept = cache_folder("quantizing")
+    return (kept or Path(tempfile.mkdtemp(prefix="thresher-"))) / name
 
 
 def _config(recipe: Any) -> RSQConfig:
@@ -123,66 +214,6 @@ def _config(recipe: Any) -> RSQConfig:
                             "Write thresher.quantize(model, data, RSQ(bits=4)).")  # fmt: skip
     config.validate()
     return config
-
-
-def _batches(
-    data: Any, tokenizer: Any, sequences: int, length: int, size: int, seed: int, config: RSQConfig
-) -> Iterator[Batch]:
-    if data is None or (isinstance(data, (list, tuple)) and data and all(isinstance(t, str) for t in data)):
-        if data is None:
-            from .tools.models import texts
-
-            data = texts()
-        if tokenizer is None:
-            raise ArgumentError(
-                "tokenizer", None, "the model's tokenizer", "Text must be tokenized; pass it."
-            )
-        data = cut_text(data, tokenizer, sequences, length, seed)
-    if isinstance(data, str):
-        raise ArgumentError("data", "one string", "a list of strings", "Write [text].")
-    if isinstance(data, torch.Tensor):
-        if data.dim() != 2 or data.is_floating_point() or not data.numel():
-            raise ArgumentError("data", f"{data.dtype} {tuple(data.shape)}", "integer token ids [sequences, length]",
-                                "Tokenize first, or pass strings.")  # fmt: skip
-        tokens = shift_sequences(data.long(), config.expand) if config.expand > 1 else data.long()
-        for rows in tokens.split(size):
-            yield Batch({"input_ids": rows}, None, rows)
-        return
-    if not isinstance(data, Iterable):
-        raise ArgumentError(
-            "data", type(data).__name__, "strings, token ids or batches", "See quantize's help."
-        )
-    if config.expand > 1:
-        raise ArgumentError("rsq option expand", config.expand, "1 for ready-made batches",
-                            "Pass a tensor of token ids, or strings.")  # fmt: skip
-    for given in data:
-        if isinstance(given, torch.Tensor):
-            given = {"input_ids": given}
-        if not isinstance(given, Mapping) and not hasattr(given, "keys"):
-            raise ArgumentError("data", f"a batch of type {type(given).__name__}", "a dict of keyword arguments",
-                                "Pass what you would call the model with.")  # fmt: skip
-        inputs = {k: v for k, v in dict(given).items() if isinstance(v, torch.Tensor) and k != "labels"}
-        mask = inputs.get("attention_mask")
-        real = mask != 0 if mask is not None and mask.dim() == 2 else None
-        yield Batch(inputs, real, inputs.get("input_ids"))
-
-
-def cut_text(texts: Sequence[str], tokenizer: Any, sequences: int, length: int, seed: int) -> torch.Tensor:
-    """int64 [up to `sequences`, length]: windows of the texts put together, drawn without overlap.
-
-    Raises ArgumentError where the texts do not fill one window; says how many windows there were otherwise.
-    """
-    ids = tokenizer("\n\n".join(texts), return_tensors="pt", add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ][0]
-    windows = len(ids) // length
-    if windows == 0:
-        raise ArgumentError("data", f"text of {len(ids)} tokens", f"at least one sequence of {length} tokens",
-                            f"Give more text, or length={max(1, len(ids))}.")  # fmt: skip
-    make = torch.Generator().manual_seed(seed)
-    offset = int(torch.randint(0, len(ids) - windows * length + 1, (1,), generator=make))
-    order = torch.randperm(windows, generator=make)[:sequences]
-    return ids[offset : offset + windows * length].reshape(windows, length)[order]
 
 
 def _capture(model: torch.nn.Module, batches: Sequence[Batch]) -> Program:
@@ -209,14 +240,10 @@ def _capture(model: torch.nn.Module, batches: Sequence[Batch]) -> Program:
     return programs[0]
 
 
-def _report(
-    outcome: Outcome, model: torch.nn.Module, batches: Sequence[Batch], seconds: float
-) -> QuantizeReport:
+def _report(outcome: Outcome, model: torch.nn.Module, estimate: Estimate, seconds: float) -> QuantizeReport:
     total = sum({t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}.values())
-    tokens = sum(
-        int(b.real.sum()) if b.real is not None else next(iter(b.inputs.values())).numel() for b in batches
-    )
     return QuantizeReport(
         list(outcome.reports.values()), dict(outcome.importance), dict(outcome.bits), dict(outcome.sensitivity),
-        list(outcome.plan.notes), list(outcome.plan.missed), outcome.exact, total, tokens, seconds,
+        [*outcome.plan.notes, f"Said before it started: {estimate}"], list(outcome.plan.missed), outcome.exact, total,
+        estimate.tokens, seconds,
     )  # fmt: skip

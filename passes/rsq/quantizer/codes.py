@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from thresher.formats import bitpack, nvfp4
 
 from ..config import SCALE_DTYPES, RSQConfig
-from .gptq import Quantized
 from .grid import Grid, IntegerGrid, NVFP4Grid
+from .rounding import Rounded
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -25,32 +24,21 @@ def make_grid(config: RSQConfig, bits: int) -> Grid:
     )
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A run of a stacked weight's rows: one linear's part of what was quantised together."""
-
-    first: int
-    count: int
-
-
-def to_tensors(found: Quantized, rows: Rows, config: RSQConfig, bits: int) -> dict[str, torch.Tensor]:
-    """Tensors by name, for one linear of a (possibly stacked) quantised weight.
+def to_tensors(found: Rounded, config: RSQConfig, bits: int) -> dict[str, torch.Tensor]:
+    """Tensors by name, for one quantised linear.
 
     Integers: `codes` int32 [N, words(K, bits)], `scales` [N, G], `zeros` uint8 [N, G] where they are not all
     in the middle, `bits` and `inputs` int64 []. NVFP4: `codes` uint8 [N, K/2] (even columns in low nibbles),
     `block_scales` uint8 [N, K/16] (E4M3 bytes), `global_scale` fp32 [].
     """
-    part = slice(rows.first, rows.first + rows.count)
-    codes = found.codes[part]
+    codes = found.codes
     if isinstance(found.grid, NVFP4Grid):
         return {
             "codes": (codes[:, ::2] | codes[:, 1::2] << 4).contiguous(),
-            "block_scales": found.grid.stored_scales(found.parameters[0][part])
-            .view(torch.uint8)
-            .contiguous(),
+            "block_scales": found.grid.stored_scales(found.parameters[0]).view(torch.uint8).contiguous(),
             "global_scale": torch.tensor(found.grid.tensor_scale, dtype=torch.float32),
         }
-    scale, zero = (p[part] for p in found.parameters)
+    scale, zero = found.parameters
     tensors = {
         "codes": bitpack.pack(codes, bits),
         "scales": scale.to(SCALE_DTYPES[config.scale_dtype]).contiguous(),

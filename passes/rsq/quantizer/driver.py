@@ -15,11 +15,10 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import fx
 
+from thresher import tensor_files
 from thresher.errors import ThresherError
 from thresher.graph.program import Program, weights_fingerprint
 from thresher.reading import reading
@@ -31,91 +30,110 @@ from .. import rewrite as rsq_rewrite
 from ..config import RSQConfig
 from ..plan import make_plan
 from . import bits as rsq_bits
+from . import checks
 from . import codes as rsq_codes
 from . import scores as rsq_scores
+from .estimate import Estimate, estimate
 from .files import LayerFiles, stamp_of
-from .gptq import Hessian, HessianError, factor, gptq, round_to_nearest
+from .hessian import Hessian, HessianError, factor
 from .outcome import LinearReport, Outcome, report
 from .pieces import Batch, Piece, pieces, seen_from
-from .sweep import Sweep, Values, bind, exactness
+from .rounding import round_group
+from .sizes import Sizes
+from .states import Keeping, States, Values
+from .steps import Step, steps
+from .sweep import Sweep, bind, exactness
 
 EXACT = 1e-9
-_WIDEST_STATE = 2.5  # values held between groups, in hidden states; wider ones are computed again
-_CHECK_TOKENS = 64
+# Values held between groups, in hidden states; wider ones are computed again, unless they fit in so many bytes.
+_WIDEST_STATE, _ROOM = 2.5, 1 << 30
+_ALWAYS = 1e9
 
 
-def quantise_program(
-    program: Program,
-    batches: Sequence[Batch],
-    config: RSQConfig,
-    folder: Path | None = None,
-    finish: Callable[[Sweep], None] | None = None,
-    prove: bool = True,
-) -> Outcome:
-    """Quantise a program's linears on calibration batches. See the module's docstring.
+class Driver:
+    """A program, calibration batches and options, ready to be quantised.
 
-    folder: where finished layers are written and looked for; None keeps nothing. finish: given the rotated
-        program with all linears quantised, ready to run (for evaluation without compiling). prove: compare the
-        rotated program with the original in fp64 first; False where the same rotation was proved before.
-    Raises ThresherError when the rotated program differs from the original, HessianError (naming the linear)
-    when one cannot be calibrated.
+    Made without running the model. Raises ThresherError, naming the weight and its file, for values that are no
+    numbers, and where there is no batch.
     """
-    with torch.no_grad():
-        run = _Run(program, batches, config, folder)
-        outcome = run.go(prove)
-        if finish is not None:
-            run.states.clear()
-            finish(run.sweep)
-        return outcome
 
-
-class _Run:
-    def __init__(self, program: Program, batches: Sequence[Batch], config: RSQConfig, folder: Path | None):
+    def __init__(
+        self, program: Program, batches: Sequence[Batch], config: RSQConfig, keeping: Keeping | None = None
+    ):
+        if not batches:
+            raise ThresherError("There was not a single calibration sequence.")
+        self.keeping = keeping = keeping or Keeping()
+        checks.check_weights(program, keeping.files)
         self.config, self.batches = config, batches
         self.original = program
         self.rotated = program.copy()
         self.structure: Structure = recover(self.rotated)
         plan = make_plan(self.rotated, self.structure, config)
-        self.bad_weights = [m for m in plan.missed if "NaN or infinite" in m.reason]
+        tensor_files.release()
         rsq_rewrite.rotate(self.rotated, plan, lazy=True)
         self.rotated.clean()
         rsq_rewrite.rebind_layers(self.rotated, self.structure)
         self.sweep = Sweep(self.rotated)
         self.outcome = Outcome(weights_fingerprint(program), config, plan, 0.0)
-        stamp = stamp_of(program, config.to_json(), [b.inputs for b in batches]) if folder is not None else ""
         self.owners = Owners(self.rotated)
-        self.files = LayerFiles(folder, stamp)
         self.pieces = list(pieces(self.structure, plan, self.sweep.order))
-        self.counts = rsq_scores.token_counts([b.tokens for b in batches]) if batches else None
+        self.counts = rsq_scores.token_counts([b.tokens for b in batches])
+        scorers = {p.name: rsq_scores.scorer(self.rotated, p.layer, config) for p in self.pieces}
+        first = self.sweep.start(bind(self.rotated, batches[0].inputs))
+        plans = [
+            list(steps(self.sweep, self.structure, self.pieces, scorers, first, widest))
+            for widest in (_ALWAYS, _WIDEST_STATE)
+        ]
+        self.sizes = Sizes(self.rotated, self.structure, batches, keeping.narrow)
+        wide = self.sizes.waiting(plans[0])
+        self.steps: list[Step] = plans[0] if keeping.activations == "disk" or wide <= _ROOM else plans[1]
 
-    def go(self, prove: bool = True) -> Outcome:
-        if self.bad_weights:
-            raise ThresherError(" ".join(f"{m.site}: {m.reason}" for m in self.bad_weights))
-        if not self.batches:
-            raise ThresherError("There was not a single calibration sequence.")
-        if prove:
-            self.outcome.exact = self._check_rotation()
-        self._choose_bits()
-        self.states: list[Values] = [self.sweep.start(bind(self.rotated, b.inputs)) for b in self.batches]
-        targets = [group[0].x for piece in self.pieces for group in piece.groups]
-        done = 0
-        for piece in progress(self.pieces, "quantizing", len(self.pieces)):
-            found = self._load(piece)
-            self.weights: list[torch.Tensor | None] = []
-            for group in piece.groups:
-                done += 1
-                if found is None:
-                    self._quantise(piece, group, targets[done:])
-                else:
-                    self._advance(group[0].x, targets[done:], None)
-                    self._accept(group, found)
+    def estimate(self) -> Estimate:
+        """What running it will take; nothing is run but a few small products, for their speed."""
+        return estimate(
+            self.sizes, self.steps, self.original, self.config, self.keeping.activations == "disk"
+        )
+
+    def run(self, prove: bool = True, finish: Callable[[Sweep], None] | None = None) -> Outcome:
+        """Quantise. prove, finish: see `quantise_program`."""
+        with torch.no_grad():
+            folder = self.keeping.folder
+            stamp = ""
+            if folder is not None:
+                inputs = [b.inputs for b in self.batches]
+                stamp = stamp_of(self.original, self.config.to_json(), inputs)
+            self.files = LayerFiles(folder, stamp)
+            checks.check_activations(self.original, self.batches[0])
+            if prove:
+                self.outcome.exact = self._check_rotation()
+            self._choose_bits()
+            place = folder if self.keeping.activations == "disk" else None
+            self.states = States(place, self.keeping.narrow, self.sizes.hidden)
+            try:
+                self.states.start(self.sweep.start(bind(self.rotated, b.inputs)) for b in self.batches)
+                for piece in progress(self.pieces, "quantizing", len(self.pieces)):
+                    self._piece(piece)
+            finally:
+                self.states.close()
+            if finish is not None:
+                finish(self.sweep)
+            return self.outcome
+
+    def _piece(self, piece: Piece) -> None:
+        found = self._load(piece)
+        self.weights: list[torch.Tensor | None] = []
+        for step in (s for s in self.steps if s.piece is piece):
             if found is None:
-                self._save(piece)
-        return self.outcome
+                self._quantise(step)
+            else:
+                self._advance(step, None)
+                self._accept(step, found)
+        if found is None:
+            self._save(piece)
 
     def _check_rotation(self) -> float:
         """fp64 error of the rotated program on one short sequence; raises above EXACT."""
-        inputs = bind(self.original, self.batches[0].inputs, (1, _CHECK_TOKENS))
+        inputs = bind(self.original, self.batches[0].inputs, (1, checks.TOKENS))
         error = exactness(self.original, self.rotated, inputs)
         if not error <= EXACT:
             raise ThresherError(
@@ -142,96 +160,83 @@ class _Run:
         self.outcome.sensitivity = sensitivity
         self.outcome.bits = rsq_bits.allocate(sensitivity, sizes, self.config.average_bits)
 
-    def _quantise(self, piece: Piece, group: Sequence[LinearSite], later: Sequence[fx.Node]) -> None:
-        x = group[0].x
+    def _quantise(self, step: Step) -> None:
+        x, group, scorer, piece = step.x, step.group, step.scorer, step.piece
         hessian = Hessian.empty(group[0].in_features)
-        first, owner = not self.weights, self.owners.of(x)
-        scorer = rsq_scores.scorer(self.rotated, piece.layer, self.config) if first else None
+        owner = self.owners.of(x)
         weighed = scorer.targets[0] if scorer is not None and scorer.targets else x
-        if first:
+        if step.first:
             self.owner = self.owners.of(weighed)
         raw: list[torch.Tensor] = []
+        names = ", ".join(s.fqn for s in group)
 
         def collect(index: int, values: Values) -> None:
             batch = seen_from(self.owners, x, self.batches[index], values[x])
-            if first:
+            if step.first:
                 layers = seen_from(self.owners, weighed, self.batches[index], values[weighed])
                 scores, weights = rsq_scores.weigh(scorer, values, layers, self.counts, self.config)
                 self.weights.append(weights)
                 if scores is not None:
                     raw.append(scores)
-            same = (
-                owner == self.owner
-            )  # cross attention reads another tower's tokens, which this layer did not weigh
-            hessian.add(*rsq_scores.rows_of(values[x], self.weights[index] if same else None, batch.real))
+            # Cross attention reads another tower's tokens, which this layer did not weigh.
+            same = owner == self.owner
+            rows, weights = rsq_scores.rows_of(values[x], self.weights[index] if same else None, batch.real)
+            if not checks.finite(rows, weights):
+                raise HessianError(
+                    f"{names}: batch {index} of the calibration data reaches it as NaN or infinite values."
+                )
+            hessian.add(rows, weights)
 
-        self._advance(x, later, collect, scorer.targets if scorer is not None else ())
+        self._advance(step, collect)
         if raw:
             self.outcome.importance[piece.name] = torch.cat(raw)
-        names = ", ".join(s.fqn for s in group)
         try:
-            matrix = hessian.matrix()
-            factored = factor(matrix, self.config.damping, self.config.activation_order)
+            factored = factor(
+                hessian.matrix(), self.config.damping, self.config.activation_order, consume=True
+            )
         except HessianError as reason:
             raise HessianError(f"{names}: {reason}") from None
         bits = self.outcome.bits[piece.name]
-        grid = rsq_codes.make_grid(self.config, bits)
-        stacks = [[s] for s in group] if self.config.grid == "nvfp4" else [list(group)]
+        self.sweep.forget()
+        weights = [self.sweep.weight(s.weight) for s in group]
+        if not all(bool(torch.isfinite(w).all()) for w in weights):
+            raise ThresherError(f"{names}: the weights are NaN or infinite after rotation.")
         made: dict[str, dict[str, torch.Tensor]] = {}
-        for stack in stacks:
-            originals = [self.sweep.weight(s.weight).float() for s in stack]
-            weight = torch.cat(originals)
-            if not bool(torch.isfinite(weight).all()):
-                raise ThresherError(f"{names}: the weights are NaN or infinite after rotation.")
-            exact_grid = self.config.method == "nearest"
-            found = round_to_nearest(weight, grid) if exact_grid else gptq(weight, factored, grid)
-            at = 0
-            for site, mine in zip(stack, originals):
-                rows = rsq_codes.Rows(at, len(mine))
-                made[site.fqn] = rsq_codes.to_tensors(found, rows, self.config, bits)
-                values = found.values[at : at + len(mine)]
-                size = self.rotated.weights[site.weight].tensor.element_size()
-                self.outcome.reports[site.fqn] = report(
-                    site.fqn, mine, values, matrix, factored.damping, made[site.fqn], self.config, size
-                )
-                at += len(mine)
-        self._accept(group, made)
+        rounded = round_group(weights, factored, rsq_codes.make_grid(self.config, bits), self.config)
+        damping = factored.damping
+        del weights, factored
+        for site, found in zip(group, rounded, strict=True):
+            tensors = made[site.fqn] = rsq_codes.to_tensors(found, self.config, bits)
+            size = self.rotated.weights[site.weight].tensor.element_size()
+            self.outcome.reports[site.fqn] = report(
+                site.fqn, found, hessian.whole(), damping, tensors, self.config, size
+            )
+        self._accept(step, made)
 
-    def _accept(self, group: Sequence[LinearSite], made: Mapping[str, dict[str, torch.Tensor]]) -> None:
+    def _accept(self, step: Step, made: Mapping[str, dict[str, torch.Tensor]]) -> None:
         """From here on the batches see these linears quantised."""
         self.sweep.forget()
-        for site in group:
-            tensors = self.outcome.linears[site.fqn] = made[site.fqn]
-            dtype = self.rotated.weights[site.weight].tensor.dtype
-            self.sweep.overrides[site.weight] = functools.partial(_stands_for, tensors, dtype)
+        for site in step.group:
+            self._use(site, made[site.fqn])
 
-    def _advance(
-        self, x: fx.Node, later: Sequence[fx.Node], collect: Any, beside: Sequence[fx.Node] = ()
-    ) -> None:
-        """Run every batch up to x, show the values to `collect`, and keep what later nodes read.
+    def _use(self, site: LinearSite, tensors: dict[str, torch.Tensor]) -> None:
+        self.outcome.linears[site.fqn] = tensors
+        dtype = self.rotated.weights[site.weight].tensor.dtype
+        self.sweep.overrides[site.weight] = functools.partial(_stands_for, tensors, dtype)
 
-        A state that would be too wide is not kept: the batches stay where they are.
-        """
-        known = set(self.states[0])
-        nodes = self.sweep.needed([x, *beside], known)
-        reached = set(nodes) | known
-        after = self.sweep.needed(later, reached - set(beside))
-        live = {a for n in after for a in n.all_input_nodes if a in reached and a.op != "get_attr"}
-        live |= {t for t in [x, *later] if t in reached}
-        advance = _width(live) <= _WIDEST_STATE * _width(self._hidden()) if collect or nodes else True
-        if collect is None and not advance:
+    def _advance(self, step: Step, collect: Callable[[int, Values], None] | None) -> None:
+        """Run every batch up to a step, show the values to `collect`, and keep what later steps read."""
+        if collect is None and not step.advances:
             return
-        for index, state in enumerate(self.states):
-            values = self.sweep.run(state, {x, *beside, *live}, nodes)
+        for index in range(len(self.states)):
+            values = self.sweep.run(self.states[index], step.shown | step.live, step.nodes)
             if collect is not None:
                 collect(index, values)
-            if advance:
-                self.states[index] = {n: v for n, v in values.items() if n in live}
-
-    def _hidden(self) -> set[fx.Node]:
-        if self.structure.layers:
-            return {self.structure.layers[0].input}
-        return {self.pieces[0].groups[0][0].x}
+            if step.advances:
+                self.states[index] = {n: v for n, v in values.items() if n in step.live}
+                del values
+                if self.keeping.activations == "disk":
+                    tensor_files.release()
 
     def _load(self, piece: Piece) -> dict[str, dict[str, torch.Tensor]] | None:
         read = self.files.read(piece.name)
@@ -240,10 +245,7 @@ class _Run:
         flat, metadata = read
         if "importance" in flat:
             self.outcome.importance[piece.name] = flat.pop("importance")
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in flat.items():
-            fqn, _, part = key.rpartition(":")
-            found.setdefault(fqn, {})[part] = tensor
+        found = _by_site(flat)
         with reading(self.files.path(piece.name), f"the layer {piece.name}", "Delete the file."):
             for fields in json.loads(metadata["reports"]):
                 self.outcome.reports[fields["site"]] = LinearReport(**fields)
@@ -254,25 +256,48 @@ class _Run:
         return found
 
     def _save(self, piece: Piece) -> None:
-        sites = [s.fqn for group in piece.groups for s in group]
-        flat = {f"{s}:{n}": t.contiguous() for s in sites for n, t in self.outcome.linears[s].items()}
+        """Write a finished layer; from then on its file stands for it, and not memory."""
+        if self.keeping.folder is None:
+            return
+        sites = [s for group in piece.groups for s in group]
+        flat = {f"{s.fqn}:{n}": t.contiguous() for s in sites for n, t in self.outcome.linears[s.fqn].items()}
         if piece.name in self.outcome.importance:
             flat["importance"] = self.outcome.importance[piece.name]
-        reports = json.dumps([vars(self.outcome.reports[s]) for s in sites])
+        reports = json.dumps([vars(self.outcome.reports[s.fqn]) for s in sites])
         self.files.write(piece.name, flat, {"reports": reports})
+        read = self.files.read(piece.name)
+        assert read is not None
+        found = _by_site({k: t for k, t in read[0].items() if k != "importance"})
+        for site in sites:
+            self._use(site, found[site.fqn])
+
+
+def quantise_program(
+    program: Program,
+    batches: Sequence[Batch],
+    config: RSQConfig,
+    folder: Path | None = None,
+    finish: Callable[[Sweep], None] | None = None,
+    prove: bool = True,
+) -> Outcome:
+    """Quantise a program's linears on calibration batches. See the module's docstring.
+
+    folder: where finished layers are written and looked for; None keeps nothing. finish: given the rotated
+        program with all linears quantised, ready to run (for evaluation without compiling). prove: compare the
+        rotated program with the original in fp64 first; False where the same rotation was proved before.
+    Raises ThresherError when the rotated program differs from the original, HessianError (naming the linear)
+    when one cannot be calibrated.
+    """
+    return Driver(program, batches, config, Keeping(folder)).run(prove, finish)
+
+
+def _by_site(flat: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in flat.items():
+        fqn, _, part = key.rpartition(":")
+        found.setdefault(fqn, {})[part] = tensor
+    return found
 
 
 def _stands_for(tensors: rsq_codes.Tensors, dtype: torch.dtype) -> torch.Tensor:
     return rsq_codes.values(tensors).to(dtype)
-
-
-def _width(nodes: set[fx.Node]) -> int:
-    """Features that these nodes hold for each token; what has no token dimensions is not counted."""
-    total = 0
-    for node in nodes:
-        known = node.meta.get("val")
-        if isinstance(known, torch.Tensor) and known.is_floating_point() and known.dim() >= 2:
-            last = known.shape[-1]
-            lead = int(known.shape[1]) if known.dim() == 4 and isinstance(known.shape[1], int) else 1
-            total += int(last) * lead if isinstance(last, int) else 0
-    return total

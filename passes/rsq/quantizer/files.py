@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from thresher.compat import has_values
 from thresher.errors import ThresherError
@@ -20,6 +19,7 @@ from thresher.files import write_tensors
 from thresher.graph.program import Program
 from thresher.hashing import add_tensor, of_tensors
 from thresher.reading import reading
+from thresher.tensor_files import MappedFile, release
 
 Tensors = dict[str, torch.Tensor]
 _FIX = "Delete the file, and the layer is quantized anew."
@@ -35,18 +35,21 @@ class LayerFiles:
         self.folder, self.stamp = folder, stamp
 
     def read(self, name: str) -> tuple[Tensors, Mapping[str, str]] | None:
-        """(tensors, metadata) of a finished layer of this run, or None. Raises ThresherError for a damaged file."""
+        """(tensors, metadata) of a finished layer of this run, or None; the tensors are mapped, not loaded.
+
+        Raises ThresherError for a damaged file.
+        """
         if self.folder is None:
             return None
         path = self.path(name)
         with reading(path, f"the finished layer {name}", _FIX):
             if not path.exists():
                 return None
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("stamp") != self.stamp:
-                    return None
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            file = MappedFile(path, _FIX)
+            metadata = file.metadata
+            if metadata.get("stamp") != self.stamp:
+                return None
+            tensors = {key: file.tensor(key) for key in file.entries}
             if metadata.get("sha256") != _digest(name, tensors, metadata):
                 raise ThresherError("it was changed since it was written, or is another layer's")
             return tensors, metadata
@@ -88,6 +91,7 @@ def stamp_of(program: Program, options: str, inputs: Iterable[Mapping[str, Any]]
         digest.update(name.encode())
         if has_values(weight.tensor):
             add_tensor(digest, weight.tensor)
+            release()
     for named in inputs:
         for name, given in sorted(named.items()):
             digest.update(name.encode())

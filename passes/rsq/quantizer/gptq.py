@@ -1,7 +1,7 @@
 """GPTQ on a token-weighted Hessian (Frantar et al., arXiv 2210.17323; RSQ section 3.3).
 
 Columns are rounded one after another; the error of each is spread over the columns still to come so that the
-layer's output on the calibration tokens changes least. All functions are pure apart from `Hessian.add`.
+layer's output on the calibration tokens changes least. All functions are pure.
 """
 
 from __future__ import annotations
@@ -10,122 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from thresher.errors import ArgumentError, ThresherError
+from thresher.errors import ArgumentError
 
 from .grid import Grid, Parameters
+from .hessian import Factor
 
 _LEAF = 16  # columns handled one by one before their errors meet the rest in a matrix product
-_STRIPE = 512  # columns of X^T X computed at a time; only the stripes' upper parts are needed
-
-
-class HessianError(ThresherError):
-    """X^T X cannot be factored: it is not finite, or stays singular under the largest damping allowed."""
-
-
-@dataclass
-class Hessian:
-    """The running sum of w x x^T over tokens. Two fields to save, and a sum to resume from.
-
-    total: fp32 [K, K], upper triangle. tokens: how many had a weight above zero.
-    """
-
-    total: torch.Tensor
-    tokens: int = 0
-
-    @staticmethod
-    def empty(width: int, device: torch.device | str = "cpu") -> Hessian:
-        """The Hessian fp32 [width, width] of no tokens yet."""
-        return Hessian(torch.zeros(width, width, device=device))
-
-    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add tokens. x: [..., K]; weights: [...], 0 at padding; None for 1 everywhere."""
-        width = self.total.shape[0]
-        if x.shape[-1] != width or (weights is not None and weights.shape != x.shape[:-1]):
-            given = None if weights is None else tuple(weights.shape)
-            raise ArgumentError(
-                "x",
-                f"{tuple(x.shape)} with weights {given}",
-                f"[..., {width}] and [...]",
-                "One weight a token.",
-            )
-        rows = x.reshape(-1, width).float()
-        if weights is not None:
-            flat = weights.reshape(-1).float()
-            kept = flat > 0
-            rows = rows[kept] * flat[kept].sqrt()[:, None]
-        for first in range(0, width, _STRIPE):
-            last = min(first + _STRIPE, width)
-            self.total[first:last, first:].addmm_(rows[:, first:last].t(), rows[:, first:])
-        self.tokens += rows.shape[0]
-
-    def matrix(self) -> torch.Tensor:
-        """fp64 [K, K]: H = 2/n sum w x x^T."""
-        if self.tokens == 0:
-            raise HessianError(
-                "No calibration token reached this layer, so nothing is known about its inputs."
-            )
-        upper = torch.triu(self.total.double())
-        return (upper + torch.triu(upper, 1).t()) * (2.0 / self.tokens)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A factored Hessian, shared by all weights that read the same input.
-
-    upper: fp32 [K, K] with upper^T upper = (P H P^T + damping)^-1. order: int64 [K], the column handled at
-    each step, or None for 0 .. K-1. dead: bool [K], columns that no token reached. damping: what was
-    added to the diagonal, as a share of its mean. raised: how often it had to be raised tenfold.
-    """
-
-    upper: torch.Tensor
-    order: torch.Tensor | None
-    dead: torch.Tensor
-    damping: float
-    raised: int
-
-
-def factor(
-    hessian: torch.Tensor, damping: float = 0.01, activation_order: bool = False, largest: float = 1.0
-) -> Factor:
-    """Factor H [K, K] for `gptq`.
-
-    damping: share of the mean diagonal added to the diagonal; multiplied by ten, each time starting from
-    the original H, until the factorisation succeeds or `largest` is passed. activation_order: handle the
-    columns with the largest diagonal first. Raises HessianError.
-    """
-    if not 0 < damping <= largest:
-        raise ArgumentError("damping", damping, f"0 < damping <= {largest}", "GPTQ uses 0.01.")
-    if not bool(torch.isfinite(hessian).all()):
-        raise HessianError(
-            "X^T X holds NaN or inf: the layer's inputs overflowed or were NaN during calibration."
-        )
-    h = hessian.double().clone()
-    diagonal = torch.diagonal(h)
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-    diagonal[dead] = mean
-    order = torch.argsort(diagonal, descending=True, stable=True) if activation_order else None
-    if order is not None:
-        h = h[order][:, order]
-    # With J the reversal, chol(J H J) = L gives the upper factor of H^-1 as J L^-1 J: one factorisation
-    # and one triangular inverse, where inverting H and factoring again would lose half the digits.
-    h = h.flip(0, 1)
-    raised = 0
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(
-            h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean)
-        )
-        if not int(failed):
-            break
-        if damping * 10 > largest:
-            raise HessianError(
-                f"X^T X is not positive definite even with {damping:g} of its mean diagonal added, after "
-                f"raising the damping {raised} times. Use more calibration tokens or a larger damping."
-            )
-        damping, raised = damping * 10, raised + 1
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return Factor(inverse.flip(0, 1).float(), order, dead, damping, raised)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,9 @@ class NVFP4Grid:
     group: int = BLOCK
 
     def bind(self, weight: torch.Tensor) -> NVFP4Grid:
-        """The grid with the tensor scale of this weight."""
+        """The grid with the tensor scale of this weight; itself where it has one already."""
+        if self.tensor_scale:
+            return self
         largest = float(weight.abs().max()) if weight.numel() else 0.0
         return NVFP4Grid(self.search, largest / (E2M1_MAX * E4M3_MAX) or 1.0, self.group)
 

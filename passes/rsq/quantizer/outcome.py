@@ -10,8 +10,7 @@ from ..config import RSQConfig
 from ..plan import RotationPlan
 from . import codes as rsq_codes
 from .gptq import output_error, round_to_nearest
-
-_SAMPLE_ROWS = 64  # of a weight, to estimate errors from
+from .rounding import Rounded
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Outcome:
 
 def report(
     name: str,
-    weight: torch.Tensor,
-    values: torch.Tensor,
+    found: Rounded,
     hessian: torch.Tensor,
     damping: float,
     tensors: rsq_codes.Tensors,
@@ -57,20 +55,18 @@ def report(
 ) -> LinearReport:
     """What became of one linear.
 
-    weight, values: [out, in], as it was and as it is now. hessian: [in, in], of its inputs; damping: added to it.
-    tensors: its codes, see `rsq_codes.to_tensors`. element_size: bytes of a weight in the model.
+    hessian: [in, in], of its inputs, at any scale; damping: added to it. tensors: its codes, see
+    `rsq_codes.to_tensors`. element_size: bytes of a weight in the model.
     """
-    step = -(-len(weight) // _SAMPLE_ROWS)
-    sample = weight[::step]
     grid = rsq_codes.make_grid(config, int(tensors.get("bits", torch.tensor(4))))
-    nearest = round_to_nearest(sample, grid).values
+    nearest = round_to_nearest(found.before, grid).values
     size = rsq_codes.stored_bytes(tensors)
     return LinearReport(
         name,
-        8 * size / weight.numel(),
-        output_error(sample, nearest, hessian),
-        output_error(sample, values[::step], hessian),
+        8 * size / found.codes.numel(),
+        output_error(found.before, nearest, hessian),
+        output_error(found.before, found.after, hessian),
         damping,
-        weight.numel() * element_size,
+        found.codes.numel() * element_size,
         size,
     )

@@ -7,12 +7,13 @@ that a rotated program computes what the original does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from thresher import tensor_files
 from thresher.errors import ArgumentError
 from thresher.graph.program import Program
 
@@ -109,7 +110,7 @@ class Sweep:
         keep = set(values) | targets
         env = dict(values)
         for node in nodes:
-            env[node] = self._call(node, env)
+            env[node] = self.call(node, env)
             for argument in node.all_input_nodes:
                 if last[argument] is node and argument not in keep:
                     env.pop(argument, None)
@@ -125,10 +126,27 @@ class Sweep:
         return self._held[name]
 
     def forget(self) -> None:
-        """Drop the weights computed so far."""
+        """Drop the weights computed so far, and what was read of mapped files."""
         self._held.clear()
+        tensor_files.release()
 
-    def _call(self, node: fx.Node, env: Values) -> Any:
+    def steps(self, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, Any]]:
+        """Each node that the outputs need with its value, in order; one weight and the values still needed are held.
+
+        The outputs' own come with the node that makes them.
+        """
+        values = self.start(inputs)
+        nodes = self.needed([n for n in self.program.outputs if n is not None], values)
+        last = {argument: i for i, node in enumerate(nodes) for argument in node.all_input_nodes}
+        for i, node in enumerate(nodes):
+            values[node] = self.call(node, values)
+            self.forget()
+            yield node, values[node]
+            for argument in node.all_input_nodes:
+                if last[argument] == i:
+                    values.pop(argument, None)
+
+    def call(self, node: fx.Node, env: Values) -> Any:
         if node.target is aten.linear.default and self.dtype == torch.float64:
             return self._wide_linear(node, env)
         if node.target is aten.embedding.default and self._looks_up_first(node):
@@ -200,21 +218,9 @@ def exactness(
     for program in (original, rotated):
         sweep = Sweep(program, torch.float64)
         outputs = [n for n in program.outputs if n is not None]
-        values = sweep.start(inputs)
-        # Node by node, so that one weight at a time is held in fp64.
-        nodes = sweep.needed(outputs, values)
-        uses: dict[fx.Node, int] = {}
-        for i, node in enumerate(nodes):
-            for argument in node.all_input_nodes:
-                uses[argument] = i
-        kept = set(outputs)
-        for i, node in enumerate(nodes):
-            values[node] = sweep._call(node, values)
-            sweep.forget()
-            for argument in node.all_input_nodes:
-                if uses[argument] == i and argument not in kept:
-                    values.pop(argument, None)
-        results.append([sweep._value(n, values) for n in outputs])
+        found = {n: v for n, v in sweep.start(inputs).items() if n in outputs}
+        found |= {n: v for n, v in sweep.steps(inputs) if n in outputs}
+        results.append([found[n] if n in found else sweep.weight(str(n.target)) for n in outputs])
     worst = 0.0
     for index, (expected, actual) in enumerate(zip(*results, strict=True)):
         if not isinstance(expected, torch.Tensor) or not expected.is_floating_point() or not expected.numel():

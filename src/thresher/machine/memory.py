@@ -1,4 +1,4 @@
-"""Keeping freed memory for the next call, where every call gives back tensors the size of the last one's.
+"""How much memory this process holds; and keeping what was freed for the next call, whose tensors are as large.
 
 A decode step hands back the whole key-value cache, one token longer. With glibc's defaults the cache before it goes
 back to the system, and the next step's is asked for anew, page by page: on SmolLM2 with 16 rows of 512 tokens that is
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 
 VARIABLE = "THRESHER_KEEP_MEMORY"
 _TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # of malloc.h
@@ -31,3 +32,15 @@ def keep() -> str | None:
         return _SAID if all([library.mallopt(*s) for s in settings]) else None
     except (OSError, AttributeError, TypeError):
         return None
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now, and where the system does not say, the most it ever held."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024

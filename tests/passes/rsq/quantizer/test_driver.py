@@ -12,7 +12,7 @@ from thresher.passes.rsq.config import RSQConfig
 from thresher.passes.rsq.plan import make_plan
 from thresher.passes.rsq.quantizer import bits as rsq_bits
 from thresher.passes.rsq.quantizer.driver import quantise_program
-from thresher.passes.rsq.quantizer.gptq import HessianError
+from thresher.passes.rsq.quantizer.hessian import HessianError
 from thresher.passes.rsq.quantizer.pieces import Batch
 from thresher.passes.rsq.quantizer.sweep import bind, exactness
 from thresher.passes.structure.recover import recover
@@ -120,7 +120,7 @@ def test_every_strategy_runs(strategy):
 def test_interrupted_run_gives_the_same_codes(tmp_path, monkeypatch):
     from thresher.passes.rsq.quantizer import driver as rsq_driver
 
-    whole, saved, calls = run(), rsq_driver._Run._save, []
+    whole, saved, calls = run(), rsq_driver.Driver._save, []
 
     def save_once(self, piece):
         if calls:
@@ -128,7 +128,7 @@ def test_interrupted_run_gives_the_same_codes(tmp_path, monkeypatch):
         calls.append(piece.name)
         saved(self, piece)
 
-    monkeypatch.setattr(rsq_driver._Run, "_save", save_once)
+    monkeypatch.setattr(rsq_driver.Driver, "_save", save_once)
     with pytest.raises(KeyboardInterrupt):
         run(folder=tmp_path)
     monkeypatch.undo()

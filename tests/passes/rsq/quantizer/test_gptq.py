@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from thresher.errors import ArgumentError
-from thresher.passes.rsq.quantizer.gptq import (
-    Hessian,
-    HessianError,
-    factor,
-    gptq,
-    output_error,
-    round_to_nearest,
-)
+from thresher.passes.rsq.quantizer.gptq import gptq, output_error, round_to_nearest
 from thresher.passes.rsq.quantizer.grid import IntegerGrid, NVFP4Grid
+from thresher.passes.rsq.quantizer.hessian import Hessian, HessianError, factor
 
 GRIDS = [
     *(IntegerGrid(bits, symmetric=symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)),
@@ -143,7 +137,7 @@ def test_hessian_is_the_weighted_second_moment_and_ignores_pads():
 def test_hessian_in_stripes_and_resumed_is_the_same(monkeypatch):
     _, x = layer(width=100)
     whole = hessian(x)
-    monkeypatch.setattr("thresher.passes.rsq.quantizer.gptq._STRIPE", 32)
+    monkeypatch.setattr("thresher.passes.rsq.quantizer.hessian._STRIPE", 32)
     h = Hessian.empty(100)
     h.add(x[:150])
     resumed = Hessian(h.total.clone(), h.tokens)

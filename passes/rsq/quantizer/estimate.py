@@ -1,0 +1,162 @@
+"""What quantizing a model will take, before it starts: memory by part, time, and bytes written.
+
+Memory is counted from the graph: each step's values at the calibration batches' sizes, its linears' weights and their
+Hessian. Time is counted in products and passes over memory, at speeds that a few small products are measured to have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from thresher.graph.nodes import value
+from thresher.graph.program import Program
+from thresher.machine.memory import resident
+
+from ...structure.recover import LinearSite
+from ..config import SCALE_DTYPES, RSQConfig
+from . import rounding
+from .sizes import Sizes, count
+from .steps import Step
+
+aten = torch.ops.aten
+
+_HESSIAN = 16  # bytes for each of its K x K numbers: the fp32 sum, the fp64 matrix, the fp32 factor
+_ROUNDING = 40  # bytes for each weight rounded at a time
+_CODES = 10  # bytes for each code while one linear's are packed
+_PASSES = 150  # passes over a weight in fp32: the range search, and column by column
+_PASS_RATE = 3e9  # bytes a second of small elementwise work
+_READ_RATE = 3e8  # bytes a second of weights that are hashed, looked through and proved
+_TURN = 400  # operations for each weight that is rotated
+_MEASURED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ALLOCATOR = 1.15  # what the C library keeps of freed memory, as a factor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """parts: bytes held at the widest moment, by what they are. peak: their sum, with what the process holds already.
+    model: bytes of the weights. seconds: by the clock, on this machine as it is now. written: bytes of finished layers.
+    on_disk: bytes of activations there meanwhile. linears, tokens: how many."""
+
+    parts: Mapping[str, int]
+    model: int
+    seconds: float
+    written: int
+    on_disk: int
+    linears: int
+    tokens: int
+    at: str = field(default="")
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in self.parts.items())
+        disk = f", and {self.on_disk / 1e6:.0f} MB of activations on disk meanwhile" if self.on_disk else ""
+        return (
+            f"Quantizing {self.linears} linears on {self.tokens} tokens: at most {self.peak / 1e6:.0f} MB of memory at "
+            f"a time ({told}; the widest moment is {self.at}), about {_clock(self.seconds)} on this machine, "
+            f"{self.written / 1e6:.1f} MB of codes written{disk}. The model's weights are {self.model / 1e6:.0f} MB."
+        )
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
+def estimate(
+    sizes: Sizes, steps: Sequence[Step], original: Program, config: RSQConfig, on_disk: bool
+) -> Estimate:
+    """See the module's docstring. on_disk: activations wait in files, not in memory."""
+    waiting = sizes.waiting(steps)
+    moments = [moment for step in steps for moment in _moments(sizes, step)]
+    where, widest = max(moments, key=lambda m: sum(m[1].values()))
+    held = {"activations": 0 if on_disk else waiting, **widest}
+    parts = {"this process already": resident()}
+    parts |= {name: int(size * _ALLOCATOR) for name, size in held.items() if size}
+    sites = [site for step in steps for site in step.group]
+    model = sum({w.tensor.data_ptr(): w.tensor.nbytes for w in original.weights.values()}.values())
+    return Estimate(parts, model, _seconds(sizes, steps, model), sum(stored(s, config) for s in sites),
+                    waiting if on_disk else 0, len(sites), sizes.tokens, where)  # fmt: skip
+
+
+def _moments(sizes: Sizes, step: Step) -> list[tuple[str, dict[str, int]]]:
+    """What a step holds beside the waiting batches, moment by moment."""
+    program, k = sizes.program, step.group[0].in_features
+    own = sum(program.weights[s.weight].tensor.nbytes for s in step.group)
+    touched = sum(program.weights[n].tensor.nbytes for n in _weights(step.nodes) if n in program.weights)
+    largest = max(s.in_features * s.out_features for s in step.group)
+    some = min(sum(s.in_features * s.out_features for s in step.group), rounding.rows_at_once(k) * k)
+    name = step.group[0].fqn
+    return [
+        (f"gathering statistics of {name}",
+         {"one batch": sizes.working(step), "weights": touched, "Hessian": 4 * k * k}),
+        (f"factoring the Hessian of {name}", {"Hessian": _HESSIAN * k * k}),
+        (f"rounding {name}",
+         {"weights": own, "Hessian": 8 * k * k, "rounding": _ROUNDING * some + _CODES * largest}),
+    ]  # fmt: skip
+
+
+def _weights(nodes: Sequence[fx.Node]) -> set[str]:
+    """Attribute names of the matrices that linears among these nodes read; of an embedding only rows are."""
+    linears = [n for n in nodes if n.target is aten.linear.default]
+    return {str(n.args[1].target) for n in linears if isinstance(n.args[1], fx.Node)}
+
+
+def stored(site: LinearSite, config: RSQConfig) -> int:
+    """Bytes of a linear's codes, scales and zero points."""
+    rows, k = site.out_features, site.in_features
+    if config.grid == "nvfp4":
+        return rows * (k // 2 + k // 16) + 4
+    bits = config.average_bits or config.bits
+    groups = k // config.group_size if config.group_size > 0 else 1
+    scale = SCALE_DTYPES[config.scale_dtype].itemsize + (0 if config.symmetric else 1)
+    return int(rows * (4 * -(-k * bits // 32) + groups * scale))
+
+
+def _seconds(sizes: Sizes, steps: Sequence[Step], model: int) -> float:
+    """Running the batches, the statistics, factoring and rounding, each at its measured speed; and the proof in fp64."""
+    single, double = _rate(torch.float32), _rate(torch.float64)
+    rates = {torch.float32: single, torch.float64: double}
+    seconds = model / _READ_RATE
+    for step in steps:
+        k = step.group[0].in_features
+        weights = sum(s.in_features * s.out_features for s in step.group)
+        for node in step.nodes:
+            dtype = value(node).dtype if isinstance(value(node), torch.Tensor) else None
+            rate = rates.setdefault(dtype, _rate(dtype)) if dtype in _MEASURED else single
+            seconds += sum(many * _products(node, at) / rate for at, many in sizes.shapes)
+            seconds += sum(many * sizes.bytes(node, at) / _PASS_RATE for at, many in sizes.shapes)
+        seconds += sizes.tokens * k * k / single
+        seconds += 2 / 3 * k**3 / double + weights * k / single
+        seconds += weights * (4 * _PASSES / _PASS_RATE)
+        seconds += 3 * weights * _TURN / double  # rotated for the proof, for the batches and to be rounded
+    return seconds
+
+
+def _products(node: fx.Node, at: Mapping[str, int]) -> float:
+    """Floating-point operations of a linear or an attention."""
+    if node.target is aten.linear.default:
+        return 2.0 * count(value(node).shape, at) * int(value(node.args[1]).shape[1])
+    if node.target is aten.scaled_dot_product_attention.default:
+        keys = value(node.args[1]).shape
+        return 4.0 * count(value(node.args[0]).shape, at) * count(keys[-2:-1], at)
+    return 0.0
+
+
+def _rate(dtype: torch.dtype) -> float:
+    """Operations a second of a product of a few hundred rows."""
+    a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * 256 * 512 * 512 / min(times)
