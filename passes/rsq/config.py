@@ -33,7 +33,9 @@ class RSQConfig(PassConfig):
     grid: "integer", or "nvfp4": 4.5 bits, whatever `bits` and `group_size` say.
     method: "gptq", or "nearest" (no error feedback; with rotation at 3 bits it ruins a model, and says so).
     rotate: the residual stream (R1). rotate_heads: values and attention outputs (R2). rotate_down: the down
-        projection's input, by an online Hadamard transform (R4). rotation: see `rsq_rotation.rotation`.
+        projection's input, by an online Hadamard transform (R4). rotate_inputs: with `rotate`, the inputs of linears
+        that none of these reaches, by an online transform too: where norms stand behind the branches, for example.
+        rotation: see `rsq_rotation.rotation`.
     importance: which tokens matter: attncon, first, first_last, tokenfreq, actnorm, actdiff, tokensim, or
         uniform (rotate and scale off is plain GPTQ; rotate with uniform is QuaRot). r_min, r_max: weights
         are mapped onto that range, then divided by their mean. power: applied to the raw importance.
@@ -58,6 +60,7 @@ class RSQConfig(PassConfig):
     rotate: bool = True
     rotate_heads: bool = True
     rotate_down: bool = True
+    rotate_inputs: bool = True
     rotation: str = "auto"
     importance: str = "attncon"
     r_min: float = 0.01
@@ -103,6 +106,7 @@ class RSQConfig(PassConfig):
     @classmethod
     def from_json(cls, text: str) -> RSQConfig:
         fields: dict[str, Any] = json.loads(text)
+        fields.setdefault("rotate_inputs", False)  # files from before there was such an option
         options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return cls(**options)
 

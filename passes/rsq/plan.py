@@ -32,7 +32,7 @@ from .rotation import (
 )
 from .stream import NotRotatable, Stream, follow
 
-STREAM_SEED, HEAD_SEED, DOWN_SEED = 0, 1, 2  # added to the seed, so that R1, R2 and R4 differ
+STREAM_SEED, HEAD_SEED, DOWN_SEED, INPUT_SEED = 0, 1, 2, 3  # added to the seed, so that rotations differ
 
 
 @dataclass(eq=False)
@@ -140,9 +140,12 @@ def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Rota
         else:
             plan.edit(linear)
             plan.quantise.append(linear)
+    if config.rotate and config.rotate_inputs:
+        _plan_inputs(config, plan)
     said: dict[str, int] = {}
     for edit in plan.edits.values():
-        for name, r in (("R2", edit.heads_in), ("R4", edit.online)):
+        down = edit.site.role == "down"
+        for name, r in (("R2", edit.heads_in), ("R4" if down else "Inputs turned online", edit.online)):
             if r is not None:
                 said[f"{name}: {r.note}"] = said.get(f"{name}: {r.note}", 0) + 1
     plan.notes += [f"R1: {r.note}" for _, r in plan.streams]
@@ -211,6 +214,20 @@ def _plan_heads(structure: Structure, site: AttentionSite, config: RSQConfig, pl
     out.heads_out, out.rows, out.cached = r, site.v.rows, cached
     into = plan.edit(site.o)
     into.heads_in, into.cached = r, cached
+
+
+def _plan_inputs(config: RSQConfig, plan: RotationPlan) -> None:
+    """Turn online what quantised linears read, where neither a stream nor heads are rotated for them: exact whatever
+    stands before and after, such as norms behind the branches. Linears that read one value share its transform."""
+    made: dict[int, Rotation] = {}
+    kind = "block" if config.rotation in ("auto", "block") else config.rotation
+    if kind == "orthogonal":  # it cannot run online, which the down projections' misses say
+        return
+    for site in plan.quantise:
+        edit = plan.edit(site)
+        if edit.reads is None and edit.heads_in is None and edit.online is None:
+            width = site.in_features
+            edit.online = made.setdefault(width, rotation(width, config.seed + INPUT_SEED, kind))
 
 
 def _overlap(site: AttentionSite) -> bool:

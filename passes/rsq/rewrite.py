@@ -7,7 +7,7 @@ the new weights hold no values; `materialise` computes one from the model's, in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .stream import Stream
 aten = torch.ops.aten
 ops = torch.ops.thresher
 SUFFIX = ".rotated"
+_TURNED = "thresher_turned_by"
 
 
 def materialise(weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -102,12 +103,23 @@ def _input(program: Program, edit: Edit, before: fx.Node) -> fx.Node:
     """What the rotated linear reads: its input, turned online where the plan says so."""
     x = edit.site.x
     if edit.online is not None:
-        return _hadamard(program, x, edit.online, 1, edit.site.fqn, before)
+        first = next(n for n in _following(x) if n in x.users)
+        for node in x.users:  # another linear's transform of the same value by the same rotation
+            if node.meta.get(_TURNED) is edit.online:
+                return node
+        turned = _hadamard(program, x, edit.online, 1, edit.site.fqn, first)
+        turned.meta[_TURNED] = edit.online
+        return turned
     if edit.heads_in is not None and edit.cached:
         return _hadamard(
             program, x, edit.heads_in, edit.site.in_features // edit.heads_in.order, edit.site.fqn, before
         )
     return x
+
+
+def _following(node: fx.Node) -> Iterator[fx.Node]:
+    while (node := node.next).op != "root":
+        yield node
 
 
 def restore_values(program: Program, edit: Edit, node: fx.Node, before: fx.Node) -> fx.Node:

