@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import fx
 
 from thresher.compat import has_values
 from thresher.formats.hadamard import decompose
@@ -102,13 +103,15 @@ class Edit:
 @dataclass
 class RotationPlan:
     """What to do. streams: rotated ones with their R1. edits: one a linear that is rotated or quantised.
-    quantise: the linears that get low-bit weights, in graph order. missed, notes: for the report."""
+    quantise: the linears that get low-bit weights, in graph order. missed, notes: for the report.
+    turned: online transforms that stand in the graph already, by the value and the rotation."""
 
     streams: list[tuple[Stream, Rotation]] = field(default_factory=list)
     edits: dict[LinearSite, Edit] = field(default_factory=dict)
     quantise: list[LinearSite] = field(default_factory=list)
     missed: list[Miss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    turned: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
 
     def edit(self, site: LinearSite) -> Edit:
         """What is planned for a linear, to be added to; empty at first."""

@@ -27,7 +27,6 @@ from .stream import Stream
 aten = torch.ops.aten
 ops = torch.ops.thresher
 SUFFIX = ".rotated"
-_TURNED = "thresher_turned_by"
 
 
 def materialise(weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -86,7 +85,7 @@ def _rotate_linear(program: Program, edit: Edit, plan: RotationPlan, lazy: bool)
     before = site.output
     weight, bias = edited_weights(program, edit)
     shape = (site.out_features, site.in_features)
-    x = _input(program, edit, before)
+    x = _input(program, edit, plan, before)
     w = derived(program, f"{site.fqn}{SUFFIX}.weight", weight.held, weight.make, shape, before, lazy)
     args: tuple[Any, ...] = (x, w)
     if bias is not None:
@@ -99,17 +98,15 @@ def _rotate_linear(program: Program, edit: Edit, plan: RotationPlan, lazy: bool)
     site.bias = str(args[2].target) if bias is not None else None
 
 
-def _input(program: Program, edit: Edit, before: fx.Node) -> fx.Node:
+def _input(program: Program, edit: Edit, plan: RotationPlan, before: fx.Node) -> fx.Node:
     """What the rotated linear reads: its input, turned online where the plan says so."""
     x = edit.site.x
     if edit.online is not None:
-        first = next(n for n in _following(x) if n in x.users)
-        for node in x.users:  # another linear's transform of the same value by the same rotation
-            if node.meta.get(_TURNED) is edit.online:
-                return node
-        turned = _hadamard(program, x, edit.online, 1, edit.site.fqn, first)
-        turned.meta[_TURNED] = edit.online
-        return turned
+        key = (x, id(edit.online))  # linears that read one value and share the rotation share its transform
+        if key not in plan.turned:
+            first = next(n for n in _following(x) if n in x.users)
+            plan.turned[key] = _hadamard(program, x, edit.online, 1, edit.site.fqn, first)
+        return plan.turned[key]
     if edit.heads_in is not None and edit.cached:
         return _hadamard(
             program, x, edit.heads_in, edit.site.in_features // edit.heads_in.order, edit.site.fqn, before

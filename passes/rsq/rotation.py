@@ -47,17 +47,21 @@ class Rotation:
             return wide @ self.dense.to(wide.device)
         if self.signs is not None:
             wide = wide * self.signs.to(wide.device)
-        # The matrix is base (x) Sylvester; two small products cost a tenth of one with the whole.
+        # The matrix is base (x) Sylvester, and Sylvester's is one of itself: products with small matrices cost a
+        # tenth of one with the whole, and of order 2048 a twentieth.
         base = base_matrix(self.block).double().to(wide.device)
-        two = sylvester(self.block // len(base)).double().to(wide.device)
+        two = self.block // len(base)
+        low = 1 << (two.bit_length() - 1) // 2
+        factors = [base, *(sylvester(n).double().to(wide.device) for n in (two // low, low))]
         shape = wide.shape
-        wide = (wide.reshape(-1, len(two)) @ two).reshape(-1, len(base), len(two))
-        if len(base) > 1:
-            wide = (
-                (wide.transpose(1, 2).reshape(-1, len(base)) @ base)
-                .reshape(-1, len(two), len(base))
-                .transpose(1, 2)
-            )
+        after = self.block
+        for matrix in factors:
+            after //= len(matrix)
+            if len(matrix) > 1:
+                wide = wide.reshape(-1, len(matrix), after).transpose(1, 2)
+                wide = (
+                    (wide.reshape(-1, len(matrix)) @ matrix).reshape(-1, after, len(matrix)).transpose(1, 2)
+                )
         return wide.reshape(shape) / math.sqrt(self.block)
 
     def matrix(self) -> torch.Tensor:
