@@ -62,7 +62,8 @@ def shards(layers: int) -> dict[str, list[tuple[str, torch.dtype, tuple[int, ...
     d, f, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
     kv = d // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
     linears = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
-               "self_attn.o_proj": (d, d), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}  # fmt: skip
+               "self_attn.o_proj": (d, d), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d),
+               "mlp.down_proj": (d, f)}  # fmt: skip
     table = (vocabulary, d)
     ends: dict[str, tuple[int, ...]] = {"model.embed_tokens": table, "model.norm": (d,), "lm_head": table}
     found = {"model-ends.safetensors": [(f"{n}.weight", torch.bfloat16, s) for n, s in ends.items()]}

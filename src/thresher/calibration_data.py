@@ -65,18 +65,28 @@ def is_text(data: Any) -> bool:
 
 
 def cut_text(texts: Sequence[str], tokenizer: Any, sequences: int, length: int, seed: int) -> torch.Tensor:
-    """int64 [up to `sequences`, length]: windows of the texts put together, drawn without overlap.
+    """int64 [up to `sequences`, length]: windows of the texts put together, drawn without overlap. Each begins with the
+    token that the tokenizer puts before every text, where it puts one: a model that knows it misses it.
 
-    Raises ArgumentError where the texts do not fill one window; says how many windows there were otherwise.
+    Raises ArgumentError where the texts do not fill one window.
     """
     ids = tokenizer("\n\n".join(texts), return_tensors="pt", add_special_tokens=False, verbose=False)[
         "input_ids"
     ][0]
-    windows = len(ids) // length
+    first = first_token(tokenizer)
+    room = length - len(first)
+    windows = len(ids) // room if room > 0 else 0
     if windows == 0:
         raise ArgumentError("data", f"text of {len(ids)} tokens", f"at least one sequence of {length} tokens",
-                            f"Give more text, or length={max(1, len(ids))}.")  # fmt: skip
+                            f"Give more text, or length={len(ids) + len(first) if len(ids) else 1}.")  # fmt: skip
     make = torch.Generator().manual_seed(seed)
-    offset = int(torch.randint(0, len(ids) - windows * length + 1, (1,), generator=make))
+    offset = int(torch.randint(0, len(ids) - windows * room + 1, (1,), generator=make))
     order = torch.randperm(windows, generator=make)[:sequences]
-    return ids[offset : offset + windows * length].reshape(windows, length)[order]
+    cut = ids[offset : offset + windows * room].reshape(windows, room)[order]
+    return torch.cat([torch.tensor(first, dtype=torch.int64).expand(len(cut), -1), cut], 1)
+
+
+def first_token(tokenizer: Any) -> list[int]:
+    """The id of the token that a tokenizer puts before every text, or nothing."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return [begin] if begin is not None and tokenizer("a")["input_ids"][0] == begin else []
