@@ -12,6 +12,7 @@ and is refused for others.
 
 from __future__ import annotations
 
+import gc
 import logging
 import tempfile
 import time
@@ -39,6 +40,7 @@ from .files import cache_folder
 from .graph import capture
 from .graph.program import Program
 from .hashing import of_tensors
+from .machine.memory import give_back
 from .mapped_model import MappedModel, open_model, tokenizer_of
 from .model_capture import shown_to, without_cache
 from .recipe import Recipe
@@ -152,6 +154,8 @@ def quantize(
         {} if source is None else {name: str(path) for name, path in source.files.items()},
     )
     driver = Driver(program, batches, config, keeping)
+    gc.collect()  # what capturing left behind is more than a small layer
+    give_back()
     estimate = driver.estimate()
     if dry_run:
         return estimate

@@ -26,7 +26,7 @@ def saved(tmp_path_factory):
     """(directory of several shards, the model in it)."""
     folder = tmp_path_factory.mktemp("model")
     model, _ = zoo.ZOO["llama"].build()
-    model.save_pretrained(folder, max_shard_size="60KB")
+    model.save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder, model
 

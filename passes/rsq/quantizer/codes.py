@@ -63,6 +63,11 @@ def values(tensors: Tensors) -> torch.Tensor:
     return ((codes.view(rows, groups, -1) - zero) * scales[..., None]).view(rows, -1)
 
 
+def stands_for(tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
+    """The same in another dtype: what a model that holds its weights in it computes with."""
+    return values(tensors).to(dtype)
+
+
 def stored_bytes(tensors: Tensors) -> int:
     """Bytes of codes, scales and zero points."""
     return sum(t.numel() * t.element_size() for n, t in tensors.items() if n not in ("bits", "inputs"))

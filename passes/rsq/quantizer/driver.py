@@ -21,6 +21,7 @@ import torch
 from thresher import tensor_files
 from thresher.errors import ThresherError
 from thresher.graph.program import Program, weights_fingerprint
+from thresher.machine.memory import give_back
 from thresher.reading import reading
 from thresher.report import progress
 
@@ -34,7 +35,7 @@ from . import checks
 from . import codes as rsq_codes
 from . import scores as rsq_scores
 from .estimate import Estimate, estimate
-from .files import LayerFiles, stamp_of
+from .files import LayerFiles, by_site, stamp_of
 from .hessian import Hessian, HessianError, factor
 from .outcome import LinearReport, Outcome, report
 from .pieces import Batch, Piece, pieces, seen_from
@@ -216,13 +217,14 @@ class Driver:
     def _accept(self, step: Step, made: Mapping[str, dict[str, torch.Tensor]]) -> None:
         """From here on the batches see these linears quantised."""
         self.sweep.forget()
+        give_back()
         for site in step.group:
             self._use(site, made[site.fqn])
 
     def _use(self, site: LinearSite, tensors: dict[str, torch.Tensor]) -> None:
         self.outcome.linears[site.fqn] = tensors
         dtype = self.rotated.weights[site.weight].tensor.dtype
-        self.sweep.overrides[site.weight] = functools.partial(_stands_for, tensors, dtype)
+        self.sweep.overrides[site.weight] = functools.partial(rsq_codes.stands_for, tensors, dtype)
 
     def _advance(self, step: Step, collect: Callable[[int, Values], None] | None) -> None:
         """Run every batch up to a step, show the values to `collect`, and keep what later steps read."""
@@ -245,7 +247,7 @@ class Driver:
         flat, metadata = read
         if "importance" in flat:
             self.outcome.importance[piece.name] = flat.pop("importance")
-        found = _by_site(flat)
+        found = by_site(flat)
         with reading(self.files.path(piece.name), f"the layer {piece.name}", "Delete the file."):
             for fields in json.loads(metadata["reports"]):
                 self.outcome.reports[fields["site"]] = LinearReport(**fields)
@@ -267,7 +269,7 @@ class Driver:
         self.files.write(piece.name, flat, {"reports": reports})
         read = self.files.read(piece.name)
         assert read is not None
-        found = _by_site({k: t for k, t in read[0].items() if k != "importance"})
+        found = by_site({k: t for k, t in read[0].items() if k != "importance"})
         for site in sites:
             self._use(site, found[site.fqn])
 
@@ -289,15 +291,3 @@ def quantise_program(
     when one cannot be calibrated.
     """
     return Driver(program, batches, config, Keeping(folder)).run(prove, finish)
-
-
-def _by_site(flat: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in flat.items():
-        fqn, _, part = key.rpartition(":")
-        found.setdefault(fqn, {})[part] = tensor
-    return found
-
-
-def _stands_for(tensors: rsq_codes.Tensors, dtype: torch.dtype) -> torch.Tensor:
-    return rsq_codes.values(tensors).to(dtype)

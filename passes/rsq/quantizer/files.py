@@ -75,6 +75,15 @@ class LayerFiles:
         return self.folder / f"{safe}.safetensors"
 
 
+def by_site(flat: Tensors) -> dict[str, Tensors]:
+    """A layer's tensors by linear, from their names `linear:part`."""
+    found: dict[str, Tensors] = {}
+    for key, tensor in flat.items():
+        fqn, _, part = key.rpartition(":")
+        found.setdefault(fqn, {})[part] = tensor
+    return found
+
+
 def _digest(name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
     texts = [f"{k}={v}" for k, v in sorted(metadata.items()) if k != "sha256"]
     return of_tensors(tensors.items(), name, *texts)

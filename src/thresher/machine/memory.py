@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import sys
+from typing import Any
 
 VARIABLE = "THRESHER_KEEP_MEMORY"
 _TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # of malloc.h
@@ -44,3 +45,16 @@ def resident() -> int:
 
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return most if sys.platform == "darwin" else most * 1024
+
+
+def give_back() -> None:
+    """Give the system what was freed and the C library has kept; nothing where that is not glibc."""
+    try:
+        _trim()(0)
+    except (OSError, AttributeError, TypeError):
+        return
+
+
+@functools.cache
+def _trim() -> Any:
+    return ctypes.CDLL(None).malloc_trim

@@ -220,3 +220,34 @@ def test_bad_input_is_named():
 def test_options_are_checked(options):
     with pytest.raises(ArgumentError, match="rsq option"):
         RSQConfig(**options).validate()
+
+
+def test_what_waits_between_groups_does_not_change_codes(monkeypatch):
+    """Wide values may be kept or computed again: never those that came of weights not yet quantized."""
+    from thresher.passes.rsq.quantizer import driver as rsq_driver
+
+    kept = run()
+    monkeypatch.setattr(rsq_driver, "_ROOM", 0)
+    same_codes(kept, run())
+
+
+@pytest.mark.parametrize("name", ["gemma3", "bert"])
+def test_where_no_stream_is_rotated_inputs_are_turned_once_for_all_that_read_them(name):
+    after, plan = rotated(captures.of_zoo(name), RSQConfig())
+    turned = [e for e in plan.edits.values() if e.online is not None]
+    transforms = after.nodes(torch.ops.thresher.hadamard.default)
+    readers = [s for s in plan.quantise if s.role in ("q", "k", "v", "gate", "up")]
+    assert readers and all(plan.edits[s].online is not None for s in readers)
+    assert len(transforms) < len(turned), "q, k and v share one"
+    q, k = (next(s for s in readers if s.role == role) for role in "qk")
+    assert q.x is k.x and q.x.target is torch.ops.thresher.hadamard.default
+    plain = rotated(captures.of_zoo(name), RSQConfig(rotate_inputs=False))[1]
+    assert all(plain.edits[s].online is None for s in plain.quantise if s.role != "down")
+
+
+def test_files_from_before_inputs_were_turned_are_read_as_they_were_made():
+    import json
+
+    fields = json.loads(RSQConfig(bits=3).to_json())
+    del fields["rotate_inputs"]
+    assert RSQConfig.from_json(json.dumps(fields)) == RSQConfig(bits=3, rotate_inputs=False)
