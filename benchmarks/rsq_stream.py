@@ -47,7 +47,8 @@ def kept(self):
 driver.Driver.estimate = kept
 ids = torch.randint(0, 32000, (int(rows), int(length)), generator=torch.Generator().manual_seed(0))
 wall, cpu = time.perf_counter(), time.process_time()
-low = thresher.quantize(source, ids, thresher.RSQ(bits=4, group_size=64), folder=folder, batch_size=1, activations=place)
+recipe = thresher.RSQ(bits=4, group_size=64, clip_search=False)  # which saves a third of the time and no memory
+low = thresher.quantize(source, ids, recipe, folder=folder, batch_size=1, activations=place)
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 low.save(folder + "/whole.safetensors")
 print(json.dumps(dict(imports_mb=imports / 1000, peak_mb=kilobytes("VmHWM") / 1000, said_mb=said[0].peak / 1e6,
