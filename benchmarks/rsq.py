@@ -61,6 +61,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "rsq2-g64": dict(bits=2, group_size=64, symmetric=False),
     "rsq-mixed-2.5": dict(average_bits=2.5, group_size=64, symmetric=False),
     "rsq-mixed-3": dict(average_bits=3.0, group_size=64, symmetric=False),
+    "rsq3-follow": dict(bits=3, follow_original=0.5),
+    "rsq3-follow-all": dict(bits=3, follow_original=1.0),
     "rsq3-best": dict(bits=3, symmetric=False, activation_order=True, power=0.5, damping=0.1),
     "rotate-rtn3": dict(bits=3, method="nearest", importance="uniform"),
     _rsq_other.NAME: {},  # made by another package

@@ -43,6 +43,9 @@ class RSQConfig(PassConfig):
     expand: use each calibration sequence so many times, shifted (data-set expansion).
     damping: share of the mean diagonal added to the Hessian. activation_order: largest diagonal first.
     clip_search: search each group's range for the least error. scale_dtype: what scales are stored as.
+    follow_original: above 0, up to 1: round each linear towards giving the original model's output from the inputs it
+        has behind quantized linears, by that share; the original runs beside, which takes half again the time and twice
+        the activations.
     average_bits: above 0, each layer gets 2, 3, 4 or 8 bits by its sensitivity so that the mean over all
         weights stays at or below this; `bits` is then not used.
     keep: linears to leave as they are: "head", "embedding", "first:N", "last:N", or a glob on the name.
@@ -72,6 +75,7 @@ class RSQConfig(PassConfig):
     activation_order: bool = False
     clip_search: bool = True
     scale_dtype: str = "float32"
+    follow_original: float = 0.0
     average_bits: float = 0.0
     keep: tuple[str, ...] = ("head",)
     seed: int = 0
@@ -91,6 +95,7 @@ class RSQConfig(PassConfig):
             raise ArgumentError("rsq option r_min", self.r_min, f"0 < r_min <= r_max = {self.r_max}",
                                 "The paper searches 0.005 to 0.1.")  # fmt: skip
         self.within(1e-8, 1, "damping")
+        self.within(0, 1, "follow_original")
         self.within(1, 1 << 16, "expand")
         self.within(0, float("inf"), "budget", "power")
         if self.average_bits and not 2 <= self.average_bits <= 8:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import fx
 
 from thresher import tensor_files
 from thresher.compat import has_values
@@ -14,10 +15,11 @@ from thresher.graph.nodes import module_fqn
 from thresher.graph.program import Program
 
 from .pieces import Batch
-from .sweep import Sweep, bind
+from .sweep import Sweep, bind, exactness
 
 aten = torch.ops.aten
 _PIECE = 1 << 22  # elements looked at a time
+EXACT = 1e-9
 TOKENS = 64  # of one sequence, that a model is tried with
 
 
@@ -28,18 +30,31 @@ def bad_values(tensor: torch.Tensor) -> int:
 
 
 def check_weights(program: Program, files: Mapping[str, str]) -> None:
-    """Raise ThresherError for NaN and infinite values in the model's weights; files: where each of them came from."""
+    """Raise ThresherError for NaN and infinite values in the model's weights; files: where each of them came from.
+
+    A buffer that is added to scores may hold minus infinity: a mask.
+    """
     said: list[str] = []
-    for held in program.weights.values():
+    for node in program.graph.nodes:
+        held = program.weight(node)
+        if held is None or held.source or held.fqn.startswith("constant."):
+            continue
         tensor = held.tensor
-        own = not held.source and not held.fqn.startswith("constant.")
-        if own and tensor.is_floating_point() and tensor.element_size() > 1 and has_values(tensor):
-            if bad := bad_values(tensor):
+        if tensor.is_floating_point() and tensor.element_size() > 1 and has_values(tensor):
+            bad = bad_values(tensor)
+            if bad and not _may_be_mask(node, tensor):
                 place = f" in {files[held.fqn]}" if held.fqn in files else ""
                 said.append(f"{held.fqn}{place} has {bad} NaN or infinite values; repair the weight.")
             tensor_files.release()
     if said:
         raise ThresherError(" ".join(said[:8]) + (f" And {len(said) - 8} more." if len(said) > 8 else ""))
+
+
+def _may_be_mask(node: fx.Node, tensor: torch.Tensor) -> bool:
+    """Whether a tensor with values that are no numbers is none that is multiplied or looked up: -inf alone, in rows."""
+    multiplied = any(user.target in (*_PRODUCTS, aten.embedding.default) for user in node.users)
+    fine = bool(torch.isfinite(tensor).logical_or(tensor == -torch.inf).all()) if tensor.dim() > 1 else False
+    return fine and not multiplied
 
 
 def check_activations(program: Program, batch: Batch) -> None:
@@ -60,6 +75,18 @@ def check_activations(program: Program, batch: Batch) -> None:
 
 
 _PRODUCTS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default}
+
+
+def check_rotation(original: Program, rotated: Program, batch: Batch) -> float:
+    """fp64 error of a rotated program on the start of one sequence; raises ThresherError above EXACT."""
+    error = exactness(original, rotated, bind(original, batch.inputs, (1, TOKENS)))
+    if not error <= EXACT:
+        raise ThresherError(
+            f"The rotated model differs from the original by {error:.1e} of its output in fp64, and {EXACT:.0e} is "
+            "allowed: the recovered structure must be wrong. Use rotate=False, rotate_heads=False and "
+            "rotate_down=False, and please report the model."
+        )
+    return error
 
 
 def finite(rows: torch.Tensor, weights: torch.Tensor | None) -> bool:

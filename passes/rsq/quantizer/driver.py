@@ -36,16 +36,15 @@ from . import codes as rsq_codes
 from . import scores as rsq_scores
 from .estimate import Estimate, estimate
 from .files import LayerFiles, by_site, stamp_of
-from .hessian import Hessian, HessianError, factor
+from .hessian import Drift, Hessian, HessianError, factor
 from .outcome import LinearReport, Outcome, report
 from .pieces import Batch, Piece, pieces, seen_from
 from .rounding import round_group
 from .sizes import Sizes
 from .states import Keeping, States, Values
 from .steps import Step, steps
-from .sweep import Sweep, bind, exactness
+from .sweep import Sweep, bind
 
-EXACT = 1e-9
 # Values held between groups, in hidden states; wider ones are computed again, unless they fit in so many bytes.
 _WIDEST_STATE, _ROOM = 2.5, 1 << 30
 _ALWAYS = 1e9
@@ -106,19 +105,29 @@ class Driver:
             self.files = LayerFiles(folder, stamp)
             checks.check_activations(self.original, self.batches[0])
             if prove:
-                self.outcome.exact = self._check_rotation()
+                self.outcome.exact = checks.check_rotation(self.original, self.rotated, self.batches[0])
             self._choose_bits()
             place = folder if self.keeping.activations == "disk" else None
             self.states = States(place, self.keeping.narrow, self.sizes.hidden)
+            self.follow = self.config.follow_original > 0
+            self.plain = Sweep(self.rotated)  # with the original's weights throughout, where it is followed
+            self.plain_states = States(place, self.keeping.narrow, self.sizes.hidden, "original")
             try:
-                self.states.start(self.sweep.start(bind(self.rotated, b.inputs)) for b in self.batches)
+                for sweep, states in self._running():
+                    states.start(sweep.start(bind(self.rotated, b.inputs)) for b in self.batches)
                 for piece in progress(self.pieces, "quantizing", len(self.pieces)):
                     self._piece(piece)
             finally:
-                self.states.close()
+                for _, states in self._running():
+                    states.close()
             if finish is not None:
                 finish(self.sweep)
             return self.outcome
+
+    def _running(self) -> list[tuple[Sweep, States]]:
+        """What goes through the layers: the batches behind quantised linears, and the original's where it is followed."""
+        both = [(self.sweep, self.states), (self.plain, self.plain_states)]
+        return both if self.follow else both[:1]
 
     def _piece(self, piece: Piece) -> None:
         found = self._load(piece)
@@ -131,18 +140,6 @@ class Driver:
                 self._accept(step, found)
         if found is None:
             self._save(piece)
-
-    def _check_rotation(self) -> float:
-        """fp64 error of the rotated program on one short sequence; raises above EXACT."""
-        inputs = bind(self.original, self.batches[0].inputs, (1, checks.TOKENS))
-        error = exactness(self.original, self.rotated, inputs)
-        if not error <= EXACT:
-            raise ThresherError(
-                f"The rotated model differs from the original by {error:.1e} of its output in fp64, and {EXACT:.0e} is "
-                "allowed: the recovered structure must be wrong. Use rotate=False, rotate_heads=False and "
-                "rotate_down=False, and please report the model."
-            )
-        return error
 
     def _choose_bits(self) -> None:
         names = {s.fqn: piece for piece in self.pieces for g in piece.groups for s in g}
@@ -163,7 +160,9 @@ class Driver:
 
     def _quantise(self, step: Step) -> None:
         x, group, scorer, piece = step.x, step.group, step.scorer, step.piece
-        hessian = Hessian.empty(group[0].in_features)
+        hessian, drift = Hessian.empty(group[0].in_features), None
+        if self.follow:
+            drift = Drift.empty(group[0].in_features)
         owner = self.owners.of(x)
         weighed = scorer.targets[0] if scorer is not None and scorer.targets else x
         if step.first:
@@ -171,7 +170,7 @@ class Driver:
         raw: list[torch.Tensor] = []
         names = ", ".join(s.fqn for s in group)
 
-        def collect(index: int, values: Values) -> None:
+        def collect(index: int, values: Values, plain: Values) -> None:
             batch = seen_from(self.owners, x, self.batches[index], values[x])
             if step.first:
                 layers = seen_from(self.owners, weighed, self.batches[index], values[weighed])
@@ -187,6 +186,8 @@ class Driver:
                     f"{names}: batch {index} of the calibration data reaches it as NaN or infinite values."
                 )
             hessian.add(rows, weights)
+            if drift is not None:
+                drift.add(plain[x], rows, weights)
 
         self._advance(step, collect)
         if raw:
@@ -203,9 +204,12 @@ class Driver:
         if not all(bool(torch.isfinite(w).all()) for w in weights):
             raise ThresherError(f"{names}: the weights are NaN or infinite after rotation.")
         made: dict[str, dict[str, torch.Tensor]] = {}
-        rounded = round_group(weights, factored, rsq_codes.make_grid(self.config, bits), self.config)
-        damping = factored.damping
-        del weights, factored
+        grid = rsq_codes.make_grid(self.config, bits)
+        damping, correction = factored.damping, None
+        if drift is not None:
+            correction = drift.correction(factored, hessian.tokens).mul_(self.config.follow_original)
+        rounded = round_group(weights, factored, grid, self.config, correction)
+        del weights, factored, correction
         for site, found in zip(group, rounded, strict=True):
             tensors = made[site.fqn] = rsq_codes.to_tensors(found, self.config, bits)
             size = self.rotated.weights[site.weight].tensor.element_size()
@@ -217,6 +221,7 @@ class Driver:
     def _accept(self, step: Step, made: Mapping[str, dict[str, torch.Tensor]]) -> None:
         """From here on the batches see these linears quantised."""
         self.sweep.forget()
+        self.plain.forget()
         give_back()
         for site in step.group:
             self._use(site, made[site.fqn])
@@ -226,17 +231,18 @@ class Driver:
         dtype = self.rotated.weights[site.weight].tensor.dtype
         self.sweep.overrides[site.weight] = functools.partial(rsq_codes.stands_for, tensors, dtype)
 
-    def _advance(self, step: Step, collect: Callable[[int, Values], None] | None) -> None:
+    def _advance(self, step: Step, collect: Callable[[int, Values, Values], None] | None) -> None:
         """Run every batch up to a step, show the values to `collect`, and keep what later steps read."""
         if collect is None and not step.advances:
             return
         for index in range(len(self.states)):
-            values = self.sweep.run(self.states[index], step.shown | step.live, step.nodes)
+            found = [w.run(s[index], step.shown | step.live, step.nodes) for w, s in self._running()]
             if collect is not None:
-                collect(index, values)
+                collect(index, found[0], found[-1])
             if step.advances:
-                self.states[index] = {n: v for n, v in values.items() if n in step.live}
-                del values
+                for (_, states), values in zip(self._running(), found):
+                    states[index] = {n: v for n, v in values.items() if n in step.live}
+                del found, values
                 if self.keeping.activations == "disk":
                     tensor_files.release()
 

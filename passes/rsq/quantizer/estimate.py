@@ -75,19 +75,21 @@ def estimate(
     sizes: Sizes, steps: Sequence[Step], original: Program, config: RSQConfig, on_disk: bool
 ) -> Estimate:
     """See the module's docstring. on_disk: activations wait in files, not in memory."""
-    waiting = sizes.waiting(steps)
-    moments = [moment for step in steps for moment in _moments(sizes, step)]
+    runs = 2 if config.follow_original else 1  # of the batches through the layers
+    waiting = sizes.waiting(steps) * runs
+    drift = 4 if config.follow_original else 0  # bytes for each of the K x K
+    moments = [moment for step in steps for moment in _moments(sizes, step, drift)]
     where, widest = max(moments, key=lambda m: sum(m[1].values()))
     held = {"activations": 0 if on_disk else waiting, **widest}
     parts = {"this process already": resident()}
     parts |= {name: int(size * _ALLOCATOR) for name, size in held.items() if size}
     sites = [site for step in steps for site in step.group]
     model = sum({w.tensor.data_ptr(): w.tensor.nbytes for w in original.weights.values()}.values())
-    return Estimate(parts, model, _seconds(sizes, steps, model), sum(stored(s, config) for s in sites),
+    return Estimate(parts, model, _seconds(sizes, steps, model, runs), sum(stored(s, config) for s in sites),
                     waiting if on_disk else 0, len(sites), sizes.tokens, where)  # fmt: skip
 
 
-def _moments(sizes: Sizes, step: Step) -> list[tuple[str, dict[str, int]]]:
+def _moments(sizes: Sizes, step: Step, drift: int) -> list[tuple[str, dict[str, int]]]:
     """What a step holds beside the waiting batches, moment by moment."""
     program, k = sizes.program, step.group[0].in_features
     own = sum(program.weights[s.weight].tensor.nbytes for s in step.group)
@@ -97,10 +99,10 @@ def _moments(sizes: Sizes, step: Step) -> list[tuple[str, dict[str, int]]]:
     name = step.group[0].fqn
     return [
         (f"gathering statistics of {name}",
-         {"one batch": sizes.working(step), "weights": touched, "Hessian": 4 * k * k}),
-        (f"factoring the Hessian of {name}", {"Hessian": _HESSIAN * k * k}),
+         {"one batch": sizes.working(step), "weights": touched, "Hessian": (4 + drift) * k * k}),
+        (f"factoring the Hessian of {name}", {"Hessian": (_HESSIAN + drift) * k * k}),
         (f"rounding {name}",
-         {"weights": own, "Hessian": 8 * k * k, "rounding": _ROUNDING * some + _CODES * largest}),
+         {"weights": own, "Hessian": (8 + 4 * drift) * k * k, "rounding": _ROUNDING * some + _CODES * largest}),
     ]  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def stored(site: LinearSite, config: RSQConfig) -> int:
     return int(rows * (4 * -(-k * bits // 32) + groups * scale))
 
 
-def _seconds(sizes: Sizes, steps: Sequence[Step], model: int) -> float:
+def _seconds(sizes: Sizes, steps: Sequence[Step], model: int, runs: int) -> float:
     """Running the batches, the statistics, factoring and rounding, each at its measured speed; and the proof in fp64."""
     single, double = _rate(torch.float32), _rate(torch.float64)
     rates = {torch.float32: single, torch.float64: double}
@@ -132,9 +134,9 @@ def _seconds(sizes: Sizes, steps: Sequence[Step], model: int) -> float:
         for node in step.nodes:
             dtype = value(node).dtype if isinstance(value(node), torch.Tensor) else None
             rate = rates.setdefault(dtype, _rate(dtype)) if dtype in _MEASURED else single
-            seconds += sum(many * _products(node, at) / rate for at, many in sizes.shapes)
-            seconds += sum(many * sizes.bytes(node, at) / _PASS_RATE for at, many in sizes.shapes)
-        seconds += sizes.tokens * k * k / single
+            seconds += runs * sum(many * _products(node, at) / rate for at, many in sizes.shapes)
+            seconds += runs * sum(many * sizes.bytes(node, at) / _PASS_RATE for at, many in sizes.shapes)
+        seconds += (3 * runs - 2) * sizes.tokens * k * k / single
         seconds += 2 / 3 * k**3 / double + weights * k / single
         seconds += weights * (4 * _PASSES / _PASS_RATE)
         seconds += 3 * weights * _TURN / double  # rotated for the proof, for the batches and to be rounded

@@ -184,3 +184,42 @@ def _invert(h: torch.Tensor) -> None:
             rows = torch.triu(h[top:bottom, top:first])
             h[top:bottom, first:last] = (rows @ panel[top:]).neg_()
         h[first:last, first:last] = inverse
+
+
+@dataclass
+class Drift:
+    """How far a linear's inputs are from the original model's, with the linears before it quantised.
+
+    total: fp32 [K, K], the running sum of w (x - y) y^T over tokens: x the original's input, y what it has become.
+    """
+
+    total: torch.Tensor
+
+    @staticmethod
+    def empty(width: int, device: torch.device | str = "cpu") -> Drift:
+        """Of no tokens yet."""
+        return Drift(torch.zeros(width, width, device=device))
+
+    def add(self, original: torch.Tensor, now: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens. original, now: [..., K]; weights: as `Hessian.add` takes them."""
+        width = self.total.shape[0]
+        y = now.reshape(-1, width).float()
+        apart = original.reshape(-1, width).float() - y
+        if weights is not None:
+            flat = weights.reshape(-1).float()
+            kept = flat > 0
+            y, apart = y[kept], apart[kept] * flat[kept][:, None]
+        self.total.addmm_(apart.t(), y)
+
+    def correction(self, factored: Factor, tokens: int) -> torch.Tensor:
+        """fp32 [K, K] G, so that W + W G is what gives W's outputs on the original inputs from those it has now.
+
+        The least squares answer sum w (x - y) y^T (sum w y y^T)^-1, with the damping of the factor. tokens: as the
+        Hessian counted them.
+        """
+        g = self.total * (2.0 / tokens)
+        g[:, factored.dead] = 0.0
+        if factored.order is not None:
+            g = g[:, factored.order]
+        g = (g @ factored.upper.t()) @ factored.upper
+        return g if factored.order is None else g[:, torch.argsort(factored.order)]

@@ -46,12 +46,23 @@ class _Parts:
 
 
 def round_group(
-    weights: Sequence[torch.Tensor], factored: Factor, grid: Grid, config: RSQConfig
+    weights: Sequence[torch.Tensor],
+    factored: Factor,
+    grid: Grid,
+    config: RSQConfig,
+    correction: torch.Tensor | None = None,
 ) -> list[Rounded]:
-    """Weights [N, K] that read one input, each rounded onto the grid. NVFP4's tensor scale is each weight's own."""
+    """Weights [N, K] that read one input, each rounded onto the grid. NVFP4's tensor scale is each weight's own.
+
+    correction: [K, K]; what is rounded is W + W @ correction, see `Drift`.
+    """
     if isinstance(grid, NVFP4Grid):
-        return [r for w in weights for r in _stacked([w], factored, grid.bind(_live(w, factored)), config)]
-    return _stacked(weights, factored, grid, config)
+        return [
+            r
+            for w in weights
+            for r in _stacked([w], factored, grid.bind(_live(w, factored)), config, correction)
+        ]
+    return _stacked(weights, factored, grid, config, correction)
 
 
 def _live(weight: torch.Tensor, factored: Factor) -> torch.Tensor:
@@ -60,13 +71,18 @@ def _live(weight: torch.Tensor, factored: Factor) -> torch.Tensor:
 
 
 def _stacked(
-    weights: Sequence[torch.Tensor], factored: Factor, grid: Grid, config: RSQConfig
+    weights: Sequence[torch.Tensor],
+    factored: Factor,
+    grid: Grid,
+    config: RSQConfig,
+    correction: torch.Tensor | None,
 ) -> list[Rounded]:
     parts = [_Parts() for _ in weights]
     bound = grid
     for run in _runs([len(w) for w in weights], rows_at_once(weights[0].shape[1])):
         rows = torch.cat([weights[i][first:last].float() for i, first, last in run])
-        found = round_to_nearest(rows, grid) if config.method == "nearest" else gptq(rows, factored, grid)
+        wanted = rows if correction is None else rows + rows @ correction
+        found = round_to_nearest(wanted, grid) if config.method == "nearest" else gptq(wanted, factored, grid)
         bound, at = found.grid, 0
         for i, first, last in run:
             _take(parts[i], found, rows, slice(at, at + last - first), _sampled(len(weights[i]), first, last))

@@ -16,7 +16,6 @@ from thresher.errors import ArgumentError
 
 Values = dict[fx.Node, Any]
 _SMALL = 1 << 16  # bytes: what stays in memory whatever was asked for
-FOLDER = "activations"
 
 
 class States:
@@ -24,11 +23,11 @@ class States:
 
     folder: where the large ones are kept, a file a batch, until `close`; None for memory. dtype: what tokens' features
     are rounded to while they wait (`narrow`), None for as they are computed. width: features of a hidden state; what is
-    narrower, such as rotary tables and masks, is never rounded.
+    narrower, such as rotary tables and masks, is never rounded. name: of the folder of files.
     """
 
-    def __init__(self, folder: Path | None, dtype: torch.dtype | None, width: int):
-        self.folder, self.dtype, self.width = None if folder is None else folder / FOLDER, dtype, width
+    def __init__(self, folder: Path | None, dtype: torch.dtype | None, width: int, name: str = "activations"):
+        self.folder, self.dtype, self.width = None if folder is None else folder / name, dtype, width
         self._held: list[Values] = []
         self._files: dict[int, tensor_files.MappedFile] = {}
         if self.folder is not None:

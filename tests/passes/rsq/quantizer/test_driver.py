@@ -251,3 +251,26 @@ def test_files_from_before_inputs_were_turned_are_read_as_they_were_made():
     fields = json.loads(RSQConfig(bits=3).to_json())
     del fields["rotate_inputs"]
     assert RSQConfig.from_json(json.dumps(fields)) == RSQConfig(bits=3, rotate_inputs=False)
+
+
+def test_a_mask_of_minus_infinity_is_no_broken_weight():
+    from thresher.passes.rsq.quantizer.checks import check_weights
+
+    class Masked(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.proj = torch.nn.Linear(8, 8)
+            self.register_buffer("mask", torch.full((4, 4), value).triu(1))
+
+        def forward(self, x):
+            return torch.softmax(self.proj(x) @ x.transpose(-1, -2) + self.mask, -1)
+
+    for value, fine in ((float("-inf"), True), (float("inf"), False), (float("nan"), False)):
+        model = Masked(0.0)
+        model.mask = torch.zeros(4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), value)
+        program = captures.capture.from_export(torch.export.export(model, (torch.randn(2, 4, 8),)))
+        if fine:
+            check_weights(program, {})
+        else:
+            with pytest.raises(ThresherError, match="mask has 6 NaN or infinite"):
+                check_weights(program, {})
