@@ -34,6 +34,7 @@ from .rotation import (
 from .stream import NotRotatable, Stream, follow
 
 STREAM_SEED, HEAD_SEED, DOWN_SEED, INPUT_SEED = 0, 1, 2, 3  # added to the seed, so that rotations differ
+_LEAST_BLOCK = 4  # of an online transform of inputs: smaller ones spread nothing
 
 
 @dataclass(eq=False)
@@ -230,7 +231,14 @@ def _plan_inputs(config: RSQConfig, plan: RotationPlan) -> None:
         edit = plan.edit(site)
         if edit.reads is None and edit.heads_in is None and edit.online is None:
             width = site.in_features
-            edit.online = made.setdefault(width, rotation(width, config.seed + INPUT_SEED, kind))
+            r = made.setdefault(width, rotation(width, config.seed + INPUT_SEED, kind))
+            if r.block >= _LEAST_BLOCK:
+                edit.online = r
+    plan.notes += [
+        f"Inputs of width {width} are not turned: the largest Hadamard blocks that divide it are of order {r.block}."
+        for width, r in made.items()
+        if r.block < _LEAST_BLOCK
+    ]
 
 
 def _overlap(site: AttentionSite) -> bool:
