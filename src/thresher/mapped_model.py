@@ -152,7 +152,8 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 def _filled(model: torch.nn.Module, tensors: dict[str, torch.Tensor], directory: Path) -> torch.nn.Module:
     """A module on meta with its values from the files; the module itself is filled."""
-    empty = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    empty = {n: t for n, t in held if t.is_meta}
     lost = sorted(n for n in empty if n not in tensors and n not in _tied(model, tensors))
     if lost:
         raise ThresherError(
