@@ -23,8 +23,8 @@ from _harness import Benchmark, arguments
 from thresher.tensor_files import write
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4,
-         "vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False}  # fmt: skip
-LAYERS, QUICK_LAYERS = 33, 2
+         "vocab_size": 128256, "max_position_embeddings": 2048, "tie_word_embeddings": False}  # fmt: skip
+LAYERS, QUICK_LAYERS = 22, 1
 
 CHILD = """
 import json, sys, time, torch

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
+import shutil
 import struct
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -192,8 +192,7 @@ def need_room(folder: Path, wanted: int, what: str) -> None:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    found = os.statvfs(place)
-    free = found.f_bavail * found.f_frsize
+    free = shutil.disk_usage(place).free
     if free < wanted:
         raise ThresherError(
             f"{what} take {wanted / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free there. Name another "

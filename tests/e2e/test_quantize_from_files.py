@@ -216,12 +216,8 @@ def test_text_shorter_than_a_window_is_refused_before_the_model_is_read(copy, tm
 def test_a_full_disk_is_said_first(saved, tmp_path, monkeypatch):
     with pytest.raises(ThresherError, match=r"take .* GB in .* are free there"):
         need_room(tmp_path / "new", 1 << 60, "Finished layers")
-    found = os.statvfs(tmp_path)
-
-    class Full:
-        f_bavail, f_frsize = 1, found.f_frsize
-
-    monkeypatch.setattr(os, "statvfs", lambda path: Full)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(ThresherError, match="Finished layers and activations take"):
         from_files(saved[0], tmp_path / "new")
 
