@@ -79,7 +79,7 @@ def estimate(
     waiting = sizes.waiting(steps) * runs
     drift = 4 if config.follow_original else 0  # bytes for each of the K x K
     moments = [moment for step in steps for moment in _moments(sizes, step, drift)]
-    where, widest = max(moments, key=lambda m: sum(m[1].values()))
+    where, widest = max(moments, key=lambda m: sum(m[1].values()), default=("nothing", {}))
     held = {"activations": 0 if on_disk else waiting, **widest}
     parts = {"this process already": resident()}
     parts |= {name: int(size * _ALLOCATOR) for name, size in held.items() if size}

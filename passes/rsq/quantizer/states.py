@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,6 @@ class States:
 
     def __len__(self) -> int:
         return len(self._held)
-
-    def known(self) -> set[fx.Node]:
-        """The nodes that every batch has a value of."""
-        return set(self._held[0])
-
-    def __iter__(self) -> Iterator[Values]:
-        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Values:
         """A batch's values, each in the dtype it was computed in."""

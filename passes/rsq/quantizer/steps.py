@@ -46,6 +46,8 @@ def steps(
 ) -> Iterator[Step]:
     """Every group's step, from batches that hold `known`. widest: features held for a token, in hidden states."""
     order = [(piece, group) for piece in pieces for group in piece.groups]
+    if not order:
+        return
     hidden = width({structure.layers[0].input} if structure.layers else {order[0][1][0].x})
     held = set(known)
     for index, (piece, group) in enumerate(order):

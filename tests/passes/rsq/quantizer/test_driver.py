@@ -253,6 +253,11 @@ def test_files_from_before_inputs_were_turned_are_read_as_they_were_made():
     assert RSQConfig.from_json(json.dumps(fields)) == RSQConfig(bits=3, rotate_inputs=False)
 
 
+def test_a_model_of_which_nothing_is_quantized_is_no_error():
+    found = run(keep=("head", "model.*"))
+    assert not found.linears and not found.reports
+
+
 def test_a_mask_of_minus_infinity_is_no_broken_weight():
     from thresher.passes.rsq.quantizer.checks import check_weights
 
