@@ -172,6 +172,10 @@ class Driver:
 
         def collect(index: int, values: Values, plain: Values) -> None:
             batch = seen_from(self.owners, x, self.batches[index], values[x])
+            if not checks.finite(*rsq_scores.rows_of(values[x], None, batch.real)):
+                raise HessianError(
+                    f"{names}: batch {index} of the calibration data reaches it as NaN or infinite values."
+                )
             if step.first:
                 layers = seen_from(self.owners, weighed, self.batches[index], values[weighed])
                 scores, weights = rsq_scores.weigh(scorer, values, layers, self.counts, self.config)
@@ -181,10 +185,6 @@ class Driver:
             # Cross attention reads another tower's tokens, which this layer did not weigh.
             same = owner == self.owner
             rows, weights = rsq_scores.rows_of(values[x], self.weights[index] if same else None, batch.real)
-            if not checks.finite(rows, weights):
-                raise HessianError(
-                    f"{names}: batch {index} of the calibration data reaches it as NaN or infinite values."
-                )
             hessian.add(rows, weights)
             if drift is not None:
                 drift.add(plain[x], rows, weights)
