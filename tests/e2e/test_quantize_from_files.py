@@ -197,7 +197,7 @@ def test_activations_that_are_no_numbers_are_named():
     with pytest.raises(ThresherError, match=r"layers\.1\.mlp\.down_proj gives \d+ NaN or infinite"):
         thresher.quantize(model, tokens(), thresher.RSQ(bits=4))
     model, _ = zoo.ZOO["llama"].build()
-    batches = [{"inputs_embeds": torch.randn(2, 12, 48)} for _ in range(2)]
+    batches = [{"inputs_embeds": torch.randn(2, 12, model.config.hidden_size)} for _ in range(2)]
     batches[1]["inputs_embeds"][1, 3] = float("nan")
     with pytest.raises(HessianError, match=r"layers\.0\.self_attn\.q_proj.*batch 1 of the calibration data"):
         thresher.quantize(model, batches, thresher.RSQ(bits=4))
