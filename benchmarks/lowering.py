@@ -327,7 +327,7 @@ def engine(name: str, layers: int, method: str, recipe: Any, folder: Path, sm: s
     program, reason = rewrite(plain, recipe, inputs, method)
     if program is None:
         raise Skip(f"in half precision: {reason}")
-    refused = coverage(program, "tensorrt").refused
+    refused = coverage(program, "onnx-tensorrt").refused
     if refused:
         raise Skip(f"coverage says so before building: {refused[0].reason}")
     ranges = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
-from thresher.errors import unknown_key
+from thresher.errors import ArgumentError, unknown_key
 
 from .target import Runtime
 
@@ -16,7 +17,8 @@ TARGETS: dict[str, str] = {
     "onnx-portable": "onnx.runtimes",
     "onnx-ort": "onnx.runtimes",
     "onnx-ort-cuda": "onnx.runtimes",
-    "tensorrt": "onnx.runtimes",
+    "onnx-tensorrt": "onnx.runtimes",
+    "tensorrt": "tensorrt.runtimes",
 }
 
 
@@ -38,6 +40,19 @@ def can_lower(name: str) -> bool:
 def lowering() -> tuple[str, ...]:
     """The names of targets that a model can be compiled for."""
     return tuple(name for name in TARGETS if can_lower(name))
+
+
+def split_options(name: str, given: dict[str, Any], argument: str = "target") -> dict[str, Any]:
+    """Take a target's own options out of `given` and return them. Raises ArgumentError for an option of another target."""
+    own = runtime(name, argument, lowers=True).options
+    for other in lowering():
+        strange = sorted((_load(other).options - own) & set(given))
+        if strange:
+            raise ArgumentError(
+                strange[0], repr(given[strange[0]]), f"an option of target={other!r}, and target is {name!r}",
+                f"Pass target={other!r}, or leave it out.",
+            )  # fmt: skip
+    return {key: given.pop(key) for key in sorted(own & set(given))}
 
 
 def _load(name: str) -> Runtime:

@@ -91,7 +91,7 @@ def _look(node: fx.Node, runtime: Runtime) -> Entry | None:
     """The account of one node, or None for an ordinary one."""
     target, how, reason = node.target, NATIVE, ""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == ops.NAMESPACE:
-        how, reason = _provider(node) if runtime.operators else _own(node, runtime)
+        how, reason = _own(node, runtime)
     elif not runtime.operators:
         why = _refused(node, runtime)
         if why is None:
@@ -112,11 +112,13 @@ def _refused(node: fx.Node, runtime: Runtime) -> str | None:
 
 
 def _own(node: fx.Node, runtime: Runtime) -> tuple[str, str]:
-    """What a target that does not run our operators makes of one: its own form, or the plain one."""
+    """What a target makes of an operator of ours: its own form, else its provider, else the plain form."""
     form = runtime.forms.get(op_name(node))
     account = form.account(node, runtime) if form is not None else None
     if account is not None:
         return account
+    if runtime.operators:
+        return _provider(node)
     op = ops.of(node.target)
     plain = op.plain if op is not None else plain_form.NONE
     if isinstance(plain, str):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from thresher.engine_report import EngineReport
 from thresher.graph.edit import replace
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
@@ -25,11 +26,13 @@ class Lowered:
     in the order of `weights`, both as lists, and returns its results as a list.
 
     Weights stay arguments: whoever calls passes the live ones, so an edited weight is never stale.
+    engines: what was built for it, for the report.
     """
 
     target: str
     weights: list[str]
     run: Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
+    engines: list[EngineReport] = field(default_factory=list)
 
 
 class Target(abc.ABC):
@@ -81,8 +84,10 @@ class Runtime:
         "fp4" (E2M1 codes), "fp4_activations" (E2M1 codes, where activations are rounded to them too).
     forms: by an operator's name, the target's own forms.
     refuses: why it cannot take a node of plain ATen, a full sentence, or None.
-    lower: makes the Target that `thresher.compile` asks for, from the recipe's Inductor options and torch.compile's
-        mode; None for a target that only writes files.
+    lower: makes the Target that `thresher.compile` asks for, from the recipe's Inductor options, or the target's own
+        (`options`), and torch.compile's mode; None for a target that only writes files.
+    options: the names of options of its own, which stand beside "target" and not in the recipe.
+    alone: it runs all of a model or raises; nothing else runs in its place a graph that it cannot take.
     peer: the `torch.compile` backend that a model runs by without Thresher, to compare with; None for eager alone.
     """
 
@@ -98,6 +103,8 @@ class Runtime:
     refuses: Callable[[fx.Node], str | None] = lambda node: None
     lower: Callable[[Mapping[str, Any], str | None], Target] | None = None
     peer: str | None = None
+    options: frozenset[str] = frozenset()
+    alone: bool = False
 
 
 def lift_weights(program: Program) -> tuple[fx.GraphModule, list[str]]:

@@ -255,7 +255,9 @@ class Session:
 
     def _lower(self, program: Program) -> Lowered:
         self.counters.lowered += 1
-        return self.target.lower(program)
+        lowered = self.target.lower(program)
+        self.report.engines += lowered.engines
+        return lowered
 
     def _live(
         self, lowered: Lowered, fresh: Freshness, weights: Mapping[str, torch.Tensor]

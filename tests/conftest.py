@@ -52,12 +52,14 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(torch._dynamo.guards, "profile_guard_manager"):
         torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
     if not config.getoption("--thorough"):
-        left_out = [item for item in items if "thorough" in item.keywords]
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if "thorough" not in item.keywords]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none on this machine")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker(
+            "gpu"
+        ):  # not a keyword: a folder's name is one too, and tests/gpu has tests without
             item.add_marker(skip)

@@ -60,7 +60,14 @@ def launch(q, pools, k_tail, v_tail, visible, scale):
         *k_tail.stride()[:3], *v_tail.stride()[:3], part, parts, _SPAN, scale, **tile,
     )  # fmt: skip
     answer = q.new_empty((batch * kv_heads, padded, dim_v), dtype=torch.float32)
-    kernels.merge[(rows, batch * kv_heads)](*left, answer, parts, R=padded, DV=dim_v)
+    kernels.merge[(rows, batch * kv_heads)](
+        *left,
+        answer,
+        parts,
+        R=padded,
+        DV=dim_v,
+        num_warps=1,  # a row is short: 16 bytes of it for each thread
+    )
     answer = answer[:, :rows].reshape(batch, heads, queries, dim_v)
     return defs.empty_result(q, v_tail).copy_(answer)
 

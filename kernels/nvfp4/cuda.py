@@ -2,6 +2,7 @@
 
     scaled_mm     W4A4 on compute capability 10.0 and above, through torch.nn.functional.scaled_mm
     triton_w4a4   W4A4 on 12.x through Triton's block-scaled product
+    triton_rounded  W4A4 from 8.0 on: activations rounded to NVFP4, multiplied by the A16W4 kernels
     triton_gemv   A16W4, at most 4 rows, compute capability 8.0 and above
     triton_gemm   A16W4, any number of rows, fp16 and bf16
 
@@ -14,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from thresher.formats.nvfp4 import BLOCK, swizzle
+from thresher.formats.nvfp4 import BLOCK, decode_e2m1, swizzle, unpack
 from thresher.ops import Op
 
 from .. import optional_triton
@@ -87,10 +88,11 @@ def a16w4(
     bias: torch.Tensor | None,
     *,
     gemv: bool,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Launch the weight-only kernel: `x` [M, K] with unit inner stride; returns [M, N] in x's dtype."""
+    """Launch the weight-only kernel: `x` [M, K] with unit inner stride; returns [M, N] in `dtype`, or x's."""
     (m, k), n, blocks = x.shape, codes.shape[0], block_scales.shape[1]
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n, dtype=dtype or x.dtype, device=x.device)
     if not y.numel():
         return y
     scales, has_bias = block_scales.view(torch.uint8), bias is not None
@@ -148,6 +150,25 @@ def scaled_mm(
     )
 
 
+def rounded(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    global_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """W4A4 without FP4 tensor cores: `x` [..., K] rounded to NVFP4, then the A16W4 kernels; returns [M, N].
+
+    A code times its block's scale has six significant bits and is at most 2688: exact in fp16, whatever x is.
+    """
+    a = _quantized_input(x, input_scale)
+    blocks = decode_e2m1(unpack(a.codes)).unflatten(-1, (-1, BLOCK))
+    values = (blocks * a.block_scales.float().unsqueeze(-1)).flatten(-2).to(torch.float16)
+    both = global_scale.reshape(()) * a.global_scale
+    return a16w4(values, codes, block_scales, both, bias, gemv=values.shape[0] <= GEMV_ROWS, dtype=x.dtype)
+
+
 def _quantized_input(x: torch.Tensor, input_scale: torch.Tensor | None) -> NVFP4Weight:
     amax = None if input_scale is None else input_scale.reshape(()) * 2688.0
     return quantize(x.reshape(-1, x.shape[-1]), amax=amax, nonfinite="propagate")
@@ -200,6 +221,23 @@ def register(op: Op, well_formed: Callable[..., str | None]) -> None:
                 **tile,
             )
         return y.view(*x.shape[:-1], n)
+
+    def rounded_accepts(
+        x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"
+    ):
+        if activations != "nvfp4":
+            return f'It multiplies NVFP4 activations; this call asks for activations="{activations}".'
+        return well_formed(x, codes, block_scales, global_scale, input_scale, bias, activations)
+
+    @op.provider(
+        "triton_rounded",
+        device="cuda",
+        supported=_triton_needs((8, 0), "The A16W4 kernel"),
+        supports_args=rounded_accepts,
+    )
+    def _(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"):
+        y = rounded(x, codes, block_scales, global_scale, input_scale, bias)
+        return y.view(*x.shape[:-1], codes.shape[0])
 
     def exact_accepts(x, codes, block_scales, global_scale, input_scale=None, bias=None, activations="exact"):
         if activations != "exact":

@@ -160,7 +160,7 @@ def _rate(mode: str) -> LinearRate:
     # fp32: another order of summation. bf16, fp16: the same, where it moves a result across a rounding
     # boundary of the output; at most one unit in the last place.
     tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
-    providers=("cpu_cpp", "scaled_mm", "triton_w4a4", "triton_gemv", "triton_gemm"),
+    providers=("cpu_cpp", "scaled_mm", "triton_w4a4", "triton_rounded", "triton_gemv", "triton_gemm"),
     price=_price,
     plain=PLAIN,
     rates=[_rate(mode) for mode in ("exact", "int16", "int8")],

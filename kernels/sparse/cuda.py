@@ -24,7 +24,7 @@ _MASKED_TOKENS = 2  # up to here `gemv`, which needs no list
 GEMV = {"BK": 16, "BN": 128, "num_warps": 4}
 UP = {"BR": 16, "BK": 128, "num_warps": 4}
 DOWN = {"BK": 16, "BN": 128, "num_warps": 4}
-REDUCE = {"BN": 256, "num_warps": 4}
+REDUCE = {"BN": 256, "num_warps": 2}  # four sums a thread: loads of 16 bytes
 
 
 def _supported() -> str | None:

@@ -39,10 +39,11 @@ class Parts:
         self.notes: list[str] = []
         self.functions: set[str] = set()
         self.fields: list[str] = []
+        self.products: dict[str, str] = {}
 
     def convert(self, program: Program, name: str) -> Any:
         """One program as an untidied ONNX model; weights are called by their FQN."""
-        from .graph import rename_initializers, restore_types
+        from .graph import rename_initializers, restore_types, weights_of_products
 
         self.stage(f"translating the {name}")
         copy = program.copy()
@@ -73,6 +74,7 @@ class Parts:
         prefix = "module."
         restore_types(model, {prefix + n: k for n, k in weights.stored.items()})
         rename_initializers(model, {prefix + n: w.fqn for n, w in copy.weights.items()})
+        self.products |= weights_of_products(model)
         return model
 
 

@@ -50,6 +50,23 @@ def rename_initializers(model: ir.Model, names: Mapping[str, str]) -> None:
         model.graph.initializers[name] = value
 
 
+def weights_of_products(model: ir.Model) -> dict[str, str]:
+    """The weight that each matrix product multiplies by, by the product's node; before constants are folded."""
+    through = {"Transpose", "Reshape", "Cast", "Unsqueeze", "Squeeze", "DequantizeLinear", "Identity"}
+    found = {}
+    for node in model.graph:
+        if node.op_type not in ("MatMul", "Gemm") or node.name is None:
+            continue
+        for operand in node.inputs[:2]:
+            while (
+                operand is not None and (maker := operand.producer()) is not None and maker.op_type in through
+            ):
+                operand = maker.inputs[0]
+            if operand is not None and operand.name in model.graph.initializers:
+                found[node.name] = operand.name
+    return found
+
+
 def label_sizes(model: Any, packed_body: bool) -> None:
     """Call the dimensions of inputs and outputs batch and sequence (tokens in a body) where that is what they are."""
     names: dict[str, str] = {}

@@ -30,7 +30,7 @@ ORT_CUDA = Runtime(
     "onnx-ort-cuda", segments=True, gpu=True, low_bit=frozenset({"nbits"}), forms=FORMS, refuses=_refuses
 )
 TENSORRT = Runtime(
-    "tensorrt",
+    "onnx-tensorrt",
     outside="TensorRT has no NonZero: the caller packs and unpacks around the engine.",
     added_masks=True,
     gpu=True,

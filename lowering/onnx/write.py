@@ -17,6 +17,7 @@ _LARGE = 1 << 28  # bytes of weights from which they go into a file of their own
 class Exported:
     """What was written and how far it is from the Program.
 
+    products: the weight that a matrix product multiplies by, by the product's node.
     differences: one entry for each input size and runtime: the largest difference of any result, absolute and
     relative to that result's largest value. notes: what a reader of the file should know.
     """
@@ -31,6 +32,7 @@ class Exported:
     nodes: dict[str, int]
     notes: list[str] = field(default_factory=list)
     differences: list[dict[str, Any]] = field(default_factory=list)
+    products: dict[str, str] = field(default_factory=dict)
 
     @property
     def worst(self) -> float:
@@ -109,4 +111,5 @@ def write(model: Any, path: Path, names: list[str] | None, parts: Parts, started
         time.perf_counter() - started,
         dict(sorted(counts.items())),
         list(parts.notes),
+        products=dict(parts.products),
     )

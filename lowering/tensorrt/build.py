@@ -77,8 +77,15 @@ def build(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if flavor == "tensorrt_rtx":
         # one capability: an unset list accepts types the device lacks, and one lacking member fails a whole list
+        named = getattr(trt.ComputeCapability, sm, None)
+        if named is None:
+            known = ", ".join(sorted(n for n in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", n)))
+            result.error = (
+                f"TensorRT-RTX builds for {known}, and not for {sm}; TensorRT proper builds on the GPU itself"
+            )
+            return result
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, sm), 0)
+        config.set_compute_capability(named, 0)
     if profiles:
         profile = builder.create_optimization_profile()
         for name, shapes in profiles.items():

@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ class PrecisionError(ThresherError):
 class Engine:
     """A built engine. promised: operand types by matrix product; kernels: what the plan holds, in order.
 
-    seconds: of the build, 0 when it came from the cache. cached: whether it did.
+    seconds: of the build, 0 when it came from the cache. cached: whether it did. sites: for each matrix product, by
+        the name of its node, what the engine multiplies.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Engine:
     cached: bool
     promised: dict[str, list[str]]
     kernels: list[tensorrt_build.Kernel] = field(default_factory=list)
+    sites: dict[str, str] = field(default_factory=dict)
 
     def covering(self, layer: str) -> list[tensorrt_build.Kernel]:
         """The kernels that compute an ONNX node."""
@@ -89,8 +91,8 @@ def builder() -> str:
     if any(importlib.util.find_spec(name) for name in tensorrt_build.FLAVORS):
         return sys.executable
     raise ThresherError(
-        "Building TensorRT engines needs tensorrt-rtx or tensorrt. Install it with: pip install 'thresher[tensorrt]', "
-        f"or into an environment of its own whose Python {PYTHON} names."
+        "Building TensorRT engines needs tensorrt-rtx or tensorrt. Install it with: "
+        f"pip install 'thresher[tensorrt-rtx]', or into an environment of its own whose Python {PYTHON} names."
     )
 
 
@@ -171,10 +173,10 @@ def lower(
     return build(record.path, folder / f"engine.{sm.lower()}.plan", sm, wanted, cache=cache)
 
 
-def promises(onnx: str | Path) -> dict[str, list[str]]:
-    """Low-precision operand types, in a plan's words, of each matrix product of an ONNX graph.
+def products(onnx: str | Path) -> dict[str, list[str]]:
+    """Low-precision operand types, in a plan's words, of each matrix product of an ONNX graph, by its node's name.
 
-    A product promises a type for each operand that a DequantizeLinear of such codes gives.
+    A product promises a type for each operand that a DequantizeLinear of such codes gives; most promise none.
     """
     import onnx as library
 
@@ -198,13 +200,26 @@ def promises(onnx: str | Path) -> dict[str, list[str]]:
             return _TYPES.get(stored.get(quantizer.input[2], ""))
         return None
 
-    found = {}
-    for node in model.graph.node:
-        if node.op_type in ("MatMul", "Gemm"):
-            types = [t for t in map(low, node.input[:2]) if t is not None]
-            if types:
-                found[node.name] = types
-    return found
+    return {
+        node.name: [t for t in map(low, node.input[:2]) if t is not None]
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm")
+    }
+
+
+def promises(onnx: str | Path) -> dict[str, list[str]]:
+    """The matrix products that promise low-precision operands; see `products`."""
+    return {name: types for name, types in products(onnx).items() if types}
+
+
+def realised(layers: Iterable[str], engine: Engine) -> dict[str, str]:
+    """For each matrix product, by its node's name, what the engine multiplies and in which kind of kernel."""
+    said = {}
+    for layer in layers:
+        covering = [k for k in engine.covering(layer) if k.kind in ("fully_connected", "runtime_fusion")]
+        shown = dict.fromkeys(f"{' by '.join(k.operands[:2]) or 'unsaid types'}, {k.kind}" for k in covering)
+        said[layer] = "; ".join(shown) or "no kernel of its own: folded, or fused under another name"
+    return said
 
 
 def audit(promised: Mapping[str, Sequence[str]], engine: Engine) -> list[str]:
@@ -226,7 +241,9 @@ def audit(promised: Mapping[str, Sequence[str]], engine: Engine) -> list[str]:
 
 
 def _audited(onnx: Path, engine: Engine) -> Engine:
-    engine.promised = promises(onnx)
+    found = products(onnx)
+    engine.promised = {name: types for name, types in found.items() if types}
+    engine.sites = realised(found, engine)
     missing = audit(engine.promised, engine)
     if missing:
         raise PrecisionError(
@@ -254,14 +271,14 @@ def _engine(found: Mapping[str, Any], plan: Path, cached: bool) -> Engine:
 
 
 def _key(onnx: Path, sm: str, profiles: Any, python: str) -> str:
-    digest = hashlib.sha256(json.dumps([sm, profiles, _version(python)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([sm, profiles, versions(python)], sort_keys=True).encode())
     for file in (onnx, onnx.with_name(onnx.name + ".data")):
         if file.exists():
             digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _version(python: str) -> str:
+def versions(python: str) -> str:
     """The TensorRT packages of a Python, with versions."""
     script = (
         "import importlib.metadata as m\n"

@@ -1,240 +1,236 @@
-"""FX to TensorRT: a Program cut into parts that become engines and parts that stay in PyTorch.
+"""A Program cut into parts that become engines and operators that stay in PyTorch between them.
 
-Operators of ours stay in PyTorch, where they find their own kernels; what lies between them goes to
-torch-tensorrt (or torch-tensorrt-rtx, which is imported under the same name). The cutting is tested, and so is that
-torch-tensorrt-rtx makes an engine of each part (`serialize`; on a machine without a GPU behind the stand-ins of
-`tests/support/fake_cuda.py`). Loading and running such engines needs a GPU and is **not verified**.
+    outer, parts, names = cut(program, inside)
+
+Operators of ours that an engine cannot hold keep their own kernels; what lies between them goes to TensorRT. An engine
+takes tensors alone: the sizes that a part needs are read from its tensors, and one that none of them has comes in as
+the length of a tensor made for it. Whatever computes sizes stays outside, where it costs nothing.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.passes.split_module import split_module
 
-from thresher.errors import MissingDependencyError
-from thresher.graph.edit import replace
+from thresher.compat import lazy_module
+from thresher.errors import ThresherError
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
-from thresher.graph.sizes import example_of
-from thresher.ops import NAMESPACE
 
-from ..target import Lowered, Target, fake_inputs, lift_weights
-
-ENGINE, TORCH = "engine", "torch"
-_SMALLEST = 3  # nodes; fewer are not worth entering an engine for
+from .stretches import SMALLEST, Run, dimension_of, is_size, plain, stretches, tensors_of
 
 
 @dataclass
 class Part:
-    """One part: its name in the cut module, where it runs, and its operators in order."""
+    """One part for an engine: its name in the outer graph, and itself as a Program of tensors."""
 
     name: str
-    where: str
-    operators: list[str]
+    program: Program
+
+    @property
+    def operators(self) -> list[str]:
+        return [str(n.target) for n in self.program.nodes()]
 
 
-def unavailable() -> str | None:
-    """Why no engine can be built from a graph here, or None. A present package is still unverified."""
-    if importlib.util.find_spec("torch_tensorrt") is None:
-        return "torch-tensorrt is not installed."
-    return (
-        None
-        if torch.cuda.is_available()
-        else "torch-tensorrt builds on the GPU it builds for; torch sees none."
-    )
+def cut(
+    program: Program, inside: Callable[[fx.Node], bool] = plain
+) -> tuple[fx.GraphModule, list[Part], list[str]]:
+    """The program with a call of a part in the place of each stretch of nodes that belong inside.
 
-
-def cut(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Part]]:
-    """The module as a chain of submodules, each wholly for an engine or wholly for PyTorch.
-
-    A part ends where the kind of operator changes; short stretches between two operators of ours stay with them.
+    Returns the outer graph (its parts are to be set as submodules of their names), the parts, and the names of the
+    weights that the outer graph takes behind its inputs. Raises ThresherError where there is nothing for an engine.
     """
-    nodes = [n for n in module.graph.nodes if n.op == "call_function"]
-    kinds = [TORCH if _ours(n) else ENGINE for n in nodes]
-    runs: list[list[int]] = []
-    for index, kind in enumerate(kinds):
-        if runs and kinds[runs[-1][-1]] == kind:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    for run in runs:
-        if kinds[run[0]] == ENGINE and len(run) < _SMALLEST:
-            for index in run:
-                kinds[index] = TORCH
-    part, numbers = -1, {}
-    for index, node in enumerate(nodes):
-        if index == 0 or kinds[index] != kinds[index - 1]:
-            part += 1
-        numbers[node] = part
-    where = {numbers[n]: kinds[i] for i, n in enumerate(nodes)}
-    divided = split_module(module, module, lambda n: numbers.get(n, 0), keep_original_order=True)
-    parts = []
-    for number, kind in where.items():
-        name = f"submod_{number}"
-        inner = getattr(divided, name)
-        parts.append(Part(name, kind, [str(n.target) for n in inner.graph.nodes if n.op == "call_function"]))
-    return divided, parts
+    return _Cutter(program, inside).cut()
 
 
-class TorchTensorRT(Target):
-    """build: makes an engine of one part from its example inputs; torch-tensorrt's compiler by default."""
+class _Cutter:
+    def __init__(self, program: Program, inside: Callable[[fx.Node], bool]):
+        self.program = program
+        self.items = stretches(program, inside)
+        self.graph = fx.Graph()
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.weights: list[str] = []
 
-    name = "torch-tensorrt"
-
-    def __init__(self, build: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]] | None = None):
-        self._build = build
-
-    def lower(self, program: Program) -> Lowered:
-        build = self._build or _compiler()
-        divided, parts, names = prepare(program)
-        examples = _part_inputs(divided, fake_inputs(divided))
-        for part in parts:
-            if part.where == ENGINE:
-                setattr(divided, part.name, _Engine(build(getattr(divided, part.name), examples[part.name])))
-
-        def run(inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
-            with torch.no_grad():
-                return list(divided(*inputs, *weights))
-
-        return Lowered(self.name, names, run)
-
-
-def prepare(program: Program) -> tuple[fx.GraphModule, list[Part], list[str]]:
-    """The program cut into parts, and its weights' names in the order of its trailing placeholders.
-
-    Parts for engines hold their weights, which an engine folds: those of this moment. Sizes that vary are read
-    from their tensors, since an engine takes no numbers.
-    """
-    module, names = lift_weights(program)
-    divided, parts = cut(module)
-    for part in parts:
-        if part.where == ENGINE:
-            node = next(n for n in divided.graph.nodes if n.op == "call_module" and n.target == part.name)
-            _bind(node, getattr(divided, part.name), program, set(names))
-    divided.recompile()
-    return divided, parts, names
-
-
-def serialize(
-    part: fx.GraphModule, inputs: Sequence[Any], low: int = 1, high: int = 64, **options: Any
-) -> bytes:
-    """A part as a serialized engine. low, high: the range of each size that varies; built best for its example.
-
-    options: as torch-tensorrt's `convert_exported_program_to_serialized_trt_engine` takes them.
-    Raises MissingDependencyError without torch-tensorrt.
-    """
-    tensorrt = _package()
-    from torch_tensorrt.dynamo._compiler import convert_exported_program_to_serialized_trt_engine as convert
-
-    dims: dict[str, Any] = {}
-    shapes, examples, specs = [], [], []
-    for fake in inputs:
-        sizes = [example_of(s) for s in fake.shape]
-        varying = {d: str(s) for d, s in enumerate(fake.shape) if not isinstance(s, int)}
-        shapes.append(
-            {
-                d: dims.setdefault(n, torch.export.Dim(f"size_{len(dims)}", min=low, max=high))
-                for d, n in varying.items()
-            }
-        )
-        ends = [[end if d in varying else s for d, s in enumerate(sizes)] for end in (low, high)]
-        sizes = [min(max(s, low), high) if d in varying else s for d, s in enumerate(sizes)]
-        make = torch.zeros if not fake.dtype.is_floating_point else torch.rand
-        examples.append(make(sizes, dtype=fake.dtype, device=fake.device))
-        one = (
-            {"shape": sizes}
-            if not varying
-            else {"min_shape": ends[0], "opt_shape": sizes, "max_shape": ends[1]}
-        )
-        specs.append(tensorrt.Input(**one, dtype=fake.dtype))
-    exported = torch.export.export(part, tuple(examples), dynamic_shapes=tuple(shapes), strict=False)
-    return bytes(convert(exported, arg_inputs=specs, min_block_size=1, **options))
-
-
-def _bind(node: fx.Node, part: fx.GraphModule, program: Program, weights: set[str]) -> None:
-    """Make weights a part's own, and sizes ones that it reads; `node` calls it."""
-    places = [n for n in part.graph.nodes if n.op == "placeholder"]
-    given = dict(zip(places, node.args, strict=True))
-    tensors = [p for p in places if isinstance(value(p), torch.Tensor) and _name(given[p]) not in weights]
-    start = next(n for n in part.graph.nodes if n.op != "placeholder")
-    kept = []
-    for place, argument in given.items():
-        if _name(argument) in weights:
-            weight = program.weights[_name(argument)].tensor.detach()
-            part.register_buffer(place.name, weight, persistent=False)
-            with part.graph.inserting_before(start):
-                new = part.graph.get_attr(place.name)
-        elif place in tensors:
-            kept.append(argument)
-            continue
-        else:
-            where = _dimension(value(place), tensors)
-            if where is None:
-                kept.append(argument)
+    def cut(self) -> tuple[fx.GraphModule, list[Part], list[str]]:
+        for place in self.program.placeholders:
+            self.made[place] = self.graph.placeholder(place.name)
+            self.made[place].meta["val"] = value(place)
+        self._lift_weights()
+        parts = []
+        for item in self.items:
+            if isinstance(item, fx.Node):
+                self.outside(item)
                 continue
-            with part.graph.inserting_before(start):
-                new = part.graph.call_function(torch.ops.aten.sym_size.int, where)
-        new.meta = {"val": value(place)}
-        replace(place, new, erase=True)
-    node.args = tuple(kept)
-    part.recompile()
+            part = _PartMaker(self, item, f"engine_{len(parts)}").make()
+            if part is not None:
+                parts.append(part)
+        if not parts:
+            raise ThresherError(
+                "No stretch of the program is for a TensorRT engine: fewer than "
+                f"{SMALLEST} of PyTorch's own operators follow each other. Use target='inductor'."
+            )
+        results = torch.fx.node.map_arg(self.program.output_node.args[0], self.outside)
+        self.graph.output(results)
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        root = torch.nn.Module()
+        for part in parts:
+            setattr(root, part.name, torch.nn.Identity())
+        return fx.GraphModule(root, self.graph), parts, self.weights
+
+    def _lift_weights(self) -> None:
+        places: dict[str, fx.Node] = {}
+        readers = [i for i in self.items if isinstance(i, fx.Node)] + [self.program.output_node]
+        for node in (n for reader in readers for n in reader.all_input_nodes if n.op == "get_attr"):
+            name = str(node.target)
+            if name not in places:
+                places[name] = self.graph.placeholder(name)
+                places[name].meta["val"] = value(node)
+                self.weights.append(name)
+            self.made[node] = places[name]
+
+    def outside(self, node: fx.Node) -> fx.Node:
+        """A node of the program in the outer graph, put there with the sizes it needs where it is not yet."""
+        if node not in self.made:
+            self.made[node] = self._size_of_input(node) or self.graph.node_copy(node, self.outside)
+            self.made[node].meta.setdefault("val", value(node))
+        return self.made[node]
+
+    def _size_of_input(self, node: fx.Node) -> fx.Node | None:
+        """A size that one of the program's own inputs is, or has."""
+        if not is_size(node) or isinstance(value(node), int):
+            return None
+        for place in self.program.placeholders:
+            if str(value(place)) == str(value(node)):
+                return self.made[place]
+        where = dimension_of(value(node), self.program.placeholders)
+        if where is None:
+            return None
+        return self.graph.call_function(torch.ops.aten.sym_size.int, (self.made[where[0]], where[1]))
+
+    def depends_on(self, node: fx.Node) -> set[fx.Node]:
+        """The tensors whose sizes have to be read outside for a size; none where the program's inputs have it."""
+        if node in self.program.placeholders or not is_size(node):
+            return set() if is_size(node) else {node}
+        known = str(value(node)) in {str(value(p)) for p in self.program.placeholders}
+        if isinstance(value(node), int) or known or dimension_of(value(node), self.program.placeholders):
+            return set()
+        return set().union(*(self.depends_on(a) for a in node.all_input_nodes))
 
 
-def _dimension(size: Any, tensors: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
-    """The tensor and dimension that has a symbolic size."""
-    return next(((t, d) for t in tensors for d, s in enumerate(value(t).shape) if str(s) == str(size)), None)
+class _PartMaker:
+    """Makes one part's Program, and its call in the outer graph."""
 
+    def __init__(self, cutter: _Cutter, run: Run, name: str):
+        self.cutter, self.run, self.name = cutter, run, name
+        self.graph = fx.Graph()
+        self.weights: dict[str, Any] = {}
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.given: list[tuple[fx.Node, fx.Node]] = []  # inside, outside
+        self.sizes: dict[str, fx.Node] = {}
+        self.own = set(run.nodes)
 
-def _name(argument: Any) -> str:
-    return str(argument.target) if isinstance(argument, fx.Node) else ""
+    def make(self) -> Part | None:
+        results = [n for n in self.run.nodes if self._read_outside(n)]
+        if not results:
+            return None  # nothing reads it
+        self.last: fx.Node | None = None
+        for node in self.run.nodes:
+            for given in node.all_input_nodes:
+                if given not in self.own and given.op != "get_attr" and not is_size(given):
+                    self._tensor(given)
+        for node in self.run.nodes:
+            self.made[node] = self.graph.node_copy(node, self._inside)
+            self.made[node].meta = dict(node.meta)
+        self.graph.output(tuple(self.made[r] for r in results))
+        module = lazy_module(fx.Graph())
+        for name, weight in self.weights.items():
+            module.register_buffer(name, weight.tensor, persistent=False)
+        module.graph = self.graph
+        names = [inner.name for inner, _ in self.given]
+        program = Program(module, self.weights, names, mask_name=self.cutter.program.mask_name)
+        program.clean()
+        call = self.cutter.graph.call_module(self.name, tuple(o for _, o in self.given))
+        call.meta["val"] = tuple(value(r) for r in results)
+        for index, result in enumerate(results):
+            got = self.cutter.graph.call_function(operator.getitem, (call, index))
+            got.meta = dict(result.meta)
+            self.cutter.made[result] = got
+        return Part(self.name, program)
 
+    def _read_outside(self, node: fx.Node) -> bool:
+        """Whether something that is not of this stretch needs a node's tensor, be it for its size only."""
+        if isinstance(value(node), (tuple, list)):
+            return False  # its members are nodes of the same stretch
+        return any(self._needs(user, node) for user in node.users if user not in self.own)
 
-class _Engine(torch.nn.Module):
-    def __init__(self, call: Callable[..., Any]):
-        super().__init__()
-        self._call = call
+    def _needs(self, user: fx.Node, node: fx.Node) -> bool:
+        if not is_size(user):
+            return True
+        return node in self.cutter.depends_on(user)
 
-    def forward(self, *inputs: Any) -> Any:
-        return self._call(*inputs)
+    def _tensor(self, node: fx.Node) -> fx.Node:
+        if node not in self.made:
+            self.made[node] = self._placeholder(node.name, value(node), self.cutter.outside(node))
+        return self.made[node]
 
+    def _placeholder(self, name: str, known: Any, outside: fx.Node) -> fx.Node:
+        first = next(iter(self.graph.nodes), None)
+        with (
+            self.graph.inserting_after(self.last)
+            if self.last is not None
+            else self.graph.inserting_before(first if first is not None else self.graph._root)
+        ):
+            place = self.graph.placeholder(name)
+        place.meta["val"] = known
+        self.given.append((place, outside))
+        self.last = place
+        return place
 
-def _ours(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
+    def _inside(self, node: fx.Node) -> fx.Node:
+        if node in self.made:
+            return self.made[node]
+        if node.op == "get_attr":
+            name = str(node.target)
+            self.weights[name] = self.cutter.program.weights[name]
+            self.made[node] = self.graph.create_node("get_attr", name)
+            self.made[node].meta = dict(node.meta)
+        elif is_size(node):
+            self.made[node] = self._size(node)
+        else:
+            raise ThresherError(f"{node.name} is read by an engine before it is made.")
+        return self.made[node]
 
+    def _size(self, node: fx.Node) -> fx.Node:
+        """A size within the part: a dimension of a tensor it is given, else the length of one made for it."""
+        known = value(node)
+        if not isinstance(known, (torch.SymInt, int)):
+            raise ThresherError(
+                f"{node.name} is a {type(known).__name__} that only a call decides, and an engine takes tensors alone."
+            )
+        where = dimension_of(known, [inner for inner, _ in self.given])
+        if where is None:
+            place = self.sizes.get(str(known))
+            if place is None:
+                mode = self.cutter.program.fake_mode()
+                with mode:
+                    fake = torch.empty(known, dtype=torch.int32)
+                length = self.cutter.outside(node)
+                device = self._device()
+                made = self.cutter.graph.call_function(
+                    torch.ops.aten.empty.memory_format, ([length],), {"dtype": torch.int32, "device": device}
+                )
+                made.meta["val"] = fake
+                place = self.sizes[str(known)] = self._placeholder(f"{node.name}_length", fake, made)
+            where = (place, 0)
+        found = self.graph.call_function(torch.ops.aten.sym_size.int, where)
+        found.meta["val"] = known
+        return found
 
-def _part_inputs(divided: fx.GraphModule, fakes: Sequence[Any]) -> dict[str, list[Any]]:
-    """Each part's fake inputs, found by running the chain on fakes."""
-    found: dict[str, list[Any]] = {}
-
-    class Watch(fx.Interpreter):
-        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-            found[str(target)] = list(args)
-            return super().call_module(target, args, kwargs)
-
-    mode = next(f.fake_mode for f in fakes if isinstance(f, torch._subclasses.fake_tensor.FakeTensor))
-    with mode, torch.no_grad():
-        Watch(divided).run(*fakes)
-    return found
-
-
-def _package() -> Any:
-    if importlib.util.find_spec("torch_tensorrt") is None:
-        raise MissingDependencyError("torch-tensorrt", "gpu", "Building engines from a graph")
-    import torch_tensorrt
-
-    return torch_tensorrt
-
-
-def _compiler() -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
-    tensorrt = _package()
-
-    def build(part: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return tensorrt.dynamo.convert_module(part, list(inputs))  # unverified: needs a GPU
-
-    return build
+    def _device(self) -> torch.device:
+        tensors = [t for n in self.run.nodes for t in tensors_of(value(n))]
+        return tensors[0].device if tensors else torch.device("cpu")

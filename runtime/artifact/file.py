@@ -121,10 +121,17 @@ def write(
     return target
 
 
-def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compiled: bool = False) -> Loaded:
+def read(
+    path: str | os.PathLike[str],
+    target: str = "inductor",
+    *,
+    allow_compiled: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Loaded:
     """Load a saved program. Nothing of the model's own code is needed, and none of the file's is run.
 
     target: "inductor", "reference" or another that lowers; "compiled" runs the machine code in the file and must be allowed.
+    options: the target's own.
     allow_compiled: the caller trusts the file enough to execute the machine code in it.
 
     Raises ArtifactError for a file that is truncated, altered, of another version, or for another machine.
@@ -138,6 +145,10 @@ def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compil
             "'compiled' together with allow_compiled=True",
             "The file's machine code would be executed: allow it only for files you trust.",
         )
+    given = dict(options or {})
+    own = targets.split_options(target, given) if target != "compiled" else {}
+    for name in given:
+        raise unknown_key("options", name, targets.runtime(target).options if target != "compiled" else ())
     catalog.load()
     with archive.opened(Path(path)) as (file, found):
         manifest = archive.manifest_of(found, path)
@@ -162,7 +173,7 @@ def read(path: str | os.PathLike[str], target: str = "inductor", *, allow_compil
         outside = program.packing.padded if program.packing is not None else program
         symbols = outside.graph_module.meta["symbols"]
         check_described(manifest, symbols, len(outside.placeholders) if whole is None else None)
-        return Loaded(program, manifest, target, machine_code, others, whole, path)
+        return Loaded(program, manifest, target, machine_code, others, whole, path, own)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Loaded:
         others: Mapping[Key, Program] | None = None,
         whole: Program | None = None,
         path: Any = "The file",
+        options: Mapping[str, Any] | None = None,
     ):
         self.path = path
         self._others, self._whole = others, whole
@@ -58,6 +59,8 @@ class Loaded:
         self.report = (
             Report.from_dict(manifest["report"]) if manifest["report"] is not None else Report("none")
         )
+        self.report.engines.clear()  # of the machine that saved it
+        self._options = dict(options or {})
         self._code = machine_code
         self._session: Session | None = None
         self._lock = threading.Lock()
@@ -120,7 +123,7 @@ class Loaded:
             return _Compiled(self.program, self._code)
         lower = catalog.runtime(self.target, lowers=True).lower
         assert lower is not None
-        return OnFakes.around(lower({}, None))
+        return OnFakes.around(lower(self._options, None))
 
 
 class OnFakes(Target):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from thresher.lowering import catalog as targets
 from thresher.passes.calibrate import Calibration, Statistics
 
 from . import backend
@@ -42,13 +43,17 @@ def compile(
 
     example_inputs: keyword arguments as a dict, or positional ones as a tuple. A mixed-length batch shows
         padding best. recipe, options: see `Recipe.of`. dynamic, mode: as in torch.compile.
-    target: "inductor", or "reference" for plain PyTorch.
+    target: "inductor", "reference" for plain PyTorch, or "tensorrt" for engines with our kernels between them. Options of
+        TensorRT's own: build_only="SM120" builds without a GPU, and calls then run the program in PyTorch; profiles, the
+        smallest, usual and largest shape of each input, which without it come from the example; builder
+        (`lowering.tensorrt.options`).
     search: for recipe="auto", which tries recipes on this example: the arguments of `thresher.find_recipe`, such as
         {"budget": 0.01, "metric": "perplexity", "state": "search.json"}.
 
     Where `torch.compile(backend="thresher")` would warn and run a graph as it was, this raises.
     """
     check_model(model)
+    own = targets.split_options(target, options)
     if recipe == "auto":
         kwargs = example(example_inputs)[1]
         if options or not kwargs:
@@ -66,18 +71,29 @@ def compile(
                 raise unknown_key("search", key, known)
         recipe = auto.find_recipe(model, kwargs, target=target, **(search or {})).recipe
     return compile_strictly(
-        model, example_inputs, Recipe.of(recipe, **options), dynamic=dynamic, mode=mode, target=target
+        model,
+        example_inputs,
+        Recipe.of(recipe, **options),
+        dynamic=dynamic,
+        mode=mode,
+        target=target,
+        target_options=own,
     )
 
 
-def optimize(recipe: Any = None, *, dynamic: bool | None = None, **options: Any) -> Callable[[T], T]:
+def optimize(
+    recipe: Any = None, *, dynamic: bool | None = None, target: str = "inductor", **options: Any
+) -> Callable[[T], T]:
     """A decorator for functions and nn.Module classes: calls are compiled with Thresher.
+
+    target and its own options: as for `compile`.
 
         @thresher.optimize("exact")
         class Encoder(nn.Module): ...
 
     A decorated class stays the same class: `isinstance`, `state_dict` and pickling do not change.
     """
+    own = targets.split_options(target, options)
     chosen = Recipe.of(recipe, **options)
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,7 +101,7 @@ def optimize(recipe: Any = None, *, dynamic: bool | None = None, **options: Any)
             function,
             backend=backend.thresher_backend,
             dynamic=dynamic,
-            options={"recipe": chosen},  # type: ignore[dict-item]
+            options={"recipe": chosen, "target": target, **own},  # type: ignore[dict-item]
         )
 
     def decorate(target: T) -> T:

@@ -58,16 +58,17 @@ def thresher_backend(
     """Compile a graph from Dynamo.
 
     options: a recipe (see `Recipe.of`): None, a preset's name under "recipe", or pass options by name.
-        "target" may be "inductor" (default), "reference" or another that lowers (`lowering.catalog`). "strict": raise
-        instead of running a graph that cannot be captured as plain Inductor does.
+        "target": "inductor" (default), "reference", "tensorrt" or another in `lowering.catalog`; its own options stand
+        beside it. "strict": raise where a graph would be left to plain Inductor, as TensorRT always does.
     mode: torch.compile's mode, handed to Inductor.
     """
     given = dict(options) if isinstance(options, dict) else {} if options is None else {"recipe": options}
     how = {"target": given.pop("target", "inductor"), "strict": given.pop("strict", False)}
     mode = given.pop("mode", None) or mode
+    own = targets.split_options(how["target"], given, "options['target']")
     recipe = given.pop("recipe") if isinstance(given.get("recipe"), Recipe) else None
     recipe = Recipe.of(recipe, **given) if recipe is not None else Recipe.of(given or None)
-    return compile_graph(gm, example_inputs, recipe, mode=mode, **how)
+    return compile_graph(gm, example_inputs, recipe, mode=mode, **how, **own)
 
 
 def compile_graph(
@@ -78,31 +79,32 @@ def compile_graph(
     target: str = "inductor",
     mode: str | None = None,
     strict: bool = False,
+    **own: Any,
 ) -> Callable[..., Any]:
-    """Compile a graph from Dynamo for a recipe; target, mode and strict as in `thresher_backend`."""
+    """Compile a graph from Dynamo for a recipe; target, its own options, mode and strict as in `thresher_backend`."""
     if disabled():
         logger.info("THRESHER_DISABLE is set: %s runs as it was written.", name_of(gm))
         return gm.forward
-    lower = targets.runtime(target, "options['target']", lowers=True).lower
-    assert lower is not None
+    runtime = targets.runtime(target, "options['target']", lowers=True)
+    assert runtime.lower is not None
     if not any(isinstance(example, torch.Tensor) for example in example_inputs):
         return gm.forward  # arithmetic on sizes, between two graph breaks
+    lowering = runtime.lower({**dict(recipe.inductor), **own}, mode)
+    raises = strict or runtime.alone
     try:
         refuse = cannot_rewrite(gm)
         if refuse is not None:
             raise ThresherError(refuse)
-        session, roles = build(
-            gm, example_inputs, recipe, lower(dict(recipe.inductor), mode), contain=not strict
-        )
+        session, roles = build(gm, example_inputs, recipe, lowering, contain=not strict)
     except ThresherError as reason:
-        if strict:
+        if raises:
             raise
         return leave_alone(gm, example_inputs, target, str(reason))
     except torch._dynamo.exc.TorchDynamoException:
         raise  # Dynamo's own, such as one that has it begin anew
     except Exception as fault:
         said = as_fault(fault)
-        if strict:
+        if raises:
             raise ThresherError(said) from fault
         return leave_alone(gm, example_inputs, target, said)
     if not strict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Compiled(torch.nn.Module):
         dynamic: bool | None = None,
         mode: str | None = None,
         target: str = "inductor",
+        target_options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.__dict__.update({name: getattr(model, name) for name in _SHARED})
@@ -69,7 +70,9 @@ class Compiled(torch.nn.Module):
             sessions=[],
             training=False,
             last_call=None,
-            _settings={"dynamic": dynamic, "mode": mode, "target": target},
+            _settings=dict(
+                dynamic=dynamic, mode=mode, target=target, target_options=dict(target_options or {})
+            ),
             _parts=parts_of(model),
         )
         self._forget()
@@ -80,10 +83,10 @@ class Compiled(torch.nn.Module):
             logger.info("THRESHER_DISABLE is set: %s runs as it was written.", type(self.model).__name__)
             self.__dict__.update(_call=self.model, sessions=[], _sizes=Sizes(False))
             return
-        dynamic, mode, target = self._settings.values()
+        dynamic, mode, target, own_options = self._settings.values()
         # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs
         own = functools.partial(
-            backend.compile_graph, recipe=self.recipe, target=target, mode=mode, strict=True
+            backend.compile_graph, recipe=self.recipe, target=target, mode=mode, strict=True, **own_options
         )
         call = torch.compile(self.model, backend=own, dynamic=dynamic, **isolated())
         self.__dict__.update(_call=call, sessions=[], _sizes=Sizes(dynamic))

@@ -110,9 +110,14 @@ def save(
     )
 
 
-def load(path: str | os.PathLike[str], target: str = "inductor", *, allow_compiled: bool = False) -> Loaded:
-    """Load a saved model; call the result with the model's inputs. See `runtime.artifact.read`."""
-    return artifact.read(path, target, allow_compiled=allow_compiled)
+def load(
+    path: str | os.PathLike[str], target: str = "inductor", *, allow_compiled: bool = False, **options: Any
+) -> Loaded:
+    """Load a saved model; call the result with the model's inputs. See `runtime.artifact.read`.
+
+    options: the target's own, as for `compile`: build_only, profiles and builder of "tensorrt".
+    """
+    return artifact.read(path, target, allow_compiled=allow_compiled, options=options)
 
 
 def export_onnx(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from rich.console import Console, Group
@@ -17,6 +16,8 @@ from rich.text import Text
 
 from . import option_types, site_counts
 from .compat import trace_structured_json
+from .engine_report import EngineReport, known_fields
+from .gains import speed
 from .op_checks import OpCheck
 
 T = TypeVar("T")
@@ -96,7 +97,7 @@ class PassReport:
     def from_dict(cls, given: Mapping[str, Any], strict: bool = False) -> PassReport:
         """What asdict wrote. strict: TypeError for what this version does not know, which else is left out, and
         ArgumentError for a value of another type than its field's."""
-        known = dict(given) if strict else _known(cls, given)
+        known = dict(given) if strict else known_fields(cls, given)
         misses = {name: [Miss(**m) for m in given.get(name, ())] for name in ("missed", "apart")}
         if known.get("budget", 0.0) is None:  # JSON has no infinity
             known["budget"] = float("inf")
@@ -156,6 +157,7 @@ class Report:
         is not exact, the error is from the captured program, and the budget the sum of theirs.
     predicted, measured: time before over time after, by the cost model and by the clock; None without.
     operators: each operator of ours that ran while the passes were verified, against its reference on the example.
+    engines: what a target built for a GPU to run parts of the program.
     """
 
     recipe: str
@@ -171,12 +173,10 @@ class Report:
     own: float | None = None
     against: str = "the program before"
     checked: list[str] = field(default_factory=list)
+    engines: list[EngineReport] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> PassReport:
-        for report in self.passes:
-            if report.name == name:
-                return report
-        raise KeyError(name)
+        return {p.name: p for p in reversed(self.passes)}[name]
 
     @property
     def rewritten(self) -> int:
@@ -193,10 +193,12 @@ class Report:
     def from_dict(cls, given: Mapping[str, Any]) -> Report:
         """The report that `to_dict` wrote; what this version does not know is left out."""
         passes = [PassReport.from_dict(p) for p in given["passes"]]
-        operators = {
-            name: OpCheck(**_known(OpCheck, check)) for name, check in given.get("operators", {}).items()
-        }
-        return cls(**{**_known(cls, given), "passes": passes, "operators": operators})
+        checks = given.get("operators", {}).items()
+        operators = {name: OpCheck(**known_fields(OpCheck, check)) for name, check in checks}
+        engines = [EngineReport(**known_fields(EngineReport, e)) for e in given.get("engines", ())]
+        return cls(
+            **{**known_fields(cls, given), "passes": passes, "operators": operators, "engines": engines}
+        )
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
@@ -210,9 +212,8 @@ class Report:
         """One line."""
         if not self.passes:
             return "thresher: the recipe has no passes; the model runs as plain Inductor compiles it."
-        parts = []
-        for p in self.passes:
-            parts.append(f"{p.name} rewrote {len(p.rewritten)} of {len(p.rewritten) + len(p.missed)} sites")
+        counts = [(p.name, len(p.rewritten), len(p.rewritten) + len(p.missed)) for p in self.passes]
+        parts = [f"{name} rewrote {done} of {all} sites" for name, done, all in counts]
         return "thresher: " + "; ".join(parts) + "."
 
     def __rich__(self) -> Group:
@@ -239,10 +240,8 @@ class Report:
             overview.caption = (
                 f"The cost model expects {self.predicted:.2f}x for the whole program{measured}."
             )
-        parts: list[Any] = [overview]
-        for p in self.passes:
-            parts += _details(p)
-        parts += [Text(f"note: {note}") for note in self.notes]
+        parts: list[Any] = [overview, *(line for p in self.passes for line in _details(p))]
+        parts += [Text(f"engine {e}") for e in self.engines] + [Text(f"note: {n}") for n in self.notes]
         return Group(*parts)
 
     def __str__(self) -> str:
@@ -250,10 +249,6 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
-
-
-def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
-    return {f.name: data[f.name] for f in fields(kind) if f.init and f.name in data}
 
 
 def _details(p: PassReport) -> list[Any]:
@@ -291,18 +286,6 @@ def _ran(found: dict[str, Any]) -> str:
     density = found["union_density"]
     share = "" if density is None else f", {density:.1%} of the neurons on for a call's tokens"
     return f"{found['sparse']} calls sparse, {found['dense']} dense{share}"
-
-
-def mean_gain(gains: Mapping[str, float]) -> float | None:
-    """The sites' speed over what it was, as one number: their geometric mean; None without sites."""
-    known = [g for g in gains.values() if g > 0]
-    return statistics.geometric_mean(known) if known else None
-
-
-def speed(gains: Mapping[str, float]) -> str:
-    """That number as it is shown; nothing without sites."""
-    mean = mean_gain(gains)
-    return "" if mean is None else f"{mean:.2f}x"
 
 
 def _fold(sites: list[str], most: int = 4) -> str:

@@ -51,6 +51,7 @@ def compile_strictly(
     dynamic: bool | None = None,
     mode: str | None = None,
     target: str = "inductor",
+    target_options: Mapping[str, Any] | None = None,
     may_do_nothing: bool = False,
 ) -> Compiled:
     """Compile for one recipe, and raise where `torch.compile` would warn; see `thresher.compile` for the arguments.
@@ -59,7 +60,9 @@ def compile_strictly(
     """
     check_model(model)
     args, kwargs = example(example_inputs)
-    compiled = Compiled(model, recipe, dynamic=dynamic, mode=mode, target=target)
+    compiled = Compiled(
+        model, recipe, dynamic=dynamic, mode=mode, target=target, target_options=target_options
+    )
     if disabled():
         return compiled
     square = dynamic is not False and any(map(_square, tree_leaves((args, kwargs))))

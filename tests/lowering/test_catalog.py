@@ -101,9 +101,9 @@ def test_its_own_forms_and_refusals_are_said(added):
 
 
 def test_targets_that_only_write_files_do_not_lower():
-    assert catalog.lowering() == ("reference", "inductor")
+    assert catalog.lowering() == ("reference", "inductor", "tensorrt")
     for name in ("onnx-ort", "aoti", "reference "):
-        with pytest.raises(ArgumentError, match="one of inductor, reference"):
+        with pytest.raises(ArgumentError, match="one of inductor, reference, tensorrt"):
             catalog.runtime(name, lowers=True)
     for name in catalog.TARGETS:
         assert catalog.runtime(name).name == name

@@ -33,7 +33,7 @@ def test_a_packed_program(target):
     assert found.others > 100 and 0.9 < found.native <= 1
     assert all(e.reason.endswith(".") for e in found.entries if e.how != "native")
     assert target in str(found)
-    if target == "tensorrt":
+    if target == "onnx-tensorrt":
         assert found.entries[-1].operator == "pack and unpack"
 
 
@@ -46,9 +46,12 @@ def test_an_unrewritten_program_is_native_everywhere():
 def test_refusals_are_what_building_refuses(tmp_path):
     base, _ = blocks.half()
     weight_only, both = blocks.nvfp4(base, "exact"), blocks.nvfp4(base)
-    assert {e.how for e in coverage(both, "tensorrt").entries} == {"native"}
-    refused = coverage(weight_only, "tensorrt").refused
+    assert {e.how for e in coverage(both, "onnx-tensorrt").entries} == {"native"}
+    refused = coverage(weight_only, "onnx-tensorrt").refused
     assert len(refused) == 7 and all("expands" in e.reason for e in refused)
+    assert {e.how for e in coverage(both, "tensorrt").entries} == {"native"}  # inside the engines
+    beside = coverage(weight_only, "tensorrt")  # by kernels of ours, between engines
+    assert not beside.refused and all(e.how != "refused" for e in beside.entries) and len(beside.entries) == 7
     assert {e.how for e in coverage(weight_only, "onnx-ort").entries} == {"fallback"}
     assert {e.how for e in coverage(blocks.int4(base), "onnx-ort").entries} == {"native"}
     assert {e.how for e in coverage(blocks.int4(base), "onnx-portable").entries} == {"decomposed"}
@@ -65,7 +68,7 @@ def test_a_fixed_scale_is_missing_before_and_while_exporting(tmp_path):
     for node in program.nodes():
         if "nvfp4" in str(node.target):
             node.update_arg(4, None)
-    assert len(coverage(program, "tensorrt").refused) == 7
+    assert len(coverage(program, "onnx-tensorrt").refused) == 7
     with pytest.raises(ThresherError, match="Calibrate"):
         onnx.export(program, tmp_path / "m.onnx", runtime="tensorrt")
 
@@ -76,7 +79,7 @@ def test_sizes_that_are_inputs_are_refused_before_and_while_exporting(tmp_path):
     numbers = [p.name for p in program.placeholders if not isinstance(p.meta["val"], torch.Tensor)]
     assert numbers
     for target in TARGETS:
-        takes = target in ("reference", "inductor", "aoti")
+        takes = target in ("reference", "inductor", "aoti", "tensorrt")
         refused = coverage(program, target).refused
         assert [e.node for e in refused] == ([] if takes else numbers), target
         assert all("takes tensors alone" in e.reason for e in refused)

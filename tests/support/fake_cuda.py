@@ -98,16 +98,18 @@ def body():
 
 def main(capabilities):
     load()
-    from thresher.lowering.target import fake_inputs
-    from thresher.lowering.tensorrt import graph_parts as torch_tensorrt
+    from thresher.lowering.tensorrt import converters
     from thresher.lowering.tensorrt.build import kernels
+    from thresher.lowering.tensorrt.graph_parts import cut
+    from thresher.lowering.tensorrt.profiles import Ranges
 
-    divided, parts, _ = torch_tensorrt.prepare(body())
-    inputs = torch_tensorrt._part_inputs(divided, fake_inputs(divided))
+    program = body()
+    ranges = Ranges(program, {})
+    _, parts, _ = cut(program)
     for sm in capabilities:
-        for part in [p for p in parts if p.where == torch_tensorrt.ENGINE]:
+        for part in parts:
             with building_for(sm):
-                plan = torch_tensorrt.serialize(getattr(divided, part.name), inputs[part.name])
+                plan = converters.serialize(part.program, ranges.shapes(part.program))
             names = [k.name for k in kernels(plan)]
             print(json.dumps({"part": part.name, "sm": sm, "bytes": len(plan), "kernels": names}), flush=True)
 

@@ -24,6 +24,11 @@ triton = pytest.importorskip("triton", reason="needs Triton: pip install --no-de
 
 # Bytes of dynamic shared memory one block may ask for, by compute capability (CUDA programming guide).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# Bytes of shared memory, threads and blocks that a multiprocessor holds; each has 65,536 registers.
+SHARED_TOTAL = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+RESERVED = 1024  # of shared memory, for each block
 REGISTERS = 255
 # A plain run compiles for the capability that is rented most and for the one with the least shared memory.
 TARGETS = (
@@ -34,6 +39,8 @@ TARGETS = (
 )
 
 _MMA = re.compile(r"\b(?:H|I|Q|O|D)MMA|\b[HQI]GMMA|\bUTC\w*MMA")
+_WIDE = re.compile(r"\b(?:LDG|LDGSTS|LD|LDS)\.\S*128\b|\bUBLKCP|\bUTMALDG")
+_DIVISION = re.compile(r"\bCALL\.\S*.*(?:div|rem)_[su]64")
 _SPILL = re.compile(r"\b(?:STL|LDL)\b")
 
 
@@ -56,6 +63,32 @@ class Resources:
     def count(self, instruction: str) -> int:
         """How many instructions start with this name (`UTMALDG`, `LDGSTS`, `HMMA`)."""
         return len(re.findall(rf"\b{instruction}", self.sass))
+
+    def wide_loads(self) -> int:
+        """How many loads bring 16 bytes a thread, or a tile by the copy engine."""
+        return len(_WIDE.findall(self.sass))
+
+    def divisions_in_loops(self) -> int:
+        """How many 64-bit divisions, which are calls of a routine of a hundred instructions, stand inside a loop."""
+        lines = self.sass.splitlines()
+        labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L\w+):", line))}
+        jumps = [
+            (i, m[1]) for i, line in enumerate(lines) if (m := re.search(r"\bBRA\S*\s.*`\((\.L\w+)\)", line))
+        ]
+        loops = [(labels[to], at) for at, to in jumps if to in labels and labels[to] <= at]
+        calls = [i for i, line in enumerate(lines) if _DIVISION.search(line)]
+        return sum(any(first <= i <= last for first, last in loops) for i in calls)
+
+    def blocks(self, capability: int, warps: int) -> int:
+        """How many blocks a multiprocessor holds at once."""
+        threads = 32 * warps
+        held = -(-self.registers // 8) * 8 * threads  # registers are given out in eights
+        return min(
+            65_536 // max(1, held),
+            SHARED_TOTAL[capability] // (self.shared + RESERVED),
+            THREADS[capability] // threads,
+            BLOCKS[capability],
+        )
 
     def require_fit(self, capability: int, *, tensor_cores: bool = False) -> None:
         """Assert: nothing spilled, the block fits on that GPU and, if asked, tensor cores are used."""

@@ -137,7 +137,7 @@ class Entry:
                 "guards": guards,
                 "after": after,
                 "strides": pool.strides(),
-                "report": report.to_dict(),
+                "report": dataclasses.replace(report, engines=[]).to_dict(),  # a target builds its own
                 "certificate": plain(certificate.to_dict()),
             }
             with scratch(self.path.parent) as made, open(made / self.path.name, "wb") as file:

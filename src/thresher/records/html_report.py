@@ -17,8 +17,9 @@ from thresher.runtime.artifact.fakes import materialise
 
 from .. import __version__
 from ..errors import ArgumentError
+from ..gains import mean_gain, speed
 from ..graph.program import Program
-from ..report import Report, mean_gain, speed
+from ..report import Report
 from .html_template import SCRIPT, STYLE
 
 _LAYER = re.compile(r"^(.*?\.?(?:layers?|h|blocks?|block)\.\d+)(?:\.(.+))?$")

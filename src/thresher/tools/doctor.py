@@ -15,9 +15,10 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from thresher.errors import ThresherError
 from thresher.kernels import catalog, native
 from thresher.lowering.tensorrt import engine as tensorrt
-from thresher.lowering.tensorrt import graph_parts as torch_tensorrt
+from thresher.lowering.tensorrt.options import Options
 
 from .. import compat, ops
 from ..files import cache_dir
@@ -45,8 +46,9 @@ _OPTIONAL = {
     "onnx": ("onnx", "onnx", "ONNX export"),
     "onnxscript": ("onnxscript", "onnx", "ONNX export"),
     "onnxruntime": ("onnxruntime", "onnx", "running exported models"),
-    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt", "TensorRT engines, also without a GPU"),
-    "torch-tensorrt": ("torch_tensorrt", "gpu", "TensorRT engines from a graph"),
+    "onnxruntime-gpu": ("onnxruntime", "gpu", "running exported models on a GPU"),
+    "torch-tensorrt": ("torch_tensorrt", "tensorrt", "target='tensorrt' on a GPU"),
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx", "target='tensorrt' with build_only, without a GPU"),
 }
 
 
@@ -126,21 +128,17 @@ def _devices() -> list[Check]:
 
 
 def _targets() -> list[Check]:
-    """What can be built here, and what no test of Thresher's has ever run."""
+    """What target="tensorrt" can do here, and what no test of Thresher's has ever run."""
     reason = tensorrt.unavailable()
     python = "no builder" if reason else tensorrt.builder()
-    engines = Check("targets", "TensorRT engines: build", python, reason is None, reason or "")
-    other = torch_tensorrt.unavailable()
+    try:
+        way, missing = f"by {Options().way()}", ""
+    except ThresherError as refusal:
+        way, missing = "no", str(refusal)
     return [
-        engines,
+        Check("targets", "target='tensorrt', build_only", python, reason is None, reason or ""),
+        Check("targets", "target='tensorrt'", way, not missing, missing),
         Check("targets", "TensorRT engines: run", "unverified", False, tensorrt.UNVERIFIED),
-        Check(
-            "targets",
-            "torch-tensorrt (FX to engine)",
-            "unverified",
-            False,
-            other or "torch-tensorrt-rtx builds them in the tests, without a GPU; nothing has run them.",
-        ),
     ]
 
 

@@ -1,21 +1,15 @@
-"""Real TensorRT-RTX engines for SM 8.9 and 12.0, built without a GPU, and what their kernels compute in.
-
-They run where tensorrt-rtx can be imported, where THRESHER_RTX_PYTHON names a Python that has it, or where pip can
-fetch it once into a virtual environment under the cache directory (200 MB); elsewhere they skip and say why.
-"""
+"""Real TensorRT-RTX engines for SM 8.9 and 12.0, built without a GPU, and what their kernels compute in."""
 
 import functools
 import json
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import blocks
 import numpy as np
 import onnx
 import pytest
+import rtx as rtx_python
 from onnx import TensorProto, helper, numpy_helper
 
 from thresher.errors import ArgumentError, ThresherError
@@ -23,39 +17,10 @@ from thresher.lowering.onnx import export as onnx_lowering
 from thresher.lowering.tensorrt import build as tensorrt_build
 from thresher.lowering.tensorrt import engine as tensorrt
 
-PIN = ["tensorrt-rtx==1.7.1.116", "numpy"]
-
-
-@functools.cache
-def python():
-    """A Python with tensorrt-rtx, or the reason why there is none."""
-    reason = tensorrt.unavailable()
-    if reason is None:
-        return tensorrt.builder(), None
-    root = (
-        Path(os.environ.get("THRESHER_CACHE_DIR", Path.home() / ".cache" / "thresher"))
-        / "tensorrt-rtx-1.7.1.116"
-    )
-    found, done = root / "bin" / "python", root / "installed"
-    if not done.exists():
-        try:
-            subprocess.run([sys.executable, "-m", "venv", str(root)], check=True, capture_output=True)
-            pip = [str(found), "-m", "pip", "install", "-q"]
-            subprocess.run([*pip, "setuptools", "wheel"], check=True, capture_output=True, timeout=300)
-            subprocess.run([*pip, "--no-build-isolation", *PIN], check=True, capture_output=True, timeout=600)
-            done.touch()
-        except (OSError, subprocess.SubprocessError) as error:
-            detail = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip().splitlines()[-1:]
-            return None, f"{reason} Fetching it failed: {error} {detail}"
-    return str(found), None
-
 
 @pytest.fixture
 def rtx(monkeypatch):
-    found, reason = python()
-    if found is None:
-        pytest.skip(reason)
-    monkeypatch.setenv(tensorrt.PYTHON, found)
+    rtx_python.use(monkeypatch)
 
 
 @functools.cache
@@ -190,7 +155,7 @@ def test_kernels_are_read_from_a_plans_text():
 def test_a_missing_builder_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv(tensorrt.PYTHON, raising=False)
     monkeypatch.setattr(tensorrt_build, "FLAVORS", ("no_such_tensorrt",))
-    assert "pip install 'thresher[tensorrt]'" in tensorrt.unavailable()
+    assert "pip install 'thresher[tensorrt-rtx]'" in tensorrt.unavailable()
     monkeypatch.setenv(tensorrt.PYTHON, "/no/such/python")
     with pytest.raises(ArgumentError, match=tensorrt.PYTHON):
         tensorrt.builder()
