@@ -217,12 +217,18 @@ class Benchmark:
         for table in (_rows_table(self.name, self.rows), _claims_table(self.claims, self.missing)):
             if table.row_count:
                 console.print(table)
-        record = self.record()
+        record = self.save()
         console.print(f"{record['machine']['cpu']}, {record['threads']} thread(s), {record['seconds']} s")
+        if self.args.json:
+            console.print(f"Wrote {self.args.json}")
+
+    def save(self) -> dict[str, Any]:
+        """The record so far, written where `--json` says: what was measured stays, should the next part fail."""
+        record = self.record()
         if self.args.json:
             self.args.json.parent.mkdir(parents=True, exist_ok=True)
             self.args.json.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
-            console.print(f"Wrote {self.args.json}")
+        return record
 
 
 def _command() -> str:

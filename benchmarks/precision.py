@@ -40,6 +40,7 @@ from thresher.kernels import native
 from thresher.kernels.nvfp4.quantize import quantize
 from thresher.kernels.varlen.attention import attend
 from thresher.recipe import Recipe
+from thresher.strict import compile_strictly
 from thresher.tools import lengths as length_sets
 from thresher.tools import models
 
@@ -324,13 +325,14 @@ def _recorded() -> dict[int, float]:
 def presets(bench: Benchmark, args: Namespace) -> None:
     """Presets on MiniLM in fp32, beside what they are made of."""
     model = models.minilm()[0]
-    batch = texts(32, "arrival")[0]
+    batch = {k: v[: 8 if args.quick else BATCH] for k, v in texts(BATCH, "arrival")[0].items()}
     recipes = {"none": "none", "exact": "exact", "embed": "embed", "edge-cpu": "edge-cpu"}
     if BF16:
         recipes["bf16"] = {"bf16": True, "min_gain": 0.97}
     with torch.no_grad():
         made = {
-            n: thresher.compile(model, batch, r, target=args.target, strict=False) for n, r in recipes.items()
+            n: compile_strictly(model, batch, Recipe.of(r), target=args.target, may_do_nothing=True)
+            for n, r in recipes.items()
         }
         forms = {n: functools.partial(_all, f, [batch]) for n, f in made.items()}
         times = interleave(forms, rounds=5, warmup=1, least_ms=0)
@@ -360,10 +362,14 @@ def main() -> None:
     args.target = args.target or ("reference" if args.quick else "inductor")
     quiet()
     bench = Benchmark("precision", args)
+    for part in PARTS:
+        if part not in args.parts:
+            bench.not_measured(f"part {part}", "Left out by --parts.")
     for part in args.parts:
         started = time.process_time()
         RUN[part](bench, args)
         bench.row(part=part, cpu_seconds=round(time.process_time() - started, 1))
+        bench.save()
     bench.not_measured(
         "DEFT kernels in bf16 and int8, one row, 5 to 30 %: share of the byte-ideal",
         "benchmarks/deft.py measures it.",

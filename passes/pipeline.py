@@ -81,6 +81,7 @@ class Pipeline:
             report.passes.append(account)
         prove_whole(self.judge, captured, program, report)
         if self.cost is not None:
+            self.cost.dense = ()
             report.predicted = self.cost.seconds(captured) / max(self.cost.seconds(program), 1e-12)
             report.notes += list(dict.fromkeys(self.cost.notes))
         require(self.recipe, report)
@@ -134,6 +135,8 @@ class Pipeline:
     def _apply(self, rewriter: Pass, config: PassConfig, before: Program) -> tuple[Program, PassReport]:
         started = time.perf_counter()
         fuel = self.fuel
+        if self.cost is not None:
+            self.cost.dense = self._dense_behind(config)
         after, account, claims = self._rewrite(rewriter, config, before)
         avoid: dict[str, str] = {}
         while losing := self._losing(after):
@@ -216,6 +219,12 @@ class Pipeline:
         if before.packing is not None and account.rewritten:
             after.packing = dataclasses.replace(after.packing, rewritten=True)
         return after, account, claims
+
+    def _dense_behind(self, config: PassConfig) -> tuple[str, ...]:
+        """Dtypes in which passes behind this one would multiply by what it leaves."""
+        passes = ordered(self.recipe)
+        made = [k for c in passes[passes.index(config) + 1 :] for k in PASSES[c.name].linear_kernels(c)]
+        return tuple(k.removeprefix("linear.") for k in made if k.startswith("linear."))
 
     def _losing(self, after: Program) -> dict[str, str]:
         """Sites of the last rewrite that are not worth it, each with the reason."""

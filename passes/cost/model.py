@@ -45,11 +45,14 @@ class CostModel:
     """Prices nodes for one device.
 
     lengths: real tokens of each row of the batch, for packed programs; None counts every position as real.
+    dense: dtypes in which a later pass would multiply by fp32 weights: where their times were measured, a linear counts
+        as its fastest form.
     notes: what had to be assumed. updates: nodes whose results are written to inputs in place (`learn`).
     """
 
     device: Device
     lengths: Sequence[int] | None = None
+    dense: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     updates: set[Any] = field(default_factory=set)
     _tokens: dict[Any, int] = field(default_factory=dict)
@@ -147,7 +150,9 @@ class CostModel:
             flops = 2 * self.numel(node) * self.size(value(x).shape[-1])
             moved = width_of(node) * (self.numel(x) + self.numel(weight) + self.numel(node))
             return self.work(Work(flops, moved, 1), dtype_of(node))
-        return self.linear(rows, weights, dtype_of(node))
+        own = dtype_of(node)
+        others = [d for d in self.dense if own == "float32" and f"linear.{d}" in self.device.surfaces]
+        return min(self.linear(rows, weights, d) for d in (own, *others))
 
     def _any(self, node: fx.Node, name: str) -> Work:
         if name in _VIEWS or not isinstance(value(node), torch.Tensor):

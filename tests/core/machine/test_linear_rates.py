@@ -113,3 +113,18 @@ def test_the_search_for_a_recipe_tries_bf16():
         "decode_attention",
         "bf16",
     } and recipe.min_gain == 1.0
+
+
+def test_fewer_bits_must_beat_the_best_dense_form_that_the_recipe_has(measured):
+    """4.5 bits faster than fp32 and slower than bf16: the pass behind takes these linears."""
+    _, seconds = measured
+    seconds.update({"nvfp4_linear.int8.float32": 8e-4, "linear.bfloat16": 4e-4})
+    model, inputs = zoo.ZOO["bert"].build()
+    nvfp4 = {"activations": "int8", "min_weights": 0, "budget": 99.0}
+    bf16 = {"min_weights": 0, "emulate": True}
+    both = thresher.compile(
+        model, inputs, Recipe.of(nvfp4=nvfp4, bf16=bf16, min_gain=0.97), target="reference"
+    ).report
+    assert not both["nvfp4"].rewritten and both["bf16"].rewritten
+    alone = thresher.compile(model, inputs, Recipe.of(nvfp4=nvfp4, min_gain=0.97), target="reference").report
+    assert alone["nvfp4"].rewritten
