@@ -24,4 +24,5 @@ def preferred() -> Iterator[None]:
 
 
 def is_preferred() -> bool:
+    """Whether the caller said so."""
     return _PREFERRED.get()
