@@ -92,7 +92,7 @@ def long_run(bench: Benchmark) -> None:
 
     wanted = {"reference": 20_000, "inductor": 2000}
     for target in bench.args.targets.split(","):
-        calls = wanted[target] // (20 if bench.args.quick else 1)
+        calls = bench.args.calls or wanted[target] // (20 if bench.args.quick else 1)
         found = soak.run(soak.pairs(target), calls, warm=max(200, calls // 10))
         bench.row(what="soak", target=target, calls=found.calls, edits=found.edits, wrong=len(found.wrong),
                   growth=round(found.growth, 5), programs=max(found.programs))  # fmt: skip
@@ -247,6 +247,9 @@ def options(parser: Any) -> None:
         "--chunks", type=int, default=100, help="chunks of 200 fuzz examples; the whole is 100"
     )
     parser.add_argument("--targets", default="reference,inductor", help="of soak and threads")
+    parser.add_argument(
+        "--calls", type=int, default=0, help="of soak; by default 20,000, and 2,000 on Inductor"
+    )
     parser.add_argument("--runs", type=int, default=5, help="of threads, for each target and cache")
 
 
