@@ -242,7 +242,9 @@ ROWS: dict[str, Callable[[Benchmark], None]] = {
 
 def options(parser: Any) -> None:
     parser.add_argument("--only", default=",".join(ROWS), help="rows to run, by name, with commas between")
-    parser.add_argument("--more", type=Path, help="a record whose other rows are taken over")
+    parser.add_argument(
+        "--more", type=Path, action="append", default=[], help="a record whose other rows are taken over"
+    )
     parser.add_argument(
         "--chunks", type=int, default=100, help="chunks of 200 fuzz examples; the whole is 100"
     )
@@ -256,11 +258,11 @@ def options(parser: Any) -> None:
 def main() -> None:
     args = arguments(__doc__, options)
     sys.path.insert(0, str(SUPPORT))
-    bench, chosen = Benchmark("trust", args), args.only.split(",")
+    bench, chosen = Benchmark("trust", args), filter(None, args.only.split(","))
     for name in chosen:
         ROWS[name](bench)
-    if args.more and args.more.exists():
-        take_over(bench, json.loads(args.more.read_text()))
+    for path in filter(Path.exists, args.more):
+        take_over(bench, json.loads(path.read_text()))
     for name in set(ROWS) - {row["what"] for row in bench.rows}:
         bench.not_measured(name, f"It was not run: python benchmarks/trust.py --only {name}.")
     bench.row(what="memory", peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)

@@ -96,8 +96,14 @@ def _check_done(compiled: Compiled, may_do_nothing: bool) -> None:
                 raise names_nothing(config, word, compiled.model)
     undone = rewrote_nothing(reports)
     if undone is not None and recipe.fuel != 0 and not may_do_nothing:
+        count, cut = len(compiled.sessions), ""
+        if count > 1:
+            cut = (
+                f"torch.compile cut the model into {count} graphs, and what a pass looks for may lie on both sides of a "
+                "cut; TORCH_LOGS=graph_breaks names the places. "
+            )
         raise NothingRewrittenError(
-            f"The recipe rewrote nothing in {type(compiled.model).__name__}. {undone} "
+            f"The recipe rewrote nothing in {type(compiled.model).__name__}. {undone} {cut}"
             'thresher.explain shows every site; the recipe "none" compiles the model as it is.'
         )
 

@@ -42,6 +42,21 @@ def test_nothing_done_raises_with_the_passes_own_reasons(options, said):
         torch.compile(model, backend="thresher", options={**options, "target": "reference"})(**batch)
 
 
+def test_a_model_in_several_graphs_is_said_to_be():
+    class Cut(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            if self.first(x).sum() > 0:  # Python decides on data, as dynamic rotary positions do
+                x = x * 2
+            return self.second(x)
+
+    with pytest.raises(NothingRewrittenError, match=r"cut the model into 2 graphs.*TORCH_LOGS=graph_breaks"):
+        thresher.compile(Cut().eval(), (torch.randn(3, 8),), prepack=True, target="reference")
+
+
 def test_what_asks_for_nothing_or_is_done_in_part_is_compiled():
     model, batch = tiny_model()
     for recipe in ("none", {"prepack": True, "fuel": 0}, {"prepack": True, "rsq": True}):
