@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import thresher
-from thresher.report import progress
+from thresher.progress import progress
 from thresher.tools import models
 from thresher.training import mlp_sites
 

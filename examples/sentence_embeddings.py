@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from thresher.report import progress
+from thresher.progress import progress
 from thresher.tools import models
 
 

@@ -69,6 +69,7 @@ def check_described(manifest: Mapping[str, Any], symbols: Mapping[str, Any], pla
     for text in manifest["relations"]:
         if not isinstance(text, str) or not expressions.readable(text):
             raise ArtifactError(f"it relates the sizes by {text!r}")
+        expressions.evaluate(text, known)  # of these sizes and no others
 
 
 def _whole(limit: Any) -> bool:

@@ -21,8 +21,9 @@ from .errors import ArgumentError, ThresherError, unknown_key
 from .graph import capture
 from .graph.program import Program
 from .model_capture import example, shown_to, watching
+from .progress import progress
 from .recipe import Recipe
-from .report import Report, progress
+from .report import Report
 from .strict import check_model, check_plain, compile_strictly
 
 T = TypeVar("T")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console, Group
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -19,23 +17,6 @@ from .compat import trace_structured_json
 from .engine_report import EngineReport, known_fields
 from .gains import speed
 from .op_checks import OpCheck
-
-T = TypeVar("T")
-
-
-_without = False
-
-
-def no_progress() -> None:
-    """From now on this process shows no progress bars."""
-    global _without
-    _without = True
-
-
-def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Go through items with a progress bar on stderr; without one where stderr is no terminal."""
-    hidden = _without or not sys.stderr.isatty()
-    yield from track(items, label, total=total, console=Console(stderr=True), transient=True, disable=hidden)
 
 
 @dataclass(frozen=True)

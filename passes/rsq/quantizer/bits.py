@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from thresher.report import progress
+from thresher.progress import progress
 
 from ..config import RSQConfig
 from . import codes as rsq_codes

@@ -22,8 +22,8 @@ from thresher import tensor_files
 from thresher.errors import ThresherError
 from thresher.graph.program import Program, weights_fingerprint
 from thresher.machine.memory import give_back
+from thresher.progress import progress
 from thresher.reading import reading
-from thresher.report import progress
 
 from ...structure.recover import LinearSite, Structure, recover
 from ...tokens.owners import Owners

@@ -42,7 +42,7 @@ class Say:
         self.results = Console(quiet=as_json or quiet)
         self.aside = Console(stderr=True, quiet=quiet)
         if quiet:
-            from ..report import no_progress
+            from ..progress import no_progress
 
             no_progress()
             warnings.simplefilter("ignore")

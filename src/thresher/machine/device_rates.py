@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..pricing import LinearRate
-from ..report import progress
+from ..progress import progress
 from .devices import Device, Surface, guessed_cpu
 
 ROWS = (1, 4, 16, 64, 256, 1024)

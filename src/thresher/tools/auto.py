@@ -29,8 +29,8 @@ from thresher.runtime.call_session import CallSession
 from .. import backend, option_types
 from ..errors import ArgumentError, ThresherError, unknown_key
 from ..files import check_writable
+from ..progress import progress
 from ..recipe import PRESETS, Recipe
-from ..report import progress
 from ..strict import compile_strictly
 from . import bench
 

@@ -17,8 +17,8 @@ from thresher.lowering import catalog as targets
 from ..compat import isolated
 from ..compiled import Compiled
 from ..errors import ArgumentError
+from ..progress import progress
 from ..recipe import Recipe
-from ..report import progress
 from ..strict import compile_strictly
 
 

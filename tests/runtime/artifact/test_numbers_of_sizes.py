@@ -6,6 +6,7 @@ import torch
 import thresher
 from thresher.errors import ArgumentError, CaptureError
 from thresher.graph import capture
+from thresher.runtime.artifact import signature
 
 RIGHT = {
     "n squared": lambda x: x.shape[1] ** 2,
@@ -59,3 +60,13 @@ def test_an_exported_program_does_not_keep_the_examples_number(name):
     with pytest.raises(CaptureError, match="computed from a size"):
         capture.from_export(exported)
     capture.from_export(torch.export.export(model, (example,), strict=False))
+
+
+@pytest.mark.parametrize("text", ["Eq(f, 5)", "Eq(s0, f)", "f < 3"])
+def test_a_file_that_relates_sizes_it_does_not_have_is_refused(text):
+    manifest = {"inputs": [], "outputs": [], "relations": [text]}
+    symbols = {"s0": {"hint": 3, "min": 2, "max": None}}
+    with pytest.raises(
+        ValueError, match="'f' is not arithmetic on s0"
+    ):  # which whoever reads the file names it with
+        signature.check_described(manifest, symbols, None)
