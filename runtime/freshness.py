@@ -51,6 +51,7 @@ class Freshness:
         live: the model's tensors by FQN. Raises StaleWeightsError for a stale weight that cannot be recomputed.
         """
         result, repacked = [], 0
+        seen: dict[Any, tuple[Any, ...]] = {}  # by sources: a linear's codes and scales have the same
         if self.mode == "sample" and self._derived and time.perf_counter() >= self._due:
             self._look()
         for name in names:
@@ -59,14 +60,17 @@ class Freshness:
                 result.append(live.get(weight.fqn, weight.tensor))
                 continue
             if self.mode != "trust":
-                repacked += self._refresh(name, weight, [live[f] for f in weight.source if f in live])
+                now = seen.get(weight.source)
+                if now is None:
+                    now = seen[weight.source] = tuple([stamp(live[f]) for f in weight.source if f in live])
+                if now and now != self._stamps[name]:
+                    self._refresh(name, weight, [live[f] for f in weight.source if f in live], now)
+                    repacked += 1
             result.append(self._current.get(name, weight.tensor))
         return result, repacked
 
-    def _refresh(self, name: str, weight: Weight, sources: list[torch.Tensor]) -> int:
-        now = tuple(map(stamp, sources))
-        if not sources or self._stamps[name] == now:
-            return 0
+    def _refresh(self, name: str, weight: Weight, sources: list[torch.Tensor], now: tuple[Any, ...]) -> None:
+        """Compute a weight anew from its sources, whose stamps are `now`."""
         with self._lock:
             if weight.derive is None:
                 raise StaleWeightsError(
@@ -77,7 +81,6 @@ class Freshness:
                 self._current[name] = weight.derive(*sources)
             self._stamps[name], self._kept[name] = now, tuple(sources)
             self._samples[name] = self._sampled(sources)
-            return 1
 
     def _sampled(self, sources: Sequence[torch.Tensor]) -> list[Sample]:
         return [Sample(t) for t in sources] if self.mode == "sample" else []
