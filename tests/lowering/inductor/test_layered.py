@@ -161,4 +161,6 @@ def test_a_program_out_of_the_rewrite_cache_is_in_pieces_too(pieces, tmp_path, m
     again = thresher.compile(model, call, "exact", dynamic=True)
     assert any("taken from the cache" in note for note in again.report.notes)
     assert made % 3 == 0 and len(pieces) == 2 * made
+    places = [n for piece in pieces for n in piece.graph.nodes if n.op == "placeholder"]
+    assert all(n.meta["val"] is not None for n in places)  # what Inductor is told of a piece's inputs
     same(again, model, call)
