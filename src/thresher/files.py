@@ -197,3 +197,11 @@ def check_writable(option: str, path: Path | None) -> None:
     except OSError as error:
         raise ArgumentError(option, f"{str(path)!r}: {error.strerror}", "a path that can be written",
                             "Name another folder.") from None  # fmt: skip
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raise before minutes of work when a folder of new files cannot be written there: it must be new or empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "which holds files" if path.is_dir() else "which is no folder"
+        raise ArgumentError(option, f"{str(path)!r}, {what}", "a new or an empty folder", "Name another.")
+    check_writable(option, path / "config.json")

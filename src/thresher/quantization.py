@@ -2,7 +2,8 @@
 
     low = thresher.quantize(model, texts, RSQ(bits=3), tokenizer=tokenizer)
     print(low.report)
-    low.save("model-3bit.safetensors")
+    low.save("model-3bit.safetensors")                      # codes, for compile; or, for others:
+    low.save_pretrained("model-3bit")                       # a model
     compiled = thresher.compile(model, example_inputs, **low.options)
     compiled = torch.compile(model, backend="thresher", options=low.options)
 
@@ -40,6 +41,8 @@ from .files import cache_folder
 from .graph import capture
 from .graph.program import Program
 from .hashing import of_tensors
+from .low_bit.checkpoint import push, with_codes, write
+from .low_bit.fuse import portable as fusable
 from .machine.memory import give_back
 from .mapped_model import MappedModel, open_model, tokenizer_of
 from .model_capture import shown_to, without_cache
@@ -62,6 +65,30 @@ class Quantized:
     config: RSQConfig
     path: Path | None = field(default=None)
     model: torch.nn.Module | None = field(default=None, repr=False)
+    example: Batch | None = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False)
+
+    def as_model(self) -> Any:
+        """A copy of the model with the codes in its linears and the rotations in its weights, run by our operators.
+
+        Raises ArgumentError where a rotation cannot be in weights (`rotate_down`, layer norms), with the option that
+        leaves it out; `thresher.quantize(..., portable=True)` leaves those out from the start.
+        """
+        if not hasattr(self.model, "save_pretrained") or self.example is None:
+            raise ArgumentError("model", type(self.model).__name__, "a transformers model that thresher.quantize was given",
+                                "Save the codes by .save.")  # fmt: skip
+        return with_codes(
+            self.model, _capture(self.model, [self.example]), self.config, self.statistics["rsq"]
+        )
+
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
+        """Write the model as compressed-tensors with its config and tokenizer (the one quantized with, or this one), for
+        transformers, vLLM and `thresher.integrations.transformers.from_pretrained`. Raises as `as_model`."""
+        return write(self.as_model(), folder, tokenizer if tokenizer is not None else self.tokenizer)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """`save_pretrained` to a repository of the Hugging Face hub, made if need be; its address."""
+        return push(self.as_model(), self.tokenizer, repo_id, private, token)
 
     def save(self, path: str | Path) -> Path:
         """Write the safetensors file; an old one stays whole until the new one is complete."""
@@ -107,6 +134,7 @@ def quantize(
     activations: str = "memory",
     narrow: bool = False,
     dry_run: bool = False,
+    portable: bool = False,
 ) -> Quantized | Estimate:
     """Quantise a model's linears by RSQ: rotate, weigh tokens, round with error feedback.
 
@@ -123,6 +151,7 @@ def quantize(
     activations: where the calibration batches wait between layers, "memory" or "disk" (in `folder`). narrow: round them
         to bf16 there, which halves an fp32 model's.
     dry_run: run nothing, and return what it would take: memory by part, time, and bytes written.
+    portable: leave out the rotations that a saved model (`save_pretrained`) cannot hold, and say which.
 
     What it will take is said before it starts (logging, level INFO), and kept in the report.
 
@@ -141,7 +170,9 @@ def quantize(
     batches = list(batches_of(data, tokenizer, sequences, length, batch_size, seed, config))
     if not batches:
         raise ArgumentError("data", "no batch", "at least one sequence", "Give some text.")
-    program = _capture(found, batches)
+    program, left_out = _capture(found, batches), []
+    if portable:
+        config, left_out = fusable(config, program, next(found.parameters()).dtype)
     nothing: list[str] = []
     kept_layers(recover(program), config.keep, nothing)
     for word in config.keep:
@@ -168,7 +199,9 @@ def quantize(
     report = _report(outcome, found, estimate, time.perf_counter() - started)
     if source is not None:
         source.settle()
-    return Quantized(statistics, report, config, model=found)
+    report.notes[:0] = left_out
+    example = Batch({k: v[:2] for k, v in batches[0].inputs.items()})
+    return Quantized(statistics, report, config, model=found, example=example, tokenizer=tokenizer)
 
 
 def _source(model: Any, weights: str | Path | None) -> MappedModel | None:

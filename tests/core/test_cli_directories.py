@@ -97,6 +97,30 @@ def test_bench_and_compile_take_a_users_directory_text_and_type(folders, main, t
     assert code == 0 and path.is_file() and not said
 
 
+def test_quantize_writes_a_directory_that_transformers_loads(folders, main, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="plain transformers reads the files by it")
+    out = tmp_path / "low"
+    code, said, err = main("quantize", folders["llama"], "--bits", 3, "--data", folders["data"], "--out", out,
+                           "--length", 8, "--json")  # fmt: skip
+    assert code == 0, err
+    found = json.loads(said)
+    assert found["path"] == str(out) and found["bytes"] == sum(f.stat().st_size for f in out.iterdir())
+    assert "quantizing on" in err
+    loaded, tokenizer = models.load(str(out))
+    with torch.no_grad():
+        assert loaded(**tokenizer(["a mill"], return_tensors="pt")).logits.isfinite().all()
+    for place in (out, folders["data"]):  # where files are already
+        code, said, err = main("quantize", folders["llama"], "--out", place)
+        assert code == 2 and "--out: got" in err and "loading" not in err
+    for words, name in (
+        (("--bits", 5), "bits"),
+        (("--group-size", 7), "group_size"),
+        (("--grid", "fp5"), "grid"),
+    ):
+        code, _, err = main("quantize", folders["llama"], "--out", tmp_path / "new", *words)
+        assert code == 2 and f"rsq option {name}" in err and "Traceback" not in err
+
+
 def test_rows_fit_the_models_positions(folders):
     long = [" ".join(tiny_directories.TEXTS)] * 2
     for name, fits in (("classifier", 24), ("roberta", 16), ("llama", 64)):

@@ -1,4 +1,4 @@
-"""The subcommands that write files: calibrate, compile, export."""
+"""The subcommands that write files: calibrate, quantize, compile, export."""
 
 from __future__ import annotations
 
@@ -62,6 +62,56 @@ def calibrate(
         ", ".join(f"{n} sites for {p}" for p, n in sites.items()) or "no pass of the recipe asked for any"
     )
     say.results.print(f"Wrote {output}: {counted}.", markup=False)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="The directory to write; a new or an empty one.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 a row.")] = -1,
+    grid: Annotated[str, typer.Option(help="integer, or nvfp4 (4.5 bits).")] = "integer",
+    keep: Annotated[
+        list[str] | None, typer.Option(help="A linear to leave: head, first:N, a glob. Default: head.")
+    ] = None,
+    data: Data = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")] = 128,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of each window.")] = 512,
+    task: Task = None,
+    dtype: DType = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model by RSQ and write it for transformers, vLLM and Thresher (compressed-tensors)."""
+    from ..calibration_data import cut_text
+    from ..files import check_folder
+    from ..quantization import RSQ
+    from ..quantization import quantize as run
+    from ..records.quantization_report import summary
+    from ..tools import models, text
+
+    say = Say(as_json, quiet)
+    check_folder("--out", out)
+    recipe = RSQ(bits=bits, group_size=group_size, grid=grid, keep=tuple(keep or ("head",)))
+    recipe.validate()
+    texts = None if data is None else text.read(data)
+    loaded, tokenizer = load(say, model, task, dtype)
+    length = min(length, text.room(loaded, tokenizer))
+    ids = cut_text(texts if texts is not None else models.texts(), tokenizer, sequences, length, 0)
+    text.check_known(loaded, ids)
+    with (
+        say.phase(f"quantizing on {len(ids)} windows of {length} tokens"),
+        blamed(loaded, [{"input_ids": ids[:2]}]),
+    ):
+        made = run(loaded, ids, recipe, tokenizer=tokenizer, portable=True)
+    with say.phase("writing"):
+        made.save_pretrained(out)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    found = made.report
+    missed = {m.site: m.reason for m in found.missed}
+    say.json({"path": str(out), "bytes": size, **summary(found), "notes": found.notes, "missed": missed})
+    say.results.print(str(made.report), markup=False, highlight=False)
+    say.results.print(f"Wrote {out}: {size / 1e6:.1f} MB.", markup=False, highlight=False)
 
 
 @app.command("compile")

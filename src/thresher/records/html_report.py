@@ -118,7 +118,7 @@ def _passes(report: Report) -> str:
         "measured gain",
     )
     head = "".join(f"<th>{h}</th>" for h in heads)
-    return f"<h2>Passes</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f"<h2>Passes</h2><div class=scroll><table><tr>{head}</tr>{''.join(rows)}</table></div>"
 
 
 def _legend() -> str:
@@ -232,12 +232,13 @@ def _bars(values: Mapping[str, float], caption: str, unit: str, line: float | No
 def _programs(view: View) -> str:
     if view.before is None or view.after is None:
         return ""
-    rows = [f'<div class="{l}">{_e(a)}</div><div class="{r}">{_e(b)}</div>'
-            for l, a, r, b in _aligned(view.before.text().splitlines(), view.after.text().splitlines())]  # fmt: skip
+    lines = list(_aligned(view.before.text().splitlines(), view.after.text().splitlines()))
+    rows = [f'<div class="{l}">{_e(a)}</div><div class="{r}">{_e(b)}</div>' for l, a, r, b in lines]
+    first = " checked" if any(l != "same" for l, *_ in lines) else ""  # the script hides the others at once
     cut = f"<p class=dim>The first {_MOST_LINES} of {len(rows)} lines.</p>" if len(rows) > _MOST_LINES else ""
     rows = rows[:_MOST_LINES]
     return (
-        '<h2>Program</h2><p><label><input type="checkbox" id="changed"> changed lines only</label></p>'
+        f'<h2>Program</h2><p><label><input type="checkbox" id="changed"{first}> changed lines only</label></p>'
         f'<div class="ir"><div class="head">before</div><div class="head">after</div>{"".join(rows)}</div>{cut}'
     )
 

@@ -28,6 +28,12 @@ td,th { padding:4px 12px 4px 0; border-bottom:1px solid var(--line);
 .ir .gone { background:var(--badbg) } .ir .new { background:var(--okbg) } .ir .same { color:var(--dim) }
 .ir .head { position:sticky; top:0; background:var(--panel); font-weight:700; padding:4px 6px }
 .plots { display:flex; flex-wrap:wrap; gap:24px } .plots figure { margin:0; flex:1 1 340px }
+.scroll { overflow-x:auto } .scroll td.n,.scroll th { white-space:nowrap } .scroll th+th { padding-left:12px }
+pre { overflow-x:auto; max-width:100% } p,li { overflow-wrap:anywhere }
+@media (max-width:700px) { body { padding:16px 12px } .layer { flex-direction:column; gap:2px } .layer>b { flex:none }
+  .site { padding:6px 10px } .ir { grid-template-columns:minmax(340px,1fr) minmax(340px,1fr) }
+  .plots figure { flex:1 1 100% } #why { max-height:40vh; overflow:auto } }
+svg { max-width:100% }
 svg text { font:12px system-ui,sans-serif; fill:var(--text) } svg .a { fill:var(--claim) } svg .b { fill:var(--ok) }
 svg .c { fill:var(--bad) } figcaption { color:var(--dim); font-size:13px }
 """
@@ -42,8 +48,9 @@ document.addEventListener('mouseover', show);
 document.addEventListener('focusin', show);
 document.addEventListener('click', show);
 const changed = document.getElementById('changed');
-if (changed) changed.addEventListener('change', e => {
-  for (const line of document.querySelectorAll('.ir .same')) line.style.display = e.target.checked ? 'none' : '';
-});
+function choose() {
+  for (const line of document.querySelectorAll('.ir .same')) line.style.display = changed.checked ? 'none' : '';
+}
+if (changed) { changed.addEventListener('change', choose); choose(); }
 document.body.dataset.ready = 'yes';
 """

@@ -92,10 +92,7 @@ def batch(
         chosen = [texts[(rows * seed + i) % len(texts)] for i in range(rows)]
         made = dict(tokenizer(chosen, padding=True, truncation=True, max_length=longest, return_tensors="pt"))
     ids = made["input_ids"]
-    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if known is not None and int(ids.max()) >= known:
-        raise ArgumentError("model", f"a tokenizer that writes token {int(ids.max())}",
-                            f"one for the model's {known} tokens", "Save the model's own tokenizer beside it.")  # fmt: skip
+    check_known(model, ids)
     config = model.config
     if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
         start = getattr(config, "decoder_start_token_id", None)
@@ -107,6 +104,14 @@ def batch(
             made["decoder_attention_mask"] = torch.cat((torch.ones_like(mask[:, :1]), mask[:, :-1]), 1)
     accepted = _parameters(model)
     return {name: value for name, value in made.items() if name in accepted}
+
+
+def check_known(model: Any, ids: torch.Tensor) -> None:
+    """Raise ArgumentError for token ids that the model has no embedding of."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and int(ids.max()) >= known:
+        raise ArgumentError("model", f"a tokenizer that writes token {int(ids.max())}",
+                            f"one for the model's {known} tokens", "Save the model's own tokenizer beside it.")  # fmt: skip
 
 
 def room(model: Any, tokenizer: Any) -> int:

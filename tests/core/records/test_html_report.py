@@ -33,6 +33,7 @@ def test_every_site_and_reason_is_there_and_nothing_is_fetched(compiled, tmp_pat
             assert f'data-fqn="{site}"' in page
         for miss in account.missed:
             assert html_report._e(miss.reason) in page
+    assert '<input type="checkbox" id="changed" checked>' in page and "<div class=scroll><table>" in page
     assert page.count("<svg") == 3 and "varlen_attention" in page and "Certificate" in page
 
 
@@ -70,7 +71,7 @@ def test_what_cannot_be_drawn_is_refused():
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium in the PATH")
 def test_in_a_browser(compiled, tmp_path):
     page = html_report.write(tmp_path / "r.html", compiled, title="tiny llama")
-    script = "<script>const s=document.querySelector('.site.rewritten[data-why]');s.dispatchEvent(new MouseEvent('mouseover',{bubbles:true}));document.getElementById('changed').click();</script></body>"  # noqa: E501
+    script = "<script>const s=document.querySelector('.site.rewritten[data-why]');s.dispatchEvent(new MouseEvent('mouseover',{bubbles:true}));</script></body>"  # noqa: E501
     page.write_text(page.read_text().replace("</body>", script))
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
     dom = subprocess.run(
@@ -79,7 +80,7 @@ def test_in_a_browser(compiled, tmp_path):
     assert 'data-ready="yes"' in dom
     shown = re.search(r'id="why"[^>]*>([^<]*)', dom)[1]
     assert "Rewritten by" in shown  # hovering a site put its reason into the panel
-    assert 'class="same" style="display: none;"' in dom
+    assert 'class="same" style="display: none;"' in dom  # it opens on the changed lines
     picture = tmp_path / "r.png"
     subprocess.run([*command, f"--screenshot={picture}", "--window-size=1200,1400", page.as_uri()],
                    capture_output=True, timeout=120, check=True)  # fmt: skip
@@ -87,3 +88,34 @@ def test_in_a_browser(compiled, tmp_path):
 
     colours = {c for _, c in Image.open(picture).convert("RGB").getcolors(1 << 24)}
     assert len(colours) > 50
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium in the PATH")
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_fits_a_phone_and_a_desk(compiled, tmp_path, width, dark):
+    """Shown in a frame of that width, since a window of Chromium's is never narrower than 500 pixels."""
+    page = html_report.write(tmp_path / "r.html", compiled, title="tiny llama")
+    probe = "<script>document.body.dataset.wide=document.documentElement.scrollWidth</script></body>"
+    page.write_text(page.read_text().replace("</body>", probe))
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<body style="margin:0"><iframe id=f src="{page.name}" style="border:0;width:{width}px;height:1600px"></iframe>'
+        "<script>f.onload=()=>document.body.dataset.wide=f.contentDocument.body.dataset.wide</script>"
+    )
+    command = [CHROMIUM, *FLAGS, "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}",
+               f"--window-size={max(width, 500)},1600"]  # fmt: skip
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    dom = subprocess.run(
+        [*command, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120
+    ).stdout
+    wide = re.search(r'<body[^>]*data-wide="(\d+)"', dom)
+    assert wide is not None and int(wide[1]) <= width  # nothing makes the page itself scroll sideways
+    picture = tmp_path / "r.png"
+    subprocess.run(
+        [*command, f"--screenshot={picture}", frame.as_uri()], capture_output=True, timeout=120, check=True
+    )
+    from PIL import Image
+
+    ground = sum(Image.open(picture).convert("RGB").getpixel((5, 5)))
+    assert (ground < 200) == dark
