@@ -9,6 +9,7 @@ import importlib
 
 FAMILIES: tuple[str, ...] = (
     # one name a line, sorted
+    "experts",
     "few_linear",
     "hadamard",
     "kv",

@@ -63,7 +63,7 @@ class Matrix:
             return Miss(self.site, f"Its {shape} are read by {self.use}, and no product multiplies by them.")
         if len(self.shape) == 3 and "conv" not in self.product:
             return Miss(self.site, f"Its {shape} are {self.shape[0]} matrices in one, as of experts, multiplied by "
-                                   f"{self.product}; only single matrices are rewritten.")  # fmt: skip
+                                   f"{self.product} in a way that is not recovered as a product by experts.")  # fmt: skip
         return Miss(self.site, f"Its {shape} are multiplied by {self.product}, which is no linear layer "
                                "(x times a stored matrix of two dimensions).")  # fmt: skip
 
@@ -102,7 +102,12 @@ def _reader(program: Program, weight: fx.Node) -> tuple[str | None, str]:
                 continue
             name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
             full = str(user.target).removesuffix(".default")
-            if user.target in _PRODUCTS or name in _CONVOLUTIONS or "grouped_mm" in name:
+            if (
+                user.target in _PRODUCTS
+                or name in _CONVOLUTIONS
+                or "grouped_mm" in name
+                or name == "expert_linear"
+            ):
                 others = [a for a in user.all_input_nodes if a is not node]
                 looked_up = picked and any(program.weight(a) is not None for a in others)
                 if not looked_up:  # rows of a table times another weight are that one's product

@@ -47,7 +47,7 @@ def _dense_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and fast else torch.float32
 
 
-def _accepts(x, codes, scales, zeros, bias, bits, group_size):
+def accepts(x, codes, scales, zeros, bias, bits, group_size):
     if x.dtype == torch.float64 or scales.dtype not in _SCALE_KINDS:
         return "The C++ kernel computes in fp32 with scales of 16 or 32 bits; fp64 runs the reference."
     return None
@@ -110,9 +110,9 @@ def _many_rows(x, codes, scales, zeros, bias, bits):
 
 
 @defs.wna16_linear.provider(
-    "cpu_cpp", device="cpu", supported=lambda: native.load_error("wna16"), supports_args=_accepts
+    "cpu_cpp", device="cpu", supported=lambda: native.load_error("wna16"), supports_args=accepts
 )
-def _wna16_cpu(x, codes, scales, zeros, bias, bits, group_size):
+def run(x, codes, scales, zeros, bias, bits, group_size):
     outputs, words = codes.shape
     inputs = x.shape[-1]
     rows = x.numel() // inputs

@@ -15,7 +15,6 @@ own output most, measured on calibration data (see calibration.py).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,24 +25,24 @@ from thresher.errors import ArgumentError, unknown_key
 from thresher.graph.edit import replace
 from thresher.graph.nodes import value
 from thresher.graph.program import Program, Weight
-from thresher.graph.stamp import Stamp, stamp
 from thresher.recipe import PassConfig
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..calibrate import Tap
-from ..keep import check_keep, kept_layers
+from ..keep import check_keep, kept_experts, kept_layers
 from ..savings import savings
 from ..structure.linears import find_linears
 from ..structure.recover import LinearSite
 from ..structure.sites import by_module, read_instead
 from .calibration import InputStatistics, most_sensitive
+from .experts import PackedExperts, match_experts, rewrite_experts
+from .weights import packed_weights
 
 ops = torch.ops.thresher
 MODES = ("thresher", "te", "torchao", "modelopt", "compressed_tensors")
 SEARCHES = ("none", "mse", "four_over_six")
 ACTIVATIONS = ("exact", "int16", "int8", "nvfp4")
-KEPT_WORDS = ("head", "embedding", "first", "last")
-PARTS = ("codes", "block_scales", "global_scale")
+KEPT_WORDS = ("head", "router", "embedding", "first", "last")
 NEEDS_DATA = "It needs calibration: run thresher.calibrate with this recipe and name its file in `stats`."
 
 
@@ -57,8 +56,9 @@ class NVFP4Config(PassConfig):
     activations: "exact" (weight-only), "int16" or "int8" (integers a block of 16, faster on CPUs), or "nvfp4"
         (W4A4, for FP4 tensor cores).
     input_scale: the tensor scale of "nvfp4" activations: "dynamic", each call's own, or "calibrated".
-    keep: linears to leave as they are: "head", "embedding" (between embeddings and the first layer), "first"
-        or "first:2" and "last" or "last:8" for so many layers at either end, or a glob on the module's name.
+    keep: linears to leave as they are: "head", "router" (chooses experts), "embedding" (between embeddings and the
+        first layer), "first" or "first:2" and "last" or "last:8" for so many layers at either end, or a glob on
+        the module's name, also on that of experts.
     sensitive: keep also the linears whose own output changes most, up to this share of all weights, 0 to 1.
     min_weights: leave smaller linears; below about 64 thousand weights the call costs more than it saves.
     budget: largest accepted difference of any output on the example, relative to its largest value.
@@ -69,7 +69,7 @@ class NVFP4Config(PassConfig):
     search: str = "none"
     activations: str = "exact"
     input_scale: str = "dynamic"
-    keep: tuple[str, ...] = ("head",)
+    keep: tuple[str, ...] = ("head", "router")
     sensitive: float = 0.0
     min_weights: int = 1 << 16
     budget: float = 0.5
@@ -94,11 +94,12 @@ class NVFP4Config(PassConfig):
 @dataclass(frozen=True)
 class PackedSite:
     """A linear's places in the graph, the fixed tensor scale of its activations (fp32 []), if there is one, and how
-    many bytes its weight takes as it is."""
+    many bytes its weight takes as it is and packed."""
 
     sites: tuple[LinearSite, ...]
     input_scale: torch.Tensor | None
     bytes_before: int
+    bytes_after: int
 
 
 @register_pass
@@ -153,15 +154,23 @@ class NVFP4(Pass[NVFP4Config]):
                 scale = stats[site.fqn]["amax"] / 2688 if config.input_scale == "calibrated" else None
                 held = program.weights[site.weight]
                 bytes_now = held.tensor.numel() * held.tensor.element_size()
-                found[site] = Match(site.fqn, PackedSite(places[site], scale, bytes_now), claims=held.origins)
-        return [*(found[s] for s in places), *find_linears(program)[1]]
+                packed = PackedSite(places[site], scale, bytes_now, packed_bytes(site))
+                found[site] = Match(site.fqn, packed, claims=held.origins)
+        experts = match_experts(program, structure.experts, kept_experts(structure, config.keep), config)
+        return [*(found[s] for s in places), *experts, *find_linears(program)[1]]
 
     def about(self, done: Sequence[Match], context: Context[NVFP4Config]) -> Sequence[str]:
-        return savings([(m.data.bytes_before, packed_bytes(m.data.sites[0])) for m in done])
+        return savings([(m.data.bytes_before, m.data.bytes_after) for m in done])
 
     def rewrite(self, program: Program, match: Match, context: Context[NVFP4Config]) -> None:
+        if isinstance(match.data, PackedExperts):
+            rewrite_experts(program, match.data, quantized_weight(context.config), context.config.activations)
+            return
         first, config = match.data.sites[0], context.config
-        parts = packed_weights(program.weights[first.weight], first.transposed, config)
+        quantize = quantized_weight(config)
+        parts = packed_weights(
+            program.weights[first.weight], lambda w: quantize(w.t() if first.transposed else w)
+        )
         names: list[str | None] = [program.add_weight(w) for w in parts]
         scale = match.data.input_scale
         if scale is not None:
@@ -203,51 +212,6 @@ def quantized_weight(config: NVFP4Config) -> Callable[[torch.Tensor], tuple[torc
     return lambda weight: ops.nvfp4_quantize(weight, config.mode, config.search)
 
 
-def packed_weights(held: Weight, transposed: bool, config: NVFP4Config) -> list[Weight]:
-    """Codes, block scales and tensor scale of a weight, to be recomputed from what it came from.
-
-    A weight that another pass computed is followed back to the model's; where that one cannot be recomputed,
-    neither can these.
-    """
-    quantize = quantized_weight(config)
-
-    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return quantize(tensor.t() if transposed else tensor)
-
-    again = held.then(pack)
-    shared = None if again is None else _Shared(again)
-    return [
-        Weight(
-            f"{held.fqn}.nvfp4_{part}",
-            tensor,
-            held.origins,
-            None if shared is None else shared.part(i),
-            held.origin_tensors,
-        )
-        for i, (part, tensor) in enumerate(zip(PARTS, pack(held.tensor)))
-    ]
-
-
 def packed_bytes(site: LinearSite) -> int:
     """What a linear's weight takes in NVFP4: half a byte a value, a byte for each 16 of a row, a scale of 4 bytes."""
     return site.out_features * -(-site.in_features // 16) * 9 + 4
-
-
-class _Shared:
-    """Three tensors that are computed together and asked for one by one, once each."""
-
-    def __init__(self, make: Callable[..., tuple[torch.Tensor, ...]]):
-        self._make = make
-        self._lock = threading.Lock()
-        self._left: dict[int, torch.Tensor] = {}
-        self._sources: tuple[Stamp, ...] = ()
-
-    def part(self, index: int) -> Callable[..., torch.Tensor]:
-        return lambda *sources: self._take(index, sources)
-
-    def _take(self, index: int, sources: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        now = tuple(map(stamp, sources))
-        with self._lock:
-            if now != self._sources or index not in self._left:
-                self._left, self._sources = dict(enumerate(self._make(*sources))), now
-            return self._left.pop(index)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.nodes import value
+from thresher.graph.nodes import module_fqn, value
 from thresher.graph.program import Program
+from thresher.graph.sizes import example_of
 
 from ..structure.attention import Core, cores
 from ..structure.sdpa import Attention, attention
+from ..tokens.axes import TokenAxes
 
 aten = torch.ops.aten
 
@@ -34,6 +36,35 @@ def attention_sites(program: Program) -> dict[fx.Node, Attention]:
             site = _spelled_out(program, core)
         if site is not None:
             found[site.node] = site
+    return found
+
+
+def not_understood(program: Program, axes: TokenAxes, before: fx.Node | None = None) -> str | None:
+    """Why the first attention of the tokens that is spelled out could not be read, as a sentence; None where all were.
+
+    Tokens cannot be followed past it, so that whatever stops behind it is only a consequence. before: look no further.
+    """
+    for core in cores(program):
+        if isinstance(core, Core):
+            if core.node is before:
+                return None
+            continue
+        node, reason = core
+        rows, columns = (example_of(n) for n in value(node).shape[-2:])
+        squares = rows == axes.sequence and columns >= rows and (value(node).dim() == 4 or columns > 1)
+        routes = value(node).dim() == 3 and example_of(value(node).shape[0]) == axes.batch
+        if squares and not routes and any(a in axes for a in _reached(node)):
+            where = module_fqn(node) or node.name
+            return f"The attention in {where} is not one that packing understands. {reason}"
+    return None
+
+
+def _reached(node: fx.Node) -> set[fx.Node]:
+    """What a few steps back from a node lie."""
+    found, ring = {node}, {node}
+    for _ in range(12):
+        ring = {a for n in ring for a in n.all_input_nodes} - found
+        found |= ring
     return found
 
 

@@ -16,6 +16,7 @@ from thresher.graph.dialect import unrepeated_both
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of, free_number, symbol_of
+from thresher.graph.token_labels import copied
 from thresher.graph.tracing import trace
 
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes
@@ -110,8 +111,13 @@ def _packed_shape(node: fx.Node, axes: TokenAxes, packed: dict[str, Any]) -> lis
     for label, size in zip(axes[node], value(node).shape):
         if label is None and not isinstance(size, int):
             raise Stop(f"{node.name} has a symbolic dimension that is neither batch nor sequence")
-        shape.append(packed[label] if label is not None else size)
+        shape.append(_packed_size(label, packed) if label is not None else size)
     return shape
+
+
+def _packed_size(label: str, packed: dict[str, Any]) -> Any:
+    outer, inner = copied(label) or (1, 1)
+    return packed[TOKENS] * (outer * inner) if outer * inner > 1 else packed[label]
 
 
 def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: Any) -> Any:

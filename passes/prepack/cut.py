@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from thresher.graph.nodes import module_fqn
+from thresher.graph.nodes import module_fqn, value
 from thresher.graph.packed_layout import PackedLayout, Packing, Passed, Scatter, Visibility
 from thresher.graph.program import Program
+from thresher.graph.sizes import example_of
 
 from ..extract import extract
+from ..structure.experts import find_experts
 from ..structure.linears import PRODUCTS
 from ..structure.pattern import CASTS
 from ..structure.sdpa import Attention
@@ -21,7 +24,9 @@ from .frontier import Frontier, body_inputs
 from .visibility import MaskProbe
 
 aten = torch.ops.aten
-_LAID_OUT = {*CASTS, aten.t.default, aten.transpose.int, aten.permute.default, aten.reshape.default}
+_LAID_OUT = {
+    *CASTS, aten.t.default, aten.transpose.int, aten.permute.default, aten.reshape.default, aten.select.int,
+}  # fmt: skip
 
 
 class NotPackable(Exception):
@@ -43,8 +48,21 @@ class Packable:
 
 
 def linears(program: Program) -> list[tuple[fx.Node, int]]:
-    """Each product with the number of elements of the stored matrix it multiplies by; 0 without one."""
-    return [(node, _matrix(program, node)) for node in program.nodes(*PRODUCTS)]
+    """Each product with the number of elements of the stored matrix it multiplies by; 0 without one. Experts count whole."""
+    experts = {s.node for s in find_experts(program)}
+    products = {*program.nodes(*PRODUCTS), *experts}
+    return [(node, _matrix(program, node)) for node in program.nodes() if node in products]
+
+
+def flops(product: fx.Node, size: int) -> float:
+    """What a product by a stored matrix of so many elements computes on the example: of several, each row has one."""
+    if not size:
+        return 0.0
+    result = value(product)
+    width = example_of(
+        value(product.args[1] if product.target is aten.addmm.default else product.args[0]).shape[-1]
+    )
+    return 2.0 * width * math.prod(example_of(n) for n in result.shape)
 
 
 def _matrix(program: Program, product: fx.Node) -> int:

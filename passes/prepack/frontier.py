@@ -11,6 +11,7 @@ from thresher.graph.edit import call_before
 from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Counted, Gather, Passed, PlanField, Visibility
 from thresher.graph.program import Program
+from thresher.graph.token_labels import copied
 
 from ..extract import is_computed
 from ..structure.sdpa import Attention
@@ -72,6 +73,8 @@ class Frontier:
         wide = {label for label, size in zip(aligned, sizes(argument)) if label is not None and size != 1}
         if not wide:
             return (None,) * rank
+        if any(copied(label) not in (None, (1, 1)) for label in wide):
+            raise Stop(f"{node.name} takes {argument.name} beside rows that hold each token several times")
         if BATCH in wide and SEQUENCE not in aligned:
             raise Stop(f"{argument.name} has a value per row and no sequence dimension")
         return aligned  # a size of 1 stands for all rows, or for all of a row's tokens

@@ -32,8 +32,8 @@ from thresher.recipe import MASK_NAME, PassConfig
 from ..base import EXACT, Context, Match, Miss, Pass, register_pass
 from ..candidates import of_writes
 from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, propagate
-from .attention_sites import attention_sites
-from .cut import NotPackable, Packable, cut, linears
+from .attention_sites import attention_sites, not_understood
+from .cut import NotPackable, Packable, cut, flops, linears
 from .early_gather import gather_early
 from .towers import Outside, outside
 from .visibility import LeaksPads, MaskProbe
@@ -147,7 +147,7 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
     sites = attention_sites(program)
     axes = propagate(program, {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start}, sites)
     if not sites:
-        raise NotPackable(_no_attention(axes))
+        raise NotPackable(not_understood(program, axes) or _no_attention(axes))
     apart = outside(program, sites, axes, padding)
     sites = {node: site for node, site in sites.items() if node not in apart.attentions}
     if not sites:
@@ -156,8 +156,9 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
     for node, site in sites.items():
         where = module_fqn(node) or node.name
         if node not in axes:
+            stop = axes.stopped.get(node, "it does not see the tokens")
             raise NotPackable(
-                f"The attention in {where} cannot be packed: {axes.stopped.get(node, 'it does not see the tokens')}."
+                not_understood(program, axes, node) or f"The attention in {where} cannot be packed: {stop}."
             )
         if site.mask is None:
             raise NotPackable(
@@ -283,7 +284,10 @@ def _foreign(program: Program, axes: TokenAxes, apart: Outside) -> int:
 
 def packing(found: Packable, config: PrepackConfig) -> Packing:
     """How and when calls are packed; costs are FLOPs of what runs packed."""
-    token_cost = 2 * sum(size for node, size in linears(found.program) if node in found.axes)
+    tokens = max(1, found.axes.batch * found.axes.sequence)
+    token_cost = sum(
+        flops(node, size) / tokens for node, size in linears(found.program) if node in found.axes
+    )
     pair_cost = sum(
         2 * value(site.q).shape[1] * (value(site.q).shape[-1] + value(site.v).shape[-1])
         for site in found.sites.values()

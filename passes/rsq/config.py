@@ -48,7 +48,7 @@ class RSQConfig(PassConfig):
         the activations.
     average_bits: above 0, each layer gets 2, 3, 4 or 8 bits by its sensitivity so that the mean over all
         weights stays at or below this; `bits` is then not used.
-    keep: linears to leave as they are: "head", "embedding", "first:N", "last:N", or a glob on the name.
+    keep: linears to leave as they are: "head", "router", "embedding", "first:N", "last:N", or a glob on the name.
     seed: of the rotations' signs.
     budget: largest accepted difference of any output on the example, relative to its largest value. What
         low bits cost is measured by perplexity; this guards against a wrong rewrite.
@@ -77,7 +77,7 @@ class RSQConfig(PassConfig):
     scale_dtype: str = "float32"
     follow_original: float = 0.0
     average_bits: float = 0.0
-    keep: tuple[str, ...] = ("head",)
+    keep: tuple[str, ...] = ("head", "router")
     seed: int = 0
     budget: float = 1.0
 

@@ -19,6 +19,7 @@ from thresher.graph.program import Program
 from thresher.report import Miss
 
 from ..keep import kept_layers
+from ..structure.experts import by_weight
 from ..structure.recover import AttentionSite, LinearSite, NormSite, Structure
 from .config import RSQConfig
 from .rotation import (
@@ -33,6 +34,7 @@ from .rotation import (
 )
 from .stream import NotRotatable, Stream, follow
 
+NO_EXPERTS = "Its {} matrices of {} x {} weights are experts, and RSQ quantizes single matrices; the pass nvfp4 rounds them."
 STREAM_SEED, HEAD_SEED, DOWN_SEED, INPUT_SEED = 0, 1, 2, 3  # added to the seed, so that rotations differ
 _LEAST_BLOCK = 4  # of an online transform of inputs: smaller ones spread nothing
 
@@ -146,6 +148,10 @@ def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Rota
             plan.quantise.append(linear)
     if config.rotate and config.rotate_inputs:
         _plan_inputs(config, plan)
+    plan.missed += [
+        Miss(group[0].fqn, NO_EXPERTS.format(group[0].count, group[0].out_features, group[0].in_features))
+        for group in by_weight(structure.experts)
+    ]
     said: dict[str, int] = {}
     for edit in plan.edits.values():
         down = edit.site.role == "down"

@@ -240,7 +240,7 @@ def _eager(softmax: fx.Node) -> Core | tuple[fx.Node, str]:
         logits = uncast(left)
         found = match(_LOGITS, logits)
     if not found:
-        return softmax, f"Its softmax is not over products of queries and keys: {found.reason}."  # type: ignore[union-attr]
+        return softmax, _strange(logits, found.reason)  # type: ignore[union-attr]
     if "bias" in found.values:
         masks.append(found["bias"])
     weighted, readers = softmax, [u for u in softmax.users if u.op != "output"]
@@ -257,3 +257,26 @@ def _eager(softmax: fx.Node) -> Core | tuple[fx.Node, str]:
     values: Any = readers[0].args[1]
     return Core(readers[0], "eager", found["q"], found["k"], values, tuple(masks[::-1]), float(scale),
                 softcap=found.get("softcap"), probabilities=softmax)  # fmt: skip
+
+
+def _strange(logits: Any, reason: str) -> str:
+    """Why a softmax's logits are no scores with masks: what they are where that has a name, else what did not match."""
+    node, steps = logits, 0
+    while (
+        isinstance(node, fx.Node)
+        and steps < 4
+        and node.target in (aten.sub.Tensor, aten.to.dtype, aten._to_copy.default)
+    ):
+        node, steps = node.args[0], steps + 1
+    if isinstance(node, fx.Node) and node.target is aten.cat.default:
+        return (
+            f"Its softmax runs over sinks beside the keys ({described(node)}), and no attention operator here has a "
+            "column without a key."
+        )
+    if isinstance(node, fx.Node) and node.target in (
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.where.self,
+    ):
+        return f"Its scores are hidden by {described(node)}, and masks are read where they are added to the scores."
+    return f"Its softmax is not over products of queries and keys: {reason}."

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.dialect import same_size
 from thresher.graph.nodes import module_fqn, value
 from thresher.graph.program import Program
+from thresher.graph.sizes import same_size
 from thresher.report import Miss
 
 from .pattern import CASTS

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.dialect import same_size
 from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Visibility
+from thresher.graph.sizes import same_size
 
 from .pattern import CASTS, Number, Var, call, either, match
 

@@ -26,6 +26,7 @@ from thresher.report import Miss
 from . import attention as structure_attention
 from . import mlp as structure_mlp
 from .embeddings import find_embeddings
+from .experts import ExpertSite, find_experts, mark_routers
 from .layers import bound, build_layers
 from .linears import find_linears
 from .norms import find_norms
@@ -35,7 +36,7 @@ from .stream import Norms, find_branches, link
 from .tower import Branch, EmbeddingSite, LayerSite, Tower
 from .views import behind_views
 
-__all__ = ["AttentionSite", "Branch", "EmbeddingSite", "LayerSite", "LinearSite", "MlpSite", "NormSite",
+__all__ = ["AttentionSite", "Branch", "EmbeddingSite", "ExpertSite", "LayerSite", "LinearSite", "MlpSite", "NormSite",
            "Projection", "Rope", "Structure", "Tower", "recover"]  # fmt: skip
 
 aten = torch.ops.aten
@@ -49,6 +50,7 @@ class Structure:
     norms: list[NormSite] = field(default_factory=list)
     attentions: list[AttentionSite] = field(default_factory=list)
     mlps: list[MlpSite] = field(default_factory=list)
+    experts: list[ExpertSite] = field(default_factory=list)
     towers: list[Tower] = field(default_factory=list)
     head: LinearSite | None = None
     missed: list[Miss] = field(default_factory=list)
@@ -66,8 +68,10 @@ class Structure:
         """The last tower's."""
         return self.towers[-1].final_norm if self.towers else None
 
-    def layer_of(self, site: AttentionSite | MlpSite | LinearSite) -> LayerSite | None:
-        """The layer that a site lies in; None for one on no residual stream."""
+    def layer_of(self, site: AttentionSite | MlpSite | LinearSite | ExpertSite) -> LayerSite | None:
+        """The layer that a site lies in; None for one on no residual stream. Experts lie where their module does."""
+        if isinstance(site, ExpertSite):
+            return next((l for l in self.layers if l.fqn and site.fqn.startswith(f"{l.fqn}.")), None)
         for layer in self.layers:
             for branch in layer.branches:
                 if branch.site is site or site in branch.site.linears:
@@ -117,6 +121,7 @@ def recover(program: Program) -> Structure:
     found.linears, missed = find_linears(program)
     found.norms, unclear = find_norms(program)
     found.missed += missed + unclear
+    found.experts = find_experts(program)
     by_output = {s.output: s for s in found.linears}
     _find_attention(program, found, by_output)
     _find_mlps(found, by_output)
@@ -136,6 +141,7 @@ def recover(program: Program) -> Structure:
         found.towers.append(Tower(embeddings, layers, layers[-1].output, norm))
     _find_final_norms(found, norms)
     _find_head(program, found)
+    mark_routers(found.linears, found.experts)
     _account(found)
     return found
 

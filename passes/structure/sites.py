@@ -30,7 +30,8 @@ class LinearSite:
         `x` and replaces `output`.
     weight, bias: attribute names in the Program. weight_fqn: the weight's name in the model.
     transposed: the weight is stored [in, out]; otherwise [out, in].
-    role: q k v kv qkv o up gate gate_up down head, embedding (between the embeddings and the first layer), or
+    role: q k v kv qkv o up gate gate_up down head, router (chooses experts), embedding (between the embeddings and
+        the first layer), or
         "" when the linear is in none of these places.
     tied: some other node reads the same weight.
     """

@@ -17,8 +17,9 @@ from torch import fx
 from thresher.graph.program import Program
 from thresher.graph.token_labels import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, attends
 
+from . import rules  # noqa: F401 (importing the rules registers them)
 from .labels import aten, rule_for, sizes
-from .rules import regroup  # importing the rules registers them
+from .regroup import regroup
 
 __all__ = [
     "BATCH",

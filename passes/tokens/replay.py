@@ -15,10 +15,11 @@ from torch import fx
 
 from thresher.graph.nodes import module_fqn, value
 from thresher.graph.program import Program
+from thresher.graph.token_labels import copied
 
 from ..extract import is_computed
 from ..structure.sdpa import attention
-from .axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
+from .axes import BATCH, SEQUENCE, Labels, Stop, TokenAxes, sizes
 from .frame import Frame, along, pick, put
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ def needed(axes: TokenAxes, node: fx.Node, argument: fx.Node) -> Labels:
         raise Stop(f"{node.name} gives several results and takes {argument.name} beside the tokens")
     aligned = result[len(result) - rank :] if rank else ()
     wide = {label for label, size in zip(aligned, sizes(argument)) if label is not None and size != 1}
-    if TOKENS in wide:
+    if any(copied(label) for label in wide):
         raise Stop(
             f"{node.name} takes {argument.name} beside tokens whose rows were merged into one dimension"
         )

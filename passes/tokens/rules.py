@@ -7,8 +7,6 @@ result, for several); it raises Stop with half a sentence where tokens would not
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -16,13 +14,11 @@ from torch import fx
 
 from thresher.graph.nodes import argument, sequence_of, value
 from thresher.graph.token_labels import (
-    BATCH,
-    SEQUENCE,
-    TOKENS,
-    Labels,
     Stop,
     TokenAxes,
     attends,
+    copied,
+    copies,
     first,
     free,
     join,
@@ -131,6 +127,24 @@ def _permute(node: fx.Node, labels: TokenAxes) -> Any:
     return tuple(of_x[d] for d in order)
 
 
+@rule_of(aten.conv1d.default, aten.convolution.default, aten.conv2d.default)
+def _convolution(node: fx.Node, labels: TokenAxes) -> Any:
+    raise Stop(
+        "convolves over neighbouring positions, and sequences packed in one row would run into each other: it would "
+        "need a convolution that stops where a sequence ends"
+    )
+
+
+@rule_of(aten.view_as_complex.default, aten.view_as_real.default)
+def _complex(node: fx.Node, labels: TokenAxes) -> Any:
+    """Pairs along the last dimension as complex numbers, and back."""
+    of_x = first(node, labels)
+    if node.target is aten.view_as_real.default:
+        return (*of_x, None)
+    free(of_x[-1], "pairs")
+    return of_x[:-1]
+
+
 @rule_of(aten.unsqueeze.default)
 def _unsqueeze(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = list(first(node, labels))
@@ -170,9 +184,35 @@ def _cut(node: fx.Node, labels: TokenAxes) -> Any:
     return of_x
 
 
+@rule_of(aten.gather.default, aten.scatter.src, aten.scatter.value)
+def _by_places(node: fx.Node, labels: TokenAxes) -> Any:
+    """Picks from one dimension, or puts there, each row by itself: which experts a token goes to, and their weights."""
+    joined = pointwise(node, labels)
+    free(joined[node.args[1]], "picks from")
+    return joined
+
+
+@rule_of(aten.bmm.default)
+def _rows_of_each(node: fx.Node, labels: TokenAxes) -> Any:
+    """The same rows times each of several stored matrices: [experts, tokens, in] by [experts, in, out]."""
+    of_x = only_first(node, labels)
+    free(of_x[0], "multiplies by a matrix for each of")
+    free(of_x[2], "sums over")
+    return of_x
+
+
 @rule_of(aten.index.Tensor)
 def _index(node: fx.Node, labels: TokenAxes) -> Any:
-    """Picks from one dimension, by places that the model stores: the heads of a fused projection."""
+    """Picks from one dimension, by places that the model stores: the heads of a fused projection; or, for each token,
+    a row of a table that does not depend on the tokens: an expert's bias."""
+    places = sequence_of(node.args[1])
+    if (
+        node.args[0] not in labels
+        and len(places) == 1
+        and places[0] in labels
+        and value(places[0]).dtype != torch.bool
+    ):
+        return (*labels[places[0]], *(None,) * (value(node.args[0]).dim() - 1))  # type: ignore[index]
     of_x = only_first(node, labels)
     chosen = [(d, i) for d, i in enumerate(sequence_of(node.args[1])) if i is not None]
     for d, _ in chosen:
@@ -223,10 +263,19 @@ def _expand(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = first(node, labels)
     out = (None,) * (value(node).dim() - len(of_x)) + of_x
     if node.target is aten.repeat.default:
-        for label, times in zip(out, node.args[1]):  # type: ignore[arg-type]
-            if times != 1:
-                free(label, "repeats")
+        return tuple(_repeated(label, times, 1) for label, times in zip(out, node.args[1]))  # type: ignore[arg-type]
     return out
+
+
+def _repeated(label: str | None, outer: Any, inner: Any) -> str | None:
+    """The label of a dimension whose rows are repeated, all of them in turn (outer) or each on the spot (inner)."""
+    times = copied(label)
+    if label is None or (outer == 1 and inner == 1):
+        return label
+    if times is None or not isinstance(outer, int) or not isinstance(inner, int):
+        free(label, "repeats")
+    assert times is not None
+    return copies(times[0] * outer, times[1] * inner)
 
 
 @rule_of(aten.repeat_interleave.self_int)
@@ -236,53 +285,8 @@ def _repeat_each(node: fx.Node, labels: TokenAxes) -> Any:
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if dim is None:
         raise Stop("repeats the flattened values")
-    free(of_x[dim], "repeats")  # type: ignore[index]
-    return of_x
-
-
-@rule_of(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
-def _reshape(node: fx.Node, labels: TokenAxes) -> Any:
-    return regroup(first(node, labels), sizes(node.args[0]), sizes(node), labels)  # type: ignore[arg-type]
-
-
-def regroup(of_x: Labels, before: Sequence[int], after: Sequence[int], axes: TokenAxes) -> Labels:
-    """Labels after a reshape: dimensions are matched in the smallest groups of equal product, left to right."""
-    result: list[str | None] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        rows, columns = list(range(i, min(i + 1, len(before)))), list(range(j, min(j + 1, len(after))))
-        while (left := prod(before[d] for d in rows)) != (right := prod(after[d] for d in columns)):
-            if left < right:
-                rows.append(i + len(rows))
-            else:
-                columns.append(j + len(columns))
-        result += _regroup_one([(of_x[d], before[d]) for d in rows], [after[d] for d in columns], axes)
-        i, j = i + len(rows), j + len(columns)
-    return tuple(result)
-
-
-def _regroup_one(rows: list[tuple[str | None, int]], columns: list[int], axes: TokenAxes) -> list[str | None]:
-    named = [label for label, _ in rows if label is not None]
-    wide = sum(label is not None or size != 1 for label, size in rows)
-    kept = [d for d, size in enumerate(columns) if size != 1]
-    if len(named) == 1 and not kept and len(rows) == len(columns) == 1:
-        return list(named)  # one row only: its dimension of size 1 stays itself
-    if not named:
-        given: list[str] = []
-    elif wide == 1 and len(kept) == 1:
-        given = named
-    elif named == [TOKENS] and wide == 1 and [columns[d] for d in kept] == [axes.batch, axes.sequence]:
-        given = [BATCH, SEQUENCE]
-    elif named == [BATCH, SEQUENCE] and wide == 2 and len(kept) == 1:
-        given = [TOKENS]
-    elif (
-        named == [BATCH, SEQUENCE] and wide == 2 and [columns[d] for d in kept] == [axes.batch, axes.sequence]
-    ):
-        given = named
-    else:
-        raise Stop(f"merges or splits the {' and '.join(named)} dimension with others")
-    places = dict(zip(kept, given))
-    return [places.get(d) for d in range(len(columns))]
+    at = _dim(dim, len(of_x))  # type: ignore[arg-type]
+    return tuple(_repeated(label, 1, node.args[1]) if d == at else label for d, label in enumerate(of_x))
 
 
 @rule_of(aten.scaled_dot_product_attention.default)

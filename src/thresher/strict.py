@@ -110,7 +110,7 @@ def _check_done(compiled: Compiled, may_do_nothing: bool) -> None:
 
 def names_nothing(config: PassConfig, word: str, model: torch.nn.Module) -> ArgumentError:
     """The error for a word of a pass's `keep` that names no linear of a model."""
-    known = ["head", "embedding", "first", "last", *(n for n, _ in model.named_modules() if n)]
+    known = ["head", "router", "embedding", "first", "last", *(n for n, _ in model.named_modules() if n)]
     return ArgumentError(
         f"{config.name} option keep",
         f"{word!r}, which names no linear of this model",

@@ -54,19 +54,21 @@ def test_every_matrix_is_rewritten_or_in_a_miss(name):
         if n.removesuffix(".weight") in {m.site for m in account.apart}
     )
     assert sum(account.weights.values()) == walked - apart
-    for miss in account.missed:
-        if "experts" in miss.site:
-            assert " x ".join(map(str, model.get_parameter(miss.site).shape)) in miss.reason
 
 
 def test_experts_that_were_not_touched_count():
-    model, account = covered("qwen3_moe")
+    keep = {"nvfp4": {"min_weights": 0, "keep": ["*experts*"], "budget": 99.0}}
+    model, account = covered("qwen3_moe", **keep)
     experts = {n: p.numel() * 4 for n, p in model.named_parameters() if "experts" in n and p.dim() == 3}
     assert {m.site for m in account.missed} == set(experts)
     assert account.weights["missed"] == sum(experts.values()) and 0 < account.coverage < 0.8
-    assert all("grouped_mm" in m.reason and "4 matrices in one" in m.reason for m in account.missed)
-    with pytest.raises(CoverageError, match=r"coverage is .*matrices in one"):
-        covered("qwen3_moe", require={"nvfp4": 1.0})
+    assert all("4 matrices of" in m.reason and "keep='*experts*'" in m.reason for m in account.missed)
+    with pytest.raises(CoverageError, match=r"coverage is .*4 matrices of"):
+        covered("qwen3_moe", **keep, require={"nvfp4": 1.0})
+
+
+def test_experts_are_rewritten():
+    assert covered("qwen3_moe")[1].coverage == covered("gpt_oss")[1].coverage == 1.0
 
 
 def test_tables_do_not_count_and_are_named():

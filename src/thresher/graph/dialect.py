@@ -18,7 +18,9 @@ from ..errors import DialectError
 from .edit import replace
 from .nodes import value, writes
 from .program import Program
+from .routed import unroute
 from .scatters import join_slices
+from .sizes import same_shape, same_size
 
 aten = torch.ops.aten
 
@@ -65,22 +67,6 @@ _SIZE_FUNCTIONS = {
     operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem,
     torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_ite, torch.sym_sum,
 }  # fmt: skip
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are known to be equal, without adding a guard."""
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    with disable_proxy_modes_tracing():  # while a piece is traced, the question is no part of it
-        return statically_known_true(a == b)
-
-
-def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same shape, symbols included; no guard is made."""
-    return a.dim() == b.dim() and all(same_size(x, y) for x, y in zip(a.shape, b.shape))
 
 
 def unrepeated(node: fx.Node) -> fx.Node | None:
@@ -176,6 +162,7 @@ def canonicalise(program: Program) -> Program:
             replace(node, source, erase=True)
     _settle_spelling(graph)
     join_slices(program)
+    unroute(program)
     program.clean()
     return program
 

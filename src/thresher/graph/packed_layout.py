@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import fx
+
 from .program import Program
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,24 @@ class PackedLayout:
         """What the caller calls the input that marks real tokens."""
         return self.padded.input_names[self.mask]
 
+    @property
+    def reads_first(self) -> bool:
+        """Whether what follows the packed body picks the first column of the padded batch, as poolers do."""
+        if self.epilogue is None:
+            return False
+        return any(
+            isinstance(source, Scatter) and _picks_first(user, source.sequence)
+            for place, source in zip(self.epilogue.placeholders, self.epilogue_arguments)
+            for user in place.users
+        )
+
     def windowed(self) -> bool:
         """Whether some attention counts distances, which holes in a row would falsify."""
         return any(v.window >= 0 for v in self.visibilities.values())
+
+
+def _picks_first(node: fx.Node, dim: int) -> bool:
+    """Whether a node takes place 0 of a dimension."""
+    if node.target is aten.select.int:
+        return tuple(node.args[1:3]) == (dim, 0)
+    return node.target is aten.slice.Tensor and tuple(node.args[1:4]) == (dim, 0, 1)

@@ -16,6 +16,22 @@ from thresher.graph.program import Program
 _EXPECTED: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
 
 
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal, without adding a guard."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    with disable_proxy_modes_tracing():  # while a piece is traced, the question is no part of it
+        return statically_known_true(a == b)
+
+
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, symbols included; no guard is made."""
+    return a.dim() == b.dim() and all(same_size(x, y) for x, y in zip(a.shape, b.shape))
+
+
 def example_of(size: Any) -> int:
     """A size as a number: the example's, or what was expected of one that data decide (0 where nobody said)."""
     if isinstance(size, int):

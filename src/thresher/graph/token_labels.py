@@ -21,6 +21,20 @@ BATCH, SEQUENCE, TOKENS = "batch", "sequence", "tokens"
 Labels = tuple[str | None, ...]
 
 
+def copies(outer: int, inner: int) -> str:
+    """The label of a dimension of outer x tokens x inner rows, in that order: each token several times over, as a
+    mixture has it for the experts of each. TOKENS itself for one and one."""
+    return TOKENS if outer == inner == 1 else f"{outer}*{TOKENS}*{inner}"
+
+
+def copied(label: str | None) -> tuple[int, int] | None:
+    """(outer, inner) of a label that `copies` gives; None for any other."""
+    if label == TOKENS:
+        return 1, 1
+    parts = (label or "").split("*")
+    return (int(parts[0]), int(parts[2])) if len(parts) == 3 else None
+
+
 class Stop(Exception):
     """The node mixes positions or cannot be followed; the text is half a sentence: `sums over the sequence`."""
 

@@ -1,0 +1,178 @@
+"""Every model class of transformers' auto mappings, as small as its config allows, and a batch for it.
+
+A config is made small by the names of its integers (`RULES`), in nested configs too. Where that gives no model that
+runs, `HINTS` says what else it takes, and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+RULES: tuple[tuple[str, int], ...] = (
+    (r"^(decoder_|encoder_)?vocab_size$|^n_vocab$|^vocabulary_size$", 128),
+    (r"^(text_|vision_)?(hidden_size|d_model|dim|n_embd|embed_dim|embedding_size|hidden_dim|model_dim|word_embed_proj_dim"
+     r"|encoder_hidden_dim|decoder_hidden_dim|lm_hidden_size|projection_dim|emb_dim|backbone_hidden_size)$", 64),
+    (r"(intermediate_size|ffn_dim|d_ff|d_inner|n_inner|ffn_hidden_size|mlp_dim|inner_dim|intermediate_dim)$", 96),
+    (r"^(moe_|shared_expert_).*intermediate_size$", 32),
+    (r"^(num_|n_)?(hidden_|encoder_|decoder_|text_|self_attention_)?(layers?|blocks|hidden_groups)$|^(num_|n_)(\w+_)?layers?$"
+     r"|^encoder_layers$|^decoder_layers$|^depth$", 2),
+    (r"^(num_|n_)?(encoder_|decoder_|text_)?(attention_)?heads?$|^num_attention_heads$|^num_heads$|^n_head$"
+     r"|_attention_heads$", 4),
+    (r"(num_key_value_heads|num_kv_heads|n_kv_heads|kv_heads)$", 2),
+    (r"^(attention_)?head_dim$|^d_kv$|^kv_channels$|^d_head$|^v_head_dim$|^qk_nope_head_dim$", 16),
+    (r"^qk_rope_head_dim$", 8),
+    (r"^(q|kv)_lora_rank$", 32),
+    (r"^(num_|n_)(local_|routed_)?experts$", 4),
+    (r"^(num_experts_per_tok|moe_topk|moe_k|num_selected_experts|moe_top_k|experts_per_token|top_k_experts)$", 2),
+    (r"^(n_group|topk_group)$", 1),
+    (r"^(first_k_dense_replace)$", 1),
+    (r"^image_size$", 32), (r"^patch_size$", 8),
+    (r"^(mamba_)?(d_state|state_size|ssm_state_size)$", 8),
+    (r"^(num_mel_bins|num_mel_filters)$", 16),
+)  # fmt: skip
+"""Integers by name, and what a larger one becomes."""
+
+HINTS: dict[str, tuple[dict[str, Any], str]] = {
+    "BloomConfig": ({"n_layer": 2}, "its layers are named n_layer, and num_hidden_layers is an alias"),
+    "CTRLConfig": ({"dff": 96}, "its inner width is named dff"),
+    "FalconConfig": ({"num_kv_heads": 4}, "with the old block layout its key heads are all heads or one"),
+    "GPTBigCodeConfig": ({"n_inner": 96}, "its inner width is None by default"),
+    "MptConfig": ({"max_seq_len": 128}, "its ALiBi is built for max_seq_len positions"),
+    "ReformerConfig": ({"axial_pos_shape": [4, 16], "axial_pos_embds_dim": [32, 32]}, "its axial positions must multiply to "
+                       "the hidden size"),
+    "XLNetConfig": ({"d_head": 16}, "d_head times n_head must be d_model"),
+    "GptOssConfig": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "its YaRN expects 4096 positions"),
+    "Phi3Config": ({"partial_rotary_factor": 1.0}, "its rotary share is of another head width"),
+    "DbrxConfig": ({}, "its sizes lie in attn_config and ffn_config, which the rules reach"),
+}  # fmt: skip
+"""Configs that need more than the rules: values, and the reason."""
+
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+
+
+def classes(kinds: tuple[str, ...] = ()) -> dict[str, tuple[type, type]]:
+    """Model classes by name, each with its config's class. kinds: beginnings of names of mappings; none for all."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, tuple[type, type]] = {}
+    for name in dir(modeling_auto):
+        if not re.fullmatch(r"MODEL\w*_MAPPING", name) or (
+            kinds and not any(name == f"{k}_MAPPING" for k in kinds)
+        ):
+            continue
+        mapping = getattr(modeling_auto, name)
+        for config in mapping.keys():  # noqa: SIM118 (not a dict)
+            with contextlib.suppress(ValueError):  # named by the mapping, and not in this transformers
+                models = mapping[config]
+                for model in models if isinstance(models, (tuple, list)) else (models,):
+                    found.setdefault(model.__name__, (model, config))
+    return dict(sorted(found.items()))
+
+
+def one(name: str) -> tuple[type, type]:
+    """A model class of transformers by name, and its config's class."""
+    import transformers
+
+    model = getattr(transformers, name)
+    return model, model.config_class
+
+
+def shrunk(config: Any) -> dict[str, Any]:
+    """Keyword arguments for a config of the same class with small integers."""
+    given: dict[str, Any] = {}
+    for name, known in vars(config).items():
+        if name.startswith("_") or isinstance(known, bool):
+            continue
+        if hasattr(known, "to_dict") and hasattr(known, "model_type"):
+            given[name] = type(known)(**shrunk(known))
+        elif isinstance(known, int):
+            small = next((v for pattern, v in RULES if re.search(pattern, name)), None)
+            if small is not None and known > small:
+                given[name] = small
+    for name, value in _TOKENS.items():
+        if name in vars(config) and name != "decoder_start_token_id":
+            given[name] = value
+    for name, known in vars(config).items():
+        if (
+            name.endswith(("_token_id", "_token_index"))
+            and name not in given
+            and isinstance(known, int)
+            and known > 127
+        ):
+            given[name] = 3
+    if getattr(config, "is_encoder_decoder", False) or "decoder_start_token_id" in vars(config):
+        given["decoder_start_token_id"] = 0
+    layers = next((given[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if n in given), None)
+    kinds = getattr(config, "layer_types", None)
+    if layers and isinstance(kinds, (list, tuple)) and kinds:
+        given["layer_types"] = (list(dict.fromkeys(kinds)) * layers)[:layers]
+    return given
+
+
+def tiny(config_class: type) -> Any:
+    """The small config of a class."""
+    given = shrunk(config_class())
+    given.update(HINTS.get(config_class.__name__, ({}, ""))[0])
+    return config_class(**given)
+
+
+def build(model_class: type, config_class: type) -> torch.nn.Module:
+    """A random model in eval mode, its matrices of a size that lets tokens differ."""
+    torch.manual_seed(0)
+    model = model_class(tiny(config_class)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() >= 2 and p.is_floating_point():
+                p.normal_(0, 0.5 if "embed" in name else p.shape[-1] ** -0.5)
+            elif "bias" in name and p.is_floating_point():
+                p.normal_(0, 0.05)
+    return model
+
+
+class NoBatch(Exception):
+    """Why no batch is made for a class, as a sentence."""
+
+
+def batch(
+    model: torch.nn.Module, left: bool = False, lengths: tuple[int, ...] = (14, 9, 3)
+) -> dict[str, Any]:
+    """A padded batch of what the model's forward takes. Raises NoBatch."""
+    takes: Mapping[str, Any] = inspect.signature(model.forward).parameters
+    config = model.config
+    rows, longest = len(lengths), max(lengths)
+    real = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    real = real.flip(1) if left else real
+    make = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, 120, (rows, longest), generator=make) * real
+    given: dict[str, Any] = {}
+    if "input_ids" in takes and "attention_mask" in takes:
+        given = {"input_ids": ids, "attention_mask": real.long()}
+        if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
+            given["decoder_input_ids"] = torch.randint(4, 120, (rows, 5), generator=make)
+    elif "pixel_values" in takes:
+        vision = getattr(config, "vision_config", config)
+        size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
+        size = size if isinstance(size, int) else 32
+        given = {"pixel_values": torch.randn(2, channels, size, size, generator=make)}
+    else:
+        raise NoBatch(
+            f"Its forward takes {', '.join(list(takes)[:4])}; batches of text and of images are made."
+        )
+    dual = (
+        getattr(config, "vision_config", None) is not None
+        and getattr(config, "projection_dim", None) is not None
+    )
+    if dual and "pixel_values" in takes and "pixel_values" not in given:
+        vision = config.vision_config
+        given["pixel_values"] = torch.randn(
+            rows, vision.num_channels, vision.image_size, vision.image_size, generator=make
+        )
+    if "use_cache" in takes:
+        given["use_cache"] = False
+    return given

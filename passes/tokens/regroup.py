@@ -1,0 +1,90 @@
+"""Where the tokens are after a reshape: dimensions that are merged and taken apart, by their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from thresher.graph.token_labels import BATCH, SEQUENCE, Labels, Stop, TokenAxes, copied, copies, first
+
+from .labels import aten, rule_of, sizes
+
+
+@rule_of(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+def _reshape(node: fx.Node, labels: TokenAxes) -> Any:
+    return regroup(first(node, labels), sizes(node.args[0]), sizes(node), labels)  # type: ignore[arg-type]
+
+
+def regroup(of_x: Labels, before: Sequence[int], after: Sequence[int], axes: TokenAxes) -> Labels:
+    """Labels after a reshape: dimensions are matched in the smallest groups of equal product, left to right."""
+    result: list[str | None] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        rows, columns = list(range(i, min(i + 1, len(before)))), list(range(j, min(j + 1, len(after))))
+        while (left := prod(before[d] for d in rows)) != (right := prod(after[d] for d in columns)):
+            if left < right:
+                rows.append(i + len(rows))
+            else:
+                columns.append(j + len(columns))
+        result += _regroup_one([(of_x[d], before[d]) for d in rows], [after[d] for d in columns], axes)
+        i, j = i + len(rows), j + len(columns)
+    return tuple(result)
+
+
+def _regroup_one(rows: list[tuple[str | None, int]], columns: list[int], axes: TokenAxes) -> list[str | None]:
+    """Labels of the columns that these rows become, in memory's order; both have as many elements."""
+    rows = (
+        [r for r in rows if r[0] is not None or r[1] != 1]
+        if len(rows) > 1 or rows[:1] == [(None, 1)]
+        else rows
+    )
+    named = [label for label, _ in rows if label is not None]
+    kept = [d for d, size in enumerate(columns) if size != 1]
+    if len(named) == 1 and not kept and len(rows) == len(columns) == 1:
+        return list(named)  # one row only: its dimension of size 1 stays itself
+    if not named:
+        given: list[str | None] = []
+    elif len(rows) == len(kept) == 1 or (
+        [label for label, _ in rows] == [BATCH, SEQUENCE]
+        and [columns[d] for d in kept] == [axes.batch, axes.sequence]
+    ):
+        given = list(named)
+    else:
+        given = _split(_merged(rows, named), [columns[d] for d in kept], axes, named)
+    places = dict(zip(kept, given))
+    return [places.get(d) for d in range(len(columns))]
+
+
+def _merged(rows: list[tuple[str | None, int]], named: list[str]) -> tuple[int, int]:
+    """(outer, inner): how often, before and behind the tokens, these rows have each token."""
+    first = next(i for i, (label, _) in enumerate(rows) if label is not None)
+    times = copied(named[0])
+    if named == [BATCH, SEQUENCE] and rows[first + 1 : first + 2] and rows[first + 1][0] == SEQUENCE:
+        times, behind = (1, 1), rows[first + 2 :]
+    else:
+        behind = rows[first + 1 :]
+    if times is None or len(named) > (2 if named[0] == BATCH else 1):
+        raise Stop(f"merges or splits the {' and '.join(named)} dimension with others")
+    return times[0] * prod(size for _, size in rows[:first]), times[1] * prod(size for _, size in behind)
+
+
+def _split(times: tuple[int, int], columns: list[int], axes: TokenAxes, named: list[str]) -> list[str | None]:
+    """Labels of columns into which outer x tokens x inner rows are taken apart."""
+    outer, inner = times
+    given: list[str | None] = []
+    left, at = outer, 0
+    while at < len(columns) and left > 1 and left % columns[at] == 0:
+        left //= columns[at]
+        given.append(None)
+        at += 1
+    tokens, rest = axes.batch * axes.sequence, columns[at + 1 :]
+    if left == 1 and columns[at : at + 2] == [axes.batch, axes.sequence] and prod(columns[at + 2 :]) == inner:
+        return [*given, BATCH, SEQUENCE, *[None] * len(columns[at + 2 :])]
+    size = columns[at] if at < len(columns) else 0
+    behind, odd = divmod(size, left * tokens) if size else (0, 1)
+    if odd or behind * prod(rest) != inner:
+        raise Stop(f"merges or splits the {' and '.join(named)} dimension with others")
+    return [*given, copies(left, behind), *[None] * len(rest)]

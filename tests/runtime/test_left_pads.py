@@ -1,0 +1,38 @@
+"""A pooler that reads position 0 of rows padded on the left reads a pad: said once, at the call."""
+
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+
+import thresher
+
+SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+             max_position_embeddings=32)  # fmt: skip
+
+
+def batch(left):
+    real = torch.arange(8) < torch.tensor((8, 5, 3))[:, None]
+    real = real.flip(1) if left else real
+    return {"input_ids": torch.randint(4, 60, real.shape) * real, "attention_mask": real.long()}
+
+
+def said(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.no_grad():
+            call()
+    return [str(w.message) for w in caught if "position 0" in str(w.message)]
+
+
+@pytest.mark.parametrize("pools", [True, False])
+def test_left_padding_under_a_pooler_is_said_once(pools):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = hf.BertModel(hf.BertConfig(**SIZES), add_pooling_layer=pools).eval()
+    fast = thresher.compile(model, batch(False), {"prepack": True}, target="reference")
+    assert not said(lambda: fast(**batch(False)))
+    first = said(lambda: fast(**batch(True)))
+    assert len(first) == int(pools) and all("attention_mask[:, 0] is 0" in s for s in first)
+    assert not said(lambda: fast(**batch(True)))
