@@ -246,7 +246,9 @@ class _Sorted:
             or value(ends).shape != value(weight).shape[:1]
         ):
             return False
-        flipped = self._insert(node, aten.transpose.int, weight, 1, 2)
+        turned = weight.target is aten.transpose.int and {int(d) % 3 for d in weight.args[1:3]} == {1, 2}  # type: ignore[call-overload]
+        # the stored weight itself where it can be: packing takes weights along, and computes what is not one outside
+        flipped = weight.args[0] if turned else self._insert(node, aten.transpose.int, weight, 1, 2)
         made = self._insert(node, torch.ops.thresher.expert_linear.default, self.plain[x], flipped, self.flat)
         self.plain[node] = made
         return value(made).dtype == value(node).dtype and same_shape(value(made), value(node))
