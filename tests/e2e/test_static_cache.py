@@ -90,13 +90,20 @@ def test_the_program_reads_each_key_head_once():
     assert len(program.updates) == 3 * 3  # keys, values and length of each layer
 
 
-@pytest.mark.parametrize("make", [pytest.param(tiny_llama.make, marks=pytest.mark.thorough), mistral])
-def test_generate_compiles_its_decode_step(make):
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (mistral, {"target": "reference"}),
+        pytest.param(mistral, None, marks=pytest.mark.thorough),
+        pytest.param(tiny_llama.make, None, marks=pytest.mark.thorough),
+    ],
+)
+def test_generate_compiles_its_decode_step(make, options):
     torch._dynamo.reset()
     model = make(num_hidden_layers=2)
     given = {**prompt(), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0,
              "cache_implementation": "static"}  # fmt: skip
-    config = CompileConfig(backend="thresher", mode="default", options=None)
+    config = CompileConfig(backend="thresher", mode="default" if options is None else None, options=options)
     config._compile_all_devices = True  # transformers compiles for accelerators only unless told so
     with warnings.catch_warnings():
         warnings.simplefilter("error", thresher.ThresherWarning)
@@ -156,7 +163,7 @@ def test_a_decoder_beside_an_encoder_is_not_packed_and_says_so():
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(
         T5Config(
-            vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+            vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0
         )
     ).eval()
     given = {**prompt(), "max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
@@ -184,7 +191,7 @@ def test_a_prefill_that_writes_its_cache_is_not_packed():
 
 def test_from_a_cache_that_was_handed_back():
     torch._dynamo.reset()
-    model = tiny_llama.make()
+    model = tiny_llama.make(num_hidden_layers=1)
     options = {"target": "reference"}
     handed = torch.compile(model, backend="thresher", options=options, dynamic=True)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 
 import torch
 import zoo
@@ -37,6 +38,19 @@ def export(model: torch.nn.Module, inputs: zoo.Inputs, dynamic: bool = False) ->
         return capture.from_export(
             torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
         )
+
+
+_EXPORTED: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, Program]] = weakref.WeakKeyDictionary()
+
+
+def once(model: torch.nn.Module, inputs: zoo.Inputs) -> Program:
+    """`export` at fixed sizes, done once for inputs of the same names, shapes and dtypes. Only for a model that no test
+    changes, and whose graph does not depend on what its inputs hold."""
+    known = _EXPORTED.setdefault(model, {})
+    key = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())
+    if key not in known:
+        known[key] = export(model, inputs)
+    return known[key]
 
 
 @functools.cache

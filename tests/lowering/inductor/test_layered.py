@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, StaticCache
 import thresher
 from thresher.lowering.inductor import inductor, repeats
 
-LAYERS = 6
+LAYERS = 5
 
 
 @pytest.fixture

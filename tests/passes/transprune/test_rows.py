@@ -1,16 +1,13 @@
 """Budgets by row and by image: a row of a batch keeps what it keeps alone, whatever stands beside it."""
 
-import captures
 import pytest
 import torch
+from pruned import pruned
 from tiny_llama import IMAGE, TOKENS, make, prompt
 
 from thresher import given_tokens
-from thresher.backend import run_pipeline
-from thresher.lowering.reference import Reference
 from thresher.passes.transprune.rows import choose, going, ranks_in_runs, runs
 from thresher.recipe import Recipe
-from thresher.runtime.call_session import built, run_built
 
 OPTIONS = dict(
     min_image_tokens=2, bucket=1, min_saving=0.0, image_token_id=IMAGE, stages=((1, 0.5), (2, 0.25))
@@ -36,14 +33,8 @@ def batch(side: str | None) -> dict[str, torch.Tensor]:
     return dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
 
 
-def run(model, inputs, scores=None, **options):
-    program = captures.export(model, inputs)
-    given = captures.arguments(program, inputs)
-    recipe = Recipe.of(None, verify=False, transprune={**OPTIONS, **options})
-    after, report = run_pipeline(program, recipe, given)
-    assert report["transprune"].rewritten, report
-    (logits, *_), extras = run_built(built(after, Reference(), report), given)
-    return logits, extras
+def run(model, inputs, **options):
+    return pruned(model, inputs, {**OPTIONS, **options})
 
 
 @pytest.mark.parametrize(
@@ -59,7 +50,7 @@ def run(model, inputs, scores=None, **options):
     ],
 )
 @torch.no_grad()
-def test_each_row_is_pruned_as_alone(model, side, policy):
+def test_each_row_is_pruned_as_alone(model, policy, side):
     """Left over places are hidden by the mask, or by causality where there is none, in scores too."""
     inputs = batch(side)
     together, extras = run(model, inputs, policy=policy, instruction=4)

@@ -5,6 +5,7 @@ import itertools
 import leniently
 import pytest
 import torch
+from pruned import pruned
 from tiny_llama import IMAGE, SPAN, TOKENS, make, prompt
 
 import thresher
@@ -136,10 +137,9 @@ def test_policies_rank_as_their_formulas_say(model):
         "transprune": (ttv + iga) / 2,
     }
     for policy, score in expected.items():
-        call = compiled(model, ids, policy=policy, stages=((1, 0.25),))
-        run(call, ids)
+        _, extras = pruned(model, dict(input_ids=ids), dict(OPTIONS, policy=policy, stages=((1, 0.25),)))
         best = score.masked_fill(~image, torch.inf).topk(TOKENS - 24).indices.sort().values
-        assert torch.equal(kept(call)["kept.1"], best), policy
+        assert torch.equal(extras["kept.1"], best), policy
 
 
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.thorough), True])
@@ -198,16 +198,16 @@ def test_padding_goes_first_and_changes_nothing(model, side, position):
 @torch.no_grad()
 def test_results_can_be_restored_three_ways(model):
     ids = prompt()
-    stages = ((1, 0.5), (2, 0.25))
-    zeros = run(compiled(model, ids, stages=stages), ids)
-    call = compiled(model, ids, stages=stages, restore="none")
-    short = run(call, ids)
-    at = kept(call)["kept.2"]
+    options = dict(OPTIONS, stages=((1, 0.5), (2, 0.25)))
+    (zeros, _), (short, extras), (passed, _) = (
+        pruned(model, dict(input_ids=ids), dict(options, restore=way))
+        for way in ("zeros", "none", "passthrough")
+    )
+    at = extras["kept.2"]
     assert torch.equal(short, zeros[torch.arange(2)[:, None], at])
-    passed = run(compiled(model, ids, stages=stages, restore="passthrough"), ids)
     assert torch.equal(passed[torch.arange(2)[:, None], at], short)
     states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    left = next(t for t in range(TOKENS) if t not in kept(call)["kept.1"][0])
+    left = next(t for t in range(TOKENS) if t not in extras["kept.1"][0])
     expected = model.lm_head(model.model.norm(states[1][0, left]))  # what it was when it left
     torch.testing.assert_close(passed[0, left], expected, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,29 @@
+"""A model's program with TransPrune in it, run as it stands: what it gives, and which tokens it kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import captures
+import torch
+import zoo
+
+from thresher.backend import run_pipeline
+from thresher.lowering.reference import Reference
+from thresher.recipe import Recipe
+from thresher.runtime.call_session import built, run_built
+
+
+def pruned(
+    model: torch.nn.Module, inputs: zoo.Inputs, options: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Its first result, and what the program tells beside its results, by name (`kept.1`, ...).
+
+    The model is captured once for all options (see `captures.once`), and the rewrite is not verified.
+    """
+    program = captures.once(model, inputs)
+    given = captures.arguments(program, inputs)
+    after, report = run_pipeline(program, Recipe.of(None, verify=False, transprune=options), given)
+    assert report["transprune"].rewritten, report
+    (result, *_), extras = run_built(built(after, Reference(), report), given)
+    return result, extras
