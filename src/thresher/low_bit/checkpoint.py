@@ -55,6 +55,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
             for i, (kind, names) in enumerate(groups.items())
         },
         "ignore": plain,
+        "thresher": {},  # others skip what they do not know; by it our plugin of vLLM knows its files
     }
 
 

@@ -1,0 +1,77 @@
+"""vLLM on a checkpoint of ours, by our operators: the tokens and log-probabilities of the model in memory."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import thresher
+
+transformers = pytest.importorskip("transformers")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'thresher[vllm]'"
+)
+IDS = (torch.arange(8 * 32).reshape(8, 32) * 7) % 480 + 3
+KINDS = {
+    "4 bits": {"bits": 4, "group_size": 32},
+    "3 bits": {"bits": 3, "group_size": 64},
+    "2 bits": {"bits": 2},
+    "8 bits, zero points": {"bits": 8, "group_size": 32, "symmetric": False},
+    "NVFP4": {"grid": "nvfp4"},
+}
+RUN = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    folder, prompts, more = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    llm = LLM(model=folder, dtype="float32", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True, **more)
+    asked = SamplingParams(temperature=0, max_tokens=6, logprobs=1, detokenize=False)
+    done = llm.generate([{"prompt_token_ids": p} for p in prompts], asked)
+    print("DONE", json.dumps([[list(d.outputs[0].token_ids), next(iter(d.outputs[0].logprobs[0].values())).logprob]
+                              for d in done]))
+"""
+
+
+def run(folder, prompts, tmp_path, **more):
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    env = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    command = [sys.executable, str(script), str(folder), json.dumps(prompts), json.dumps(more)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("DONE")), None)
+    assert line, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(line[5:])
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                                      initializer_range=0.1, eos_token_id=None)  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.parametrize("kind", KINDS)
+def test_vllm_computes_what_the_model_in_memory_does(small, kind, tmp_path):
+    low = thresher.quantize(small, IDS, thresher.RSQ(**KINDS[kind]), portable=True)
+    folder, model, prompts = low.save_pretrained(tmp_path / "low"), low.model(), IDS[:2, :12]
+    with torch.no_grad():
+        tokens = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, do_sample=False
+        )
+        first = model(prompts).logits[:, -1].log_softmax(-1).max(-1).values
+    for row, (found, logprob) in enumerate(run(folder, prompts.tolist(), tmp_path, quantization="thresher")):
+        assert found == tokens[row, 12:].tolist()
+        assert abs(logprob - float(first[row])) < 1e-3
