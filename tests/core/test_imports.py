@@ -184,7 +184,7 @@ def test_a_wheel_holds_every_module(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    optional = ("triton", "tensorrt", "onnx", "torch_tensorrt", "transformers")
+    optional = ("triton", "tensorrt", "onnx", "torch_tensorrt", "transformers", "vllm")
     assert all(line.rpartition(": ")[2].startswith(optional) for line in done.stdout.split("\n") if line), (
         done.stdout
     )
