@@ -53,7 +53,7 @@ def rename_initializers(model: ir.Model, names: Mapping[str, str]) -> None:
 def weights_of_products(model: ir.Model) -> dict[str, str]:
     """The weight that each matrix product multiplies by, by the product's node; before constants are folded."""
     through = {"Transpose", "Reshape", "Cast", "Unsqueeze", "Squeeze", "DequantizeLinear", "Identity"}
-    found = {}
+    found: dict[str, str] = {}
     for node in model.graph:
         if node.op_type not in ("MatMul", "Gemm") or node.name is None:
             continue
@@ -62,8 +62,9 @@ def weights_of_products(model: ir.Model) -> dict[str, str]:
                 operand is not None and (maker := operand.producer()) is not None and maker.op_type in through
             ):
                 operand = maker.inputs[0]
-            if operand is not None and operand.name in model.graph.initializers:
-                found[node.name] = operand.name
+            name = None if operand is None else operand.name
+            if name is not None and name in model.graph.initializers:
+                found[node.name] = name
     return found
 
 

@@ -196,7 +196,7 @@ def with_packing(program: Program, layout: PackedLayout, parts: Parts) -> ir.Mod
 
 def _say_shapes(model: ir.Model, padded: Program, inputs: Sequence[ir.Value]) -> None:
     """Give each result the sizes that the padded program's has, called as the inputs' are."""
-    known = {}
+    known: dict[Any, str] = {}  # by the size's expression
     for place, given in zip(padded.placeholders, inputs, strict=True):
         for size, name in zip(value(place).shape, given.shape or (), strict=True):
             if isinstance(size, torch.SymInt):

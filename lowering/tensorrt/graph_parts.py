@@ -61,7 +61,7 @@ class _Cutter:
             self.made[place] = self.graph.placeholder(place.name)
             self.made[place].meta["val"] = value(place)
         self._lift_weights()
-        parts = []
+        parts: list[Part] = []
         for item in self.items:
             if isinstance(item, fx.Node):
                 self.outside(item)

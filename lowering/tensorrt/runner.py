@@ -51,7 +51,8 @@ class Runner:
     def __call__(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tensors = dict(zip(self._names, given, strict=True))
         with self._lock:
-            alive = []  # until the call is on the stream: the allocator then knows the order
+            # until the call is on the stream: the allocator then knows the order
+            alive: list[torch.Tensor] = []
             for name in self._inputs:
                 tensor = tensors[name].contiguous()
                 if name in self._shapes:

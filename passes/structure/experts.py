@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from thresher.graph.nodes import value
+from thresher.graph.nodes import argument, value
 from thresher.graph.program import Program, Weight
 
 from .pattern import CASTS
@@ -130,7 +130,8 @@ def _site(
 def _turns_matrices(node: fx.Node) -> bool:
     """Whether a node swaps the last two of three dimensions."""
     if node.target is aten.transpose.int:
-        return {int(d) % 3 for d in node.args[1:3]} == {1, 2} and value(node).dim() == 3  # type: ignore[call-overload]
+        turned = {argument(node, d) % 3 for d in ("dim0", "dim1")}
+        return turned == {1, 2} and value(node).dim() == 3
     return node.target is aten.permute.default and [d % 3 for d in node.args[1]] == [0, 2, 1]  # type: ignore[union-attr, operator]
 
 

@@ -49,7 +49,7 @@ def without_cache(model: torch.nn.Module) -> Iterator[None]:
     parts = (
         getattr(module, "config", None) for module in model.modules()
     )  # an encoder-decoder's have their own
-    configs = {id(c): c for c in parts if getattr(c, "use_cache", None)}
+    configs = {id(c): c for c in parts if c is not None and getattr(c, "use_cache", None)}
     before = {number: config.use_cache for number, config in configs.items()}
     try:
         for config in configs.values():

@@ -74,12 +74,11 @@ class Quantized:
         Raises ArgumentError where a rotation cannot be in weights (`rotate_down`, layer norms), with the option that
         leaves it out; `thresher.quantize(..., portable=True)` leaves those out from the start.
         """
-        if not hasattr(self.model, "save_pretrained") or self.example is None:
-            raise ArgumentError("model", type(self.model).__name__, "a transformers model that thresher.quantize was given",
+        model = self.model
+        if model is None or not hasattr(model, "save_pretrained") or self.example is None:
+            raise ArgumentError("model", type(model).__name__, "a transformers model that thresher.quantize was given",
                                 "Save the codes by .save.")  # fmt: skip
-        return with_codes(
-            self.model, _capture(self.model, [self.example]), self.config, self.statistics["rsq"]
-        )
+        return with_codes(model, _capture(model, [self.example]), self.config, self.statistics["rsq"])
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
         """Write the model as compressed-tensors with its config and tokenizer (the one quantized with, or this one), for
@@ -111,12 +110,20 @@ class Quantized:
 
 @overload
 def quantize(
-    model: Any, data: Any = ..., recipe: Any = ..., *, dry_run: Literal[True], **options: Any
-) -> Estimate: ...
+    model: torch.nn.Module | str | Path, data: Any = ..., recipe: Any = ..., *, dry_run: Literal[True],
+    tokenizer: Any = ..., sequences: int = ..., length: int = ..., batch_size: int = ..., seed: int = ...,
+    folder: str | Path | None = ..., weights: str | Path | None = ..., activations: str = ..., narrow: bool = ...,
+    portable: bool = ...,
+) -> Estimate: ...  # fmt: skip
 
 
 @overload
-def quantize(model: Any, data: Any = ..., recipe: Any = ..., **options: Any) -> Quantized: ...
+def quantize(
+    model: torch.nn.Module | str | Path, data: Any = ..., recipe: Any = ..., *, dry_run: Literal[False] = ...,
+    tokenizer: Any = ..., sequences: int = ..., length: int = ..., batch_size: int = ..., seed: int = ...,
+    folder: str | Path | None = ..., weights: str | Path | None = ..., activations: str = ..., narrow: bool = ...,
+    portable: bool = ...,
+) -> Quantized: ...  # fmt: skip
 
 
 def quantize(
@@ -170,7 +177,8 @@ def quantize(
     batches = list(batches_of(data, tokenizer, sequences, length, batch_size, seed, config))
     if not batches:
         raise ArgumentError("data", "no batch", "at least one sequence", "Give some text.")
-    program, left_out = _capture(found, batches), []
+    program = _capture(found, batches)
+    left_out: list[str] = []
     if portable:
         config, left_out = fusable(config, program, next(found.parameters()).dtype)
     nothing: list[str] = []

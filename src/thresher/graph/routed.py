@@ -218,6 +218,7 @@ class _Sorted:
             or argument(node, "alpha") not in (None, 1)
         ):
             return False
+        assert isinstance(by, fx.Node) and isinstance(rows, fx.Node)
         shape = list(value(node).shape)
         made = self._insert(node, aten.reshape.default, self.plain[rows], [-1, self.tokens[by], *shape[1:]])
         made = self._insert(node, aten.sum.dim_IntList, made, [1])
@@ -227,8 +228,7 @@ class _Sorted:
         return True
 
     def _product(self, node: fx.Node) -> bool:
-        x, weight = node.args[:2]
-        ends: Any = argument(node, "offs")
+        (x, weight), ends = node.args[:2], argument(node, "offs")
         others = [a for a in (argument(node, "bias"), argument(node, "out_dtype")) if a is not None]
         if (
             x not in self.plain
@@ -238,6 +238,7 @@ class _Sorted:
             or others
         ):
             return False
+        assert isinstance(x, fx.Node)
         while ends.target in (aten.to.dtype, aten._to_copy.default):
             ends = ends.args[0]
         if (
@@ -246,7 +247,8 @@ class _Sorted:
             or value(ends).shape != value(weight).shape[:1]
         ):
             return False
-        turned = weight.target is aten.transpose.int and {int(d) % 3 for d in weight.args[1:3]} == {1, 2}  # type: ignore[call-overload]
+        dims = ("dim0", "dim1")
+        turned = weight.target is aten.transpose.int and {argument(weight, d) % 3 for d in dims} == {1, 2}
         # the stored weight itself where it can be: packing takes weights along, and computes what is not one outside
         flipped = weight.args[0] if turned else self._insert(node, aten.transpose.int, weight, 1, 2)
         made = self._insert(node, torch.ops.thresher.expert_linear.default, self.plain[x], flipped, self.flat)

@@ -138,20 +138,22 @@ class LowBit(_Scheme):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Plain tensors in the operator's order; the shape is not needed any more."""
-        del layer.weight_shape
-        layer.weight_packed = _frozen(layer.weight_packed.data.contiguous())
-        layer.weight_scale = _frozen(layer.weight_scale.data.contiguous())
-        layer.zeros = None
+        held: Any = layer
+        del held.weight_shape
+        held.weight_packed = _frozen(held.weight_packed.data.contiguous())
+        held.weight_scale = _frozen(held.weight_scale.data.contiguous())
+        held.zeros = None
         if not self.symmetric:
-            packed = layer.weight_zero_point.data.t().contiguous()
-            layer.zeros = bitpack.unpack(packed, self.bits, layer.weight_packed.shape[0]).t().contiguous()
-            del layer.weight_zero_point
+            packed = held.weight_zero_point.data.t().contiguous()
+            held.zeros = bitpack.unpack(packed, self.bits, held.weight_packed.shape[0]).t().contiguous()
+            del held.weight_zero_point
 
     def apply_weights(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        held: Any = layer
         return ops.wna16_linear(
-            x, layer.weight_packed, layer.weight_scale, layer.zeros, bias, self.bits, self.group_size
+            x, held.weight_packed, held.weight_scale, held.zeros, bias, self.bits, self.group_size
         )
 
 
@@ -172,35 +174,38 @@ class NVFP4(_Scheme):
             {"weight_loader": weight_loader},
         )
         self._whole(inputs, nvfp4.BLOCK, "the block size")
-        layer.parts = list(output_partition_sizes)
+        held: Any = layer
+        held.parts = list(output_partition_sizes)
         grid = {"input_dim": 1, "output_dim": 0, **load}
         codes = torch.empty(rows, inputs // 2, dtype=torch.uint8)
         scales = torch.empty(rows, inputs // nvfp4.BLOCK, dtype=torch.float8_e4m3fn)
-        whole = torch.empty(len(layer.parts), dtype=torch.float32)
+        whole = torch.empty(len(output_partition_sizes), dtype=torch.float32)
         layer.register_parameter("weight_packed", ModelWeightParameter(data=codes, **grid))
         layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=scales, **grid))
         layer.register_parameter("weight_global_scale", PerTensorScaleParameter(data=whole, **load))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """The file divides by its scale of a whole tensor; the operator multiplies."""
-        layer.weight_packed = _frozen(layer.weight_packed.data.contiguous())
-        layer.weight_scale = _frozen(layer.weight_scale.data.contiguous().view(torch.uint8))
-        whole = layer.weight_global_scale.data.reciprocal()
+        held: Any = layer
+        held.weight_packed = _frozen(held.weight_packed.data.contiguous())
+        held.weight_scale = _frozen(held.weight_scale.data.contiguous().view(torch.uint8))
+        whole = held.weight_global_scale.data.reciprocal()
         if bool((whole == whole[0]).all()):
-            layer.parts, whole = [sum(layer.parts)], whole[:1]
-        layer.weight_global_scale = _frozen(whole)
+            held.parts, whole = [sum(held.parts)], whole[:1]
+        held.weight_global_scale = _frozen(whole)
 
     def apply_weights(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        held: Any = layer
         results, first = [], 0
-        for scale, rows in zip(layer.weight_global_scale.unbind(), layer.parts, strict=True):
+        for scale, rows in zip(held.weight_global_scale.unbind(), held.parts, strict=True):
             part = slice(first, first + rows)
             results.append(
                 ops.nvfp4_linear(
                     x,
-                    layer.weight_packed[part],
-                    layer.weight_scale[part],
+                    held.weight_packed[part],
+                    held.weight_scale[part],
                     scale,
                     None,
                     None if bias is None else bias[part],

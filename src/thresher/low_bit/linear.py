@@ -31,6 +31,8 @@ class _Coded(nn.Module):
 
     in_features: int
     out_features: int
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
 
     def _hold(self, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> None:
         for name, tensor in tensors.items():
@@ -55,6 +57,8 @@ class _Coded(nn.Module):
 
 class LowBitLinear(_Coded):
     """A linear of 2-, 3-, 4- or 8-bit integer codes (`thresher::wna16_linear`); see `checkpoints.low_bit`."""
+
+    zeros: torch.Tensor | None
 
     def __init__(
         self,
@@ -105,8 +109,10 @@ class LowBitLinear(_Coded):
 
     @property
     def weight(self) -> torch.Tensor:
-        tensors = {"codes": self.weight_packed, "scales": self.weight_scale,
-                   "bits": torch.tensor(self.bits), "inputs": torch.tensor(self.in_features)}  # fmt: skip
+        tensors: dict[str, torch.Tensor] = {
+            "codes": self.weight_packed, "scales": self.weight_scale,
+            "bits": torch.tensor(self.bits), "inputs": torch.tensor(self.in_features),
+        }  # fmt: skip
         if self.zeros is not None:
             tensors["zeros"] = self.zeros
         return rsq_codes.values(tensors).to(self.weight_scale.dtype)
@@ -122,6 +128,9 @@ class LowBitLinear(_Coded):
 
 class NVFP4Linear(_Coded):
     """A linear in NVFP4 (`thresher::nvfp4_linear`): codes, a scale for each block of 16, and the tensor's."""
+
+    weight_global_scale: nn.Parameter
+    global_scale: torch.Tensor
 
     def __init__(
         self, codes: torch.Tensor, block_scales: torch.Tensor, stored_global: torch.Tensor, bias: Any

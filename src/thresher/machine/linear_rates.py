@@ -88,9 +88,10 @@ def _maker(name: str) -> Callable[[int, int], Callable[[], Any]] | None:
     """What makes the call to time, from rows and the side of a square weight."""
     kernel, _, dtype_name = name.rpartition(".")
     dtype = getattr(torch, dtype_name)
+    make_weight: Callable[[int], tuple[torch.Tensor, ...]]
+    run: Callable[..., Any]
     if kernel == "linear":
-        make_weight = lambda side: (torch.randn(side, side).to(dtype),)  # noqa: E731
-        run: Callable[..., Any] = torch.nn.functional.linear
+        make_weight, run = lambda side: (torch.randn(side, side).to(dtype),), torch.nn.functional.linear
     else:
         rates = (r for op in ops.all_ops() for r in op.rates if isinstance(r, LinearRate))
         rate = next((r for r in rates if r.kernel == kernel), None)
