@@ -120,9 +120,9 @@ def _groupable(x, weight, experts):
 def _has_grouped() -> str | None:
     if not hasattr(torch, "_grouped_mm"):
         return "This torch has no _grouped_mm."
-    return (
-        None if torch.cuda.get_device_capability() >= (8, 0) else "It needs a GPU of compute capability 8.0."
-    )
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return "It needs a GPU of compute capability 8.0."
+    return None
 
 
 @expert_linear.provider("grouped_mm", device="cuda", supported=_has_grouped, supports_args=_groupable)

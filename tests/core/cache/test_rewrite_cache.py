@@ -140,7 +140,7 @@ def test_programs_to_which_more_belongs_are_made_anew(folder):
     rewritten.weights[name] = derived
     with pytest.raises(rewrite_key.Unnamed, match="computed from the model's weights"):
         rewrite_cache._check_kind(captured, rewritten)
-    with pytest.raises(rewrite_key.Unnamed, match="Only programs that prepacking rewrote"):
+    with pytest.raises(rewrite_key.Unnamed, match="Only packed programs are kept"):
         rewrite_cache._check_kind(captured, captured)
     for foreign in (lambda x: x, masks.right):
         with pytest.raises(rewrite_key.Unnamed, match="The graph calls"):

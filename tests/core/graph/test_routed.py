@@ -12,7 +12,7 @@ from thresher.model_capture import shown_to
 catalog.load()
 
 
-def captured(model, given, dynamic=None):
+def captured(model, given, dynamic=False):
     found = []
 
     def keep(gm, inputs):
