@@ -48,6 +48,7 @@ def _dense_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def accepts(x, codes, scales, zeros, bias, bits, group_size):
+    """Why the C++ kernel does not take these arguments, or None."""
     if x.dtype == torch.float64 or scales.dtype not in _SCALE_KINDS:
         return "The C++ kernel computes in fp32 with scales of 16 or 32 bits; fp64 runs the reference."
     return None
@@ -113,6 +114,7 @@ def _many_rows(x, codes, scales, zeros, bias, bits):
     "cpu_cpp", device="cpu", supported=lambda: native.load_error("wna16"), supports_args=accepts
 )
 def run(x, codes, scales, zeros, bias, bits, group_size):
+    """The operator in C++: few rows read the codes, many bf16 rows multiply strips of them widened in the cache."""
     outputs, words = codes.shape
     inputs = x.shape[-1]
     rows = x.numel() // inputs

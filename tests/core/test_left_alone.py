@@ -36,7 +36,5 @@ def test_a_fault_leaves_the_graph_as_it_was_and_says_so_once(where, monkeypatch)
     )
     with torch.no_grad():
         assert all(r.equal(model(**batch).logits) for r in results)
-    with pytest.raises(
-        thresher.ThresherError, match=r"failed on this graph by a fault of its own.* KeyError"
-    ):
+    with pytest.raises(thresher.ThresherError, match=r"a fault of (its|Thresher's) own.*KeyError"):
         thresher.compile(model, batch, target="reference")

@@ -56,12 +56,13 @@ def test_a_model_that_cannot_be_exported_is_an_error_of_ours():
 
 
 def test_the_cache_is_switched_off_and_on_again_also_when_something_raises():
-    model = SimpleNamespace(config=SimpleNamespace(use_cache=True))
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(use_cache=True)
     with pytest.raises(KeyError), model_capture.without_cache(model):
         assert model.config.use_cache is False
         raise KeyError
     assert model.config.use_cache is True
-    with model_capture.without_cache(SimpleNamespace()):
+    with model_capture.without_cache(torch.nn.Linear(1, 1)):
         pass
 
 

@@ -17,13 +17,14 @@ def files(*suffixes: str):
 def silent(tree: ast.Module) -> list[str]:
     """Public functions, classes and methods without a docstring, as `Class.method`.
 
-    A method that fulfils what a base class declares, and says there, needs none; nor does an operator's fake or sample.
+    A method that fulfils what a base class declares, and says there, needs none; nor does an operator's fake or sample,
+    or an overload.
     """
     found = []
     for node in tree.body:
         if not isinstance(node, DEFINITIONS) or node.name.startswith("_"):
             continue
-        if ast.get_docstring(node) is None:
+        if ast.get_docstring(node) is None and "overload" not in map(ast.unparse, node.decorator_list):
             found.append(node.name)
         if isinstance(node, ast.ClassDef):
             bases = bool(node.bases)

@@ -147,6 +147,7 @@ class Sweep:
                     values.pop(argument, None)
 
     def call(self, node: fx.Node, env: Values) -> Any:
+        """What the node gives on the values in `env`, in the sweep's precision."""
         if node.target is aten.linear.default and self.dtype == torch.float64:
             return self._wide_linear(node, env)
         if node.target is aten.embedding.default and self._looks_up_first(node):
