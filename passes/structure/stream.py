@@ -43,7 +43,7 @@ def find_branch(
 
     outputs: results of all sites; a sum of two of them on the way is a parallel layer's.
     """
-    read = behind_views(site.x)
+    read = _unturned(behind_views(site.x))
     pre_norm = norms.by_output.get(read)
     streams: dict[fx.Node, NormSite | None] = {read: None}
     if pre_norm is not None:
@@ -96,6 +96,12 @@ def _next(node: fx.Node, norms: Norms, program: Program, may_norm: bool) -> tupl
         if held is not None and held.tensor.dim() <= 1:
             return user, str(uncast(factor).target)
     return None
+
+
+def _unturned(node: fx.Node) -> fx.Node:
+    """The hidden state that linears read turned, by a rotation that stands for nothing but their codes."""
+    turned = str(node.target) == "thresher.hadamard.default"
+    return behind_views(node.args[0]) if turned else node
 
 
 def _looks(node: fx.Node) -> bool:

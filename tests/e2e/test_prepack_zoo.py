@@ -10,7 +10,7 @@ import thresher
 
 WINDOWED = ("mistral", "gemma2", "gemma3", "modernbert")
 DECLINED = {
-    "mpt": "combines tokens with tokens",  # its product takes keys as [batch, heads, dim, keys]
+    "mpt": r"hidden by masked_fill",  # masks are read where they are added
     "vit": "called without attention_mask",
 }
 MASKS = [(name, mask) for name, mask in masks.every_kind() if mask.shape == (3, 12)]
