@@ -157,8 +157,11 @@ def load_error(name: str) -> str | None:
     """Why `csrc/NAME.cpp` cannot be used here, or None. For a provider's `supported`."""
     if _LOOKING.get() and unavailable() is None:
         path, folder = compiler(), cache_folder("native")
-        if path is not None and (folder is None or not _whole(folder / _library(name, path))):
-            return NOT_BUILT
+        try:
+            if path is not None and (folder is None or not _whole(folder / _library(name, path))):
+                return NOT_BUILT
+        except RuntimeError as error:  # the compiler does not answer
+            return str(error)
     return _load_error(name)
 
 
