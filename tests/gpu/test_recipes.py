@@ -21,7 +21,7 @@ RECIPES = {
                                       image_token_id=zoo.IMAGE_TOKEN, budget=9.0)},
     "zipvl": {"zipvl": dict(keep=0.5, recent=2, spread=2, sinks=1, bucket=1, min_saving=0.0, budget=9.0)},
     "deft": {"deft": {"min_bytes": 0}},
-    "rsq": {"rsq": {"group_size": 16, "budget": 9.0}},
+    "rsq": {"rsq": {"group_size": 32, "budget": 9.0}},
     "nvfp4": {"nvfp4": {"min_weights": 0, "budget": 9.0}},
 }  # fmt: skip
 EXACT = ("prepack", "deft")

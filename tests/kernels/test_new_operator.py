@@ -136,7 +136,7 @@ def test_a_family_in_a_folder_of_its_own_is_known_everywhere(op):
 
     for target in TARGETS:
         entries = coverage(program, target).entries
-        runs_it = target in ("reference", "inductor", "aoti")
+        runs_it = target in ("reference", "inductor", "aoti", "tensorrt")
         assert [e.how for e in entries] == ["native" if runs_it else "fallback"] * 2, target
         assert runs_it or all("widens" in e.reason for e in entries)
     assert provider_notes(program) == ["thresher::sign_linear runs 2 times on quick."]

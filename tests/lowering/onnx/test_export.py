@@ -341,11 +341,28 @@ def test_tensorrt_needs_a_fixed_activation_scale(tmp_path):
         lowering.export(four_bit_floats(), tmp_path / "m.onnx", runtime="tensorrt")
 
 
+@pytest.mark.parametrize("name", ["expert_linear", "nvfp4_expert_linear", "wna16_expert_linear"])
+def test_experts_in_onnx_runtime(name, tmp_path):
+    op = next(o for o in ops.all_ops() if o.name == name)
+    sample = next(s for s in op.inputs(torch.device("cpu"), torch.float32) if s.args[0].numel())
+    tensors = {f"a{i}": a for i, a in enumerate(sample.args) if isinstance(a, torch.Tensor)}
+    inputs = {n: t for n, t in tensors.items() if n == "a0" or t.dtype == torch.int64}
+    held = {n: t for n, t in tensors.items() if n not in inputs}
+
+    def product(*given):
+        found = dict(zip([*inputs, *held], given, strict=True))
+        return (op.overload(*(found.get(f"a{i}", a) for i, a in enumerate(sample.args))),)
+
+    program = small_programs.program(product, inputs, held)
+    record = lowering.export(program, tmp_path / "m.onnx")
+    close(ort(record.path, inputs), program.run(*inputs.values()))
+
+
 def test_every_operator_of_a_program_is_exported_by_some_test_here():
     tested = {"probe_positions", "instruction_positions", "probe_scores", "token_transition", "transition_score",
               "transprune_score", "adaptive_count", "topk_sorted", "topk_segments", "important_attention", "kv_quantize",
               "kv_attention", "sparse_mlp", "sparse_down", "wna16_linear", "hadamard", "nvfp4_linear", "varlen_attention",
-              "varlen_attention_masked"}  # fmt: skip
+              "varlen_attention_masked", "expert_linear", "nvfp4_expert_linear", "wna16_expert_linear"}  # fmt: skip
     # The first packs weights before a graph exists, the second is for Inductor's programs alone, and programs with the
     # third are refused (tests/passes/zipvl/test_exact.py).
     assert {o.name for o in ops.all_ops()} - tested == {"nvfp4_quantize", "few_linear", "tokens_holding"}
@@ -481,7 +498,9 @@ def test_rsqs_own_codes_and_token_pruning_in_one_file(tmp_path):
     recipe = dict(low.options, transprune=dict(prune, min_saving=-9.0, choice=(3,)))
     record = thresher.export_onnx(model, inputs, tmp_path / "m.onnx", **recipe)
     assert record.worst < 1e-5 and len(record.differences) == 3
-    assert record.outputs == ["logits", "kept.1"] and any("(3,) for every call" in n for n in record.notes)
+    assert record.outputs == ["logits", "kept.1"] and any(
+        "the choice (3,), made for the example" in n for n in record.notes
+    )
     assert record.nodes["com.microsoft::MatMulNBits"] == 12 and record.nodes["TopK"] >= 1
 
 
@@ -489,7 +508,7 @@ def test_what_was_settled_for_one_call_is_not_exported_unasked():
     program = small_programs.program(lambda x: (x + 1,), {"x": random(3)}, {}, {})
     program.calls = CallPlan({"transprune": Choice((3,), None, lambda values, inputs: (3,))})
     refuse_to_keep(program, "recipe", ["transprune"])
-    with pytest.raises(ArgumentError, match=r"state so: transprune=\{'choice': \(3,\)\}"):
+    with pytest.raises(ArgumentError, match=r"say so: transprune=\{'choice': \(3,\)\}"):
         refuse_to_keep(program, "recipe")
 
 
