@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from thresher.compat import has_values
 from thresher.formats.hadamard import decompose
-from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.report import Miss
 
-from ..keep import kept_layers
-from ..structure.experts import by_weight
+from ..keep import kept_experts, kept_layers
+from ..structure.experts import ExpertSite, by_weight
 from ..structure.recover import AttentionSite, LinearSite, NormSite, Structure
 from .config import RSQConfig
+from .fit import unfit, unfit_experts
 from .rotation import (
     Rotation,
     centre_writer,
@@ -34,7 +33,6 @@ from .rotation import (
 )
 from .stream import NotRotatable, Stream, follow
 
-NO_EXPERTS = "Its {} matrices of {} x {} weights are experts, and RSQ quantizes single matrices; the pass nvfp4 rounds them."
 STREAM_SEED, HEAD_SEED, DOWN_SEED, INPUT_SEED = 0, 1, 2, 3  # added to the seed, so that rotations differ
 _LEAST_BLOCK = 4  # of an online transform of inputs: smaller ones spread nothing
 
@@ -106,12 +104,14 @@ class Edit:
 @dataclass
 class RotationPlan:
     """What to do. streams: rotated ones with their R1. edits: one a linear that is rotated or quantised.
-    quantise: the linears that get low-bit weights, in graph order. missed, notes: for the report.
+    quantise: the linears that get low-bit weights, in graph order. experts: the same of products by experts, none of
+    which is rotated. missed, notes: for the report.
     turned: online transforms that stand in the graph already, by the value and the rotation."""
 
     streams: list[tuple[Stream, Rotation]] = field(default_factory=list)
     edits: dict[LinearSite, Edit] = field(default_factory=dict)
     quantise: list[LinearSite] = field(default_factory=list)
+    experts: list[ExpertSite] = field(default_factory=list)
     missed: list[Miss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     turned: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
@@ -148,10 +148,13 @@ def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Rota
             plan.quantise.append(linear)
     if config.rotate and config.rotate_inputs:
         _plan_inputs(config, plan)
-    plan.missed += [
-        Miss(group[0].fqn, NO_EXPERTS.format(group[0].count, group[0].out_features, group[0].in_features))
-        for group in by_weight(structure.experts)
-    ]
+    kept_apart = kept_experts(structure, config.keep)
+    for group in by_weight(structure.experts):
+        reason = kept_apart.get(group[0]) or unfit_experts(program, group, config)
+        if reason is not None:
+            plan.missed.append(Miss(group[0].fqn, reason))
+        else:
+            plan.experts.append(group[0])
     said: dict[str, int] = {}
     for edit in plan.edits.values():
         down = edit.site.role == "down"
@@ -257,35 +260,3 @@ def _overlap(site: AttentionSite) -> bool:
 def _symmetric(r: Rotation) -> bool:
     """Sylvester's matrix is its own transpose, so that the rotation can be undone by the same operator."""
     return r.block == r.order and decompose(r.order) == ((), r.order)
-
-
-def unfit(program: Program, site: LinearSite, config: RSQConfig) -> str | None:
-    """Why a linear cannot be quantised, or None."""
-    weight = program.weights[site.weight].tensor
-    x, y = value(site.x), value(site.output)
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) or y.dtype != x.dtype:
-        return (
-            f"It turns {x.dtype} into {y.dtype}; the operators take floating activations and return the same."
-        )
-    group = 16 if config.grid == "nvfp4" else config.group_size
-    if group > 0 and site.in_features % group:
-        fits = [g for g in (128, 64, 32) if site.in_features % g == 0]
-        return f"Groups of {group} do not divide its {site.in_features} inputs; " + (
-            f"{fits[0]} does." if fits else "use group_size=-1."
-        )
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        return f"Its weight is stored as {weight.dtype}; fp32, bf16 and fp16 can be quantised."
-    if program.weights[site.weight].source:
-        return f"{site.weight_fqn} was already rewritten by another pass."
-    if site.tied and site.role not in ("head",) and _read_by_linears(program, site) > 1:
-        return f"{site.weight_fqn} is shared with another linear, which would need its own codes."
-    if has_values(weight):
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            return f"{site.weight_fqn} has {bad} NaN or infinite values; repair the weight."
-    return None
-
-
-def _read_by_linears(program: Program, site: LinearSite) -> int:
-    node = next(n for n in program.graph.nodes if n.op == "get_attr" and n.target == site.weight)
-    return sum(u.target is not torch.ops.aten.embedding.default for u in node.users)

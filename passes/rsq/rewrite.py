@@ -125,19 +125,24 @@ def restore_values(program: Program, edit: Edit, node: fx.Node, before: fx.Node)
         return node
     r = edit.heads_out
     back = program.insert(before, ops.hadamard.default, node, None, r.block)
-    signs = _signs(program, r, edit.site.out_features // r.order, f"{edit.site.fqn}.value_signs", before)
+    signs = _signs(
+        program, r, edit.site.out_features // r.order, f"{edit.site.fqn}.value_signs", before, node
+    )
     return back if signs is None else program.insert(before, aten.mul.Tensor, back, signs)
 
 
 def _hadamard(program: Program, x: fx.Node, r: Rotation, copies: int, fqn: str, before: fx.Node) -> fx.Node:
-    signs = _signs(program, r, copies, f"{fqn}.input_signs", before)
+    signs = _signs(program, r, copies, f"{fqn}.input_signs", before, x)
     return program.insert(before, ops.hadamard.default, x, signs, r.block)
 
 
-def _signs(program: Program, r: Rotation, copies: int, fqn: str, before: fx.Node) -> fx.Node | None:
+def _signs(
+    program: Program, r: Rotation, copies: int, fqn: str, before: fx.Node, like: fx.Node
+) -> fx.Node | None:
+    """The rotation's signs as a weight read before a node, in the dtype of `like`; None where there are none."""
     if r.signs is None:
         return None
-    near = value(before)
+    near = value(like)
     signs = r.signs.to(near.dtype).repeat(copies).to(near.device)
     return program.get_weight(Weight(f"constant.{fqn}", signs), before=before)
 
@@ -199,7 +204,7 @@ def derived(
 def _replace(program: Program, old: fx.Node, new: fx.Node, plan: RotationPlan) -> None:
     """Read the new node instead of the old one, also where the structure points to it."""
     replace(old, new)
-    read_instead([*(edit.site for edit in plan.edits.values()), *plan.quantise], old, new)
+    read_instead([*(edit.site for edit in plan.edits.values()), *plan.quantise, *plan.experts], old, new)
 
 
 def rebind_layers(program: Program, structure: Structure) -> None:

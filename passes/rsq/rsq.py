@@ -1,7 +1,8 @@
 """RSQ: rotate, scale, then quantize (arXiv 2503.01820), as a rewrite.
 
     matched:  a linear whose low-bit codes are in the file that `thresher.quantize(...).save` wrote
-    becomes:  one `thresher::wna16_linear` node (`thresher::nvfp4_linear` for the NVFP4 grid) on the file's codes
+    becomes:  one `thresher::wna16_linear` node (`thresher::nvfp4_linear` for the NVFP4 grid) on the file's codes; a
+              product by a mixture's experts likewise, see experts.py
 
 With the first of them the whole program is rotated, exactly: norms lose their weights, embeddings and every
 linear take the rotations that the codes were made for, a `thresher::hadamard` node stands before each down
@@ -21,15 +22,17 @@ import torch
 
 from thresher.errors import ArgumentError
 from thresher.graph.edit import replace
-from thresher.graph.program import Program, Weight
+from thresher.graph.program import Program
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..savings import savings
+from ..structure.experts import by_weight
 from ..structure.linears import find_linears
 from ..structure.recover import LinearSite, Structure
 from ..structure.sites import by_module, read_instead
 from . import rewrite as rsq_rewrite
 from .config import RSQConfig, decode_text, encode_text
+from .experts import AS_IT_IS, NO_CODES, CodedExperts, coded_weights, match_experts, put_experts, sizes_of
 from .plan import Edit, RotationPlan, make_plan
 
 ops = torch.ops.thresher
@@ -99,7 +102,7 @@ class RSQ(Pass[RSQConfig]):
         structure = context.structure()
         stats = context.stats.get(self.name, {})
         if HEADER not in stats:
-            named = dict.fromkeys(s.fqn for s in structure.linears)
+            named = dict.fromkeys([s.fqn for s in structure.linears] + [s.fqn for s in structure.experts])
             return [*(Miss(fqn, NEEDS_DATA) for fqn in named), *find_linears(program)[1]]
         config = quantized_with(stats)
         differing = context.config.contradictions(config)
@@ -121,22 +124,29 @@ class RSQ(Pass[RSQConfig]):
             held = program.weights[site.weight]
             found.append(
                 Match(
-                    site.fqn, CodedSite((site,), tensors, _sizes(held, tensors), rotation), claims=(held.fqn,)
+                    site.fqn,
+                    CodedSite((site,), tensors, sizes_of(held, tensors), rotation),
+                    claims=(held.fqn,),
                 )
             )
-        return found
+        return found + match_experts(program, [(site,) for site in plan.experts], stats)
 
     def about(self, done: Sequence[Match], context: Context[RSQConfig]) -> Sequence[str]:
         return savings([m.data.sizes for m in done])
 
     def rewrite(self, program: Program, match: Match, context: Context[RSQConfig]) -> None:
+        if isinstance(match.data, CodedExperts):
+            put_experts(program, match.data)
+            return
         data: CodedSite = match.data
         if data.rotation is not None and not data.rotation.done:
             rsq_rewrite.rotate(program, data.rotation.plan)
             data.rotation.done = True
             context.notes.extend(data.rotation.plan.notes)
         held = program.weights[data.sites[0].weight]
-        names = {n: program.add_weight(w) for n, w in _weights(data.sites[0], data.tensors, held).items()}
+        names = {
+            n: program.add_weight(w) for n, w in coded_weights(data.sites[0].fqn, data.tensors, held).items()
+        }
         for site in data.sites:
             self._put(program, site, data, names, context)
 
@@ -194,32 +204,11 @@ def _prepared(
         if reason is None:
             assert tensors is not None
             found.append(
-                Match(name, CodedSite(sites, tensors, _sizes(held, tensors), None), claims=held.origins)
+                Match(name, CodedSite(sites, tensors, sizes_of(held, tensors), None), claims=held.origins)
             )
         else:
             found.append(Miss(name, reason))
-    return found
-
-
-_STORED = ("codes", "scales", "zeros", "block_scales", "global_scale")
-
-
-def _sizes(held: Weight, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Bytes of a linear's weight, and of the codes that replace it."""
-    after = sum(t.numel() * t.element_size() for n, t in tensors.items() if n in _STORED)
-    return held.tensor.numel() * held.tensor.element_size(), after
-
-
-def _weights(site: LinearSite, tensors: Mapping[str, torch.Tensor], held: Weight) -> dict[str, Weight]:
-    """The file's tensors as weights that belong to the model's: a changed model is noticed, not recomputed."""
-    device = held.tensor.device
-    return {
-        name: Weight(
-            f"{site.fqn}.rsq_{name}", tensors[name].to(device), held.origins, None, held.origin_tensors
-        )
-        for name in _STORED
-        if name in tensors
-    }
+    return found + match_experts(program, by_weight(structure.experts), stats)
 
 
 def signature(edit: Edit) -> str:
@@ -237,7 +226,7 @@ def signature(edit: Edit) -> str:
         parts.append("writes the rotated stream")
     if edit.heads_out is not None:
         parts.append("makes rotated heads")
-    return ", ".join(parts) or "as it is"
+    return ", ".join(parts) or AS_IT_IS
 
 
 def mismatch(edit: Edit, tensors: Mapping[str, torch.Tensor] | None) -> str | None:
@@ -248,7 +237,7 @@ def mismatch(edit: Edit, tensors: Mapping[str, torch.Tensor] | None) -> str | No
 def mismatch_of(here: str, site: LinearSite, tensors: Mapping[str, torch.Tensor] | None) -> str | None:
     """The same, for a linear that would be `here` in words."""
     if tensors is None:
-        return "The file holds no codes for it: it was kept, or the quantized graph did not have it."
+        return NO_CODES
     made_for = decode_text(tensors["made_for"])
     if made_for != here:
         return (
@@ -270,7 +259,9 @@ def to_statistics(
     linears: Mapping[str, Mapping[str, torch.Tensor]], plan: RotationPlan, config: RSQConfig
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What a file of statistics keeps under this pass's name."""
-    edits = {edit.site.fqn: edit for edit in plan.edits.values()}
-    found = {site: {**t, "made_for": encode_text(signature(edits[site]))} for site, t in linears.items()}
+    made_for = {edit.site.fqn: signature(edit) for edit in plan.edits.values()}
+    found = {
+        site: {**t, "made_for": encode_text(made_for.get(site, AS_IT_IS))} for site, t in linears.items()
+    }
     found[HEADER] = {"config": encode_text(config.to_json())}
     return found

@@ -50,8 +50,8 @@ class LinearSite:
     role: str = ""
 
 
-def read_instead(sites: Iterable[LinearSite], old: fx.Node, new: fx.Node) -> None:
-    """Point linears that read `old` directly to what replaced it."""
+def read_instead(sites: Iterable[Any], old: fx.Node, new: fx.Node) -> None:
+    """Point linears and experts that read `old` directly to what replaced it."""
     for site in sites:
         if site.x is old:
             site.x = new

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from thresher.progress import progress
 
+from ...structure.experts import ExpertSite
 from ..config import RSQConfig
 from . import codes as rsq_codes
 from .gptq import round_to_nearest
+from .grid import Grid
 from .sweep import Sweep, bind
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def sensitivities(
         sites = [s for group in piece.groups for s in group]
         for site in sites:
             weight = sweep.weight(site.weight)
-            rounded = round_to_nearest(weight.float(), grid).values.to(weight.dtype)
+            rounded = _rounded(site, weight, grid)
             sweep.overrides[site.weight] = functools.partial(_given, rounded)
         sweep.forget()
         found[piece.name] = _distance(whole, sweep.run(state, {output})[output])
@@ -56,6 +58,17 @@ def sensitivities(
             del sweep.overrides[site.weight]
         sweep.forget()
     return found
+
+
+def _rounded(site: Any, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """A linear's weight, or a mixture's as the model stores it, on the grid."""
+    if not isinstance(site, ExpertSite):
+        return round_to_nearest(weight.float(), grid).values.to(weight.dtype)
+    made = torch.empty_like(weight)
+    for expert, w in enumerate(weight):
+        found = round_to_nearest((w.t() if site.transposed else w).float(), grid).values
+        made[expert] = found.t() if site.transposed else found
+    return made
 
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from .grid import Grid, IntegerGrid, NVFP4Grid
 from .rounding import Rounded
 
 Tensors = Mapping[str, torch.Tensor]
+STACKED = ("codes", "scales", "zeros", "block_scales", "global_scale")  # by expert, for those of a mixture
 
 
 def make_grid(config: RSQConfig, bits: int) -> Grid:
@@ -50,8 +51,15 @@ def to_tensors(found: Rounded, config: RSQConfig, bits: int) -> dict[str, torch.
     return tensors
 
 
+def of_expert(tensors: Tensors, expert: int) -> Tensors:
+    """One expert's part of the tensors of a mixture's, which are stacked."""
+    return {n: t[expert] if n in STACKED else t for n, t in tensors.items()}
+
+
 def values(tensors: Tensors) -> torch.Tensor:
-    """fp32 [N, K]: the weight that the tensors stand for."""
+    """fp32 [N, K]: the weight that the tensors stand for; [E, N, K] for those of experts."""
+    if tensors["codes"].dim() == 3:
+        return torch.stack([values(of_expert(tensors, e)) for e in range(len(tensors["codes"]))])
     if "block_scales" in tensors:
         return nvfp4.dequantized(tensors["codes"], tensors["block_scales"], tensors["global_scale"])
     codes = bitpack.unpack(tensors["codes"], int(tensors["bits"]), int(tensors["inputs"])).float()
@@ -63,9 +71,27 @@ def values(tensors: Tensors) -> torch.Tensor:
     return ((codes.view(rows, groups, -1) - zero) * scales[..., None]).view(rows, -1)
 
 
+def shape(tensors: Tensors) -> tuple[int, ...]:
+    """(N, K), or (E, N, K) for a mixture's, of the weight that the tensors stand for."""
+    if tensors["codes"].dim() == 3:
+        return len(tensors["codes"]), *values(of_expert(tensors, 0)).shape
+    return tuple(values(tensors).shape)
+
+
 def stands_for(tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
     """The same in another dtype: what a model that holds its weights in it computes with."""
     return values(tensors).to(dtype)
+
+
+def experts_for(tensors: Tensors, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+    """The same for a mixture's: [experts, out, in], or [experts, in, out] where the model stores them so."""
+    first = values(of_expert(tensors, 0))
+    count, shape = len(tensors["codes"]), first.t().shape if transposed else first.shape
+    made = torch.empty(count, *shape, dtype=dtype, device=first.device)
+    for expert in range(count):
+        one = values(of_expert(tensors, expert))
+        made[expert] = one.t() if transposed else one
+    return made
 
 
 def stored_bytes(tensors: Tensors) -> int:

@@ -25,7 +25,8 @@ from thresher.machine.memory import give_back
 from thresher.progress import progress
 from thresher.reading import reading
 
-from ...structure.recover import LinearSite, Structure, recover
+from ...structure.experts import ExpertSite
+from ...structure.recover import Structure, recover
 from ...tokens.owners import Owners
 from .. import rewrite as rsq_rewrite
 from ..config import RSQConfig
@@ -33,13 +34,14 @@ from ..plan import make_plan
 from . import bits as rsq_bits
 from . import checks
 from . import codes as rsq_codes
+from . import experts as rsq_experts
 from . import scores as rsq_scores
 from .estimate import Estimate, estimate
 from .files import LayerFiles, by_site, stamp_of
-from .hessian import Drift, Hessian, HessianError, factor
-from .outcome import LinearReport, Outcome, report
-from .pieces import Batch, Piece, pieces, seen_from
-from .rounding import round_group
+from .hessian import HessianError
+from .linears import LinearGroup
+from .outcome import LinearReport, Outcome
+from .pieces import Batch, Piece, Site, pieces, seen_from
 from .sizes import Sizes
 from .states import Keeping, States, Values
 from .steps import Step, steps
@@ -155,68 +157,52 @@ class Driver:
         sizes = dict.fromkeys((p.name for p in self.pieces), 0)
         for site in self.outcome.plan.quantise:
             sizes[names[site.fqn].name] += site.in_features * site.out_features
+        for mixture in self.outcome.plan.experts:
+            sizes[names[mixture.fqn].name] += mixture.count * mixture.in_features * mixture.out_features
         self.outcome.sensitivity = sensitivity
         self.outcome.bits = rsq_bits.allocate(sensitivity, sizes, self.config.average_bits)
 
     def _quantise(self, step: Step) -> None:
-        x, group, scorer, piece = step.x, step.group, step.scorer, step.piece
-        hessian, drift = Hessian.empty(group[0].in_features), None
-        if self.follow:
-            drift = Drift.empty(group[0].in_features)
+        x, scorer, piece = step.x, step.scorer, step.piece
+        gathered = self._group(step.group)
         owner = self.owners.of(x)
         weighed = scorer.targets[0] if scorer is not None and scorer.targets else x
         if step.first:
             self.owner = self.owners.of(weighed)
         raw: list[torch.Tensor] = []
-        names = ", ".join(s.fqn for s in group)
 
         def collect(index: int, values: Values, plain: Values) -> None:
-            batch = seen_from(self.owners, x, self.batches[index], values[x])
-            if not checks.finite(*rsq_scores.rows_of(values[x], None, batch.real)):
+            batch = self.batches[index]
+            if not gathered.finite(values, batch):
                 raise HessianError(
-                    f"{names}: batch {index} of the calibration data reaches it as NaN or infinite values."
+                    f"{gathered.names}: batch {index} of the calibration data reaches it as NaN or infinite values."
                 )
             if step.first:
-                layers = seen_from(self.owners, weighed, self.batches[index], values[weighed])
+                layers = seen_from(self.owners, weighed, batch, values[weighed])
                 scores, weights = rsq_scores.weigh(scorer, values, layers, self.counts, self.config)
                 self.weights.append(weights)
                 if scores is not None:
                     raw.append(scores)
             # Cross attention reads another tower's tokens, which this layer did not weigh.
-            same = owner == self.owner
-            rows, weights = rsq_scores.rows_of(values[x], self.weights[index] if same else None, batch.real)
-            hessian.add(rows, weights)
-            if drift is not None:
-                drift.add(plain[x], rows, weights)
+            gathered.add(values, plain, self.weights[index] if owner == self.owner else None, batch)
 
         self._advance(step, collect)
         if raw:
             self.outcome.importance[piece.name] = torch.cat(raw)
         try:
-            factored = factor(
-                hessian.matrix(), self.config.damping, self.config.activation_order, consume=True
-            )
+            made, reports = gathered.quantise(self.sweep, self.outcome.bits[piece.name])
         except HessianError as reason:
-            raise HessianError(f"{names}: {reason}") from None
-        bits = self.outcome.bits[piece.name]
-        self.sweep.forget()
-        weights = [self.sweep.weight(s.weight) for s in group]
-        if not all(bool(torch.isfinite(w).all()) for w in weights):
-            raise ThresherError(f"{names}: the weights are NaN or infinite after rotation.")
-        made: dict[str, dict[str, torch.Tensor]] = {}
-        grid = rsq_codes.make_grid(self.config, bits)
-        damping, correction = factored.damping, None
-        if drift is not None:
-            correction = drift.correction(factored, hessian.tokens).mul_(self.config.follow_original)
-        rounded = round_group(weights, factored, grid, self.config, correction)
-        del weights, factored, correction
-        for site, found in zip(group, rounded, strict=True):
-            tensors = made[site.fqn] = rsq_codes.to_tensors(found, self.config, bits)
-            size = self.rotated.weights[site.weight].tensor.element_size()
-            self.outcome.reports[site.fqn] = report(
-                site.fqn, found, hessian.whole(), damping, tensors, self.config, size
-            )
+            raise HessianError(f"{gathered.names}: {reason}") from None
+        self.outcome.reports |= {r.site: r for r in reports}
         self._accept(step, made)
+
+    def _group(self, group: Sequence[Site]) -> LinearGroup | rsq_experts.ExpertGroup:
+        """What a step gathers, empty."""
+        first = group[0]
+        if not isinstance(first, ExpertSite):
+            return LinearGroup(group, self.owners, self.config)  # type: ignore[arg-type]
+        shared = rsq_experts.reads_shared(self.sweep, self.structure.experts, first)
+        return rsq_experts.ExpertGroup(first, self.owners, self.config, shared)
 
     def _accept(self, step: Step, made: Mapping[str, dict[str, torch.Tensor]]) -> None:
         """From here on the batches see these linears quantised."""
@@ -226,10 +212,13 @@ class Driver:
         for site in step.group:
             self._use(site, made[site.fqn])
 
-    def _use(self, site: LinearSite, tensors: dict[str, torch.Tensor]) -> None:
+    def _use(self, site: Site, tensors: dict[str, torch.Tensor]) -> None:
         self.outcome.linears[site.fqn] = tensors
         dtype = self.rotated.weights[site.weight].tensor.dtype
-        self.sweep.overrides[site.weight] = functools.partial(rsq_codes.stands_for, tensors, dtype)
+        stands_for = functools.partial(rsq_codes.stands_for, tensors, dtype)
+        if isinstance(site, ExpertSite):
+            stands_for = functools.partial(rsq_codes.experts_for, tensors, dtype, site.transposed)
+        self.sweep.overrides[site.weight] = stands_for
 
     def _advance(self, step: Step, collect: Callable[[int, Values, Values], None] | None) -> None:
         """Run every batch up to a step, show the values to `collect`, and keep what later steps read."""
@@ -258,9 +247,11 @@ class Driver:
             for fields in json.loads(metadata["reports"]):
                 self.outcome.reports[fields["site"]] = LinearReport(**fields)
             for site in (s for group in piece.groups for s in group):
-                held, shape = rsq_codes.values(found[site.fqn]), (site.out_features, site.in_features)
-                if tuple(held.shape) != shape:
-                    raise ThresherError(f"{site.fqn} is {tuple(held.shape)}, and the model's is {shape}")
+                held = rsq_codes.shape(found[site.fqn])
+                shape: tuple[int, ...] = (site.out_features, site.in_features)
+                shape = (site.count, *shape) if isinstance(site, ExpertSite) else shape
+                if held != shape:
+                    raise ThresherError(f"{site.fqn} is {held}, and the model's is {shape}")
         return found
 
     def _save(self, piece: Piece) -> None:

@@ -17,16 +17,19 @@ from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.machine.memory import resident
 
-from ...structure.recover import LinearSite
+from ...structure.experts import ExpertSite
 from ..config import SCALE_DTYPES, RSQConfig
 from . import rounding
+from .pieces import Site
 from .sizes import Sizes, count
 from .steps import Step
 
 aten = torch.ops.aten
+_READS = ("aten.linear.default", "aten.bmm.default", "thresher.expert_linear.default")
 
 _HESSIAN = 16  # bytes for each of its K x K numbers: the fp32 sum, the fp64 matrix, the fp32 factor
 _ROUNDING = 40  # bytes for each weight rounded at a time
+_ONE_EXPERT = 48  # the same while one expert's is used: filled up, kept for its report, factored
 _CODES = 10  # bytes for each code while one linear's are packed
 _PASSES = 150  # passes over a weight in fp32: the range search, and column by column
 _PASS_RATE = 3e9  # bytes a second of small elementwise work
@@ -40,7 +43,7 @@ _ALLOCATOR = 1.15  # what the C library keeps of freed memory, as a factor
 class Estimate:
     """parts: bytes held at the widest moment, by what they are. peak: their sum, with what the process holds already.
     model: bytes of the weights. seconds: by the clock, on this machine as it is now. written: bytes of finished layers.
-    on_disk: bytes of activations there meanwhile. linears, tokens: how many."""
+    on_disk: bytes of activations there meanwhile. linears, tokens: how many; each expert's matrix counts."""
 
     parts: Mapping[str, int]
     model: int
@@ -86,12 +89,15 @@ def estimate(
     sites = [site for step in steps for site in step.group]
     model = sum({w.tensor.data_ptr(): w.tensor.nbytes for w in original.weights.values()}.values())
     return Estimate(parts, model, _seconds(sizes, steps, model, runs), sum(stored(s, config) for s in sites),
-                    waiting if on_disk else 0, len(sites), sizes.tokens, where)  # fmt: skip
+                    waiting if on_disk else 0, sum(map(_matrices, sites)), sizes.tokens, where)  # fmt: skip
 
 
 def _moments(sizes: Sizes, step: Step, drift: int) -> list[tuple[str, dict[str, int]]]:
     """What a step holds beside the waiting batches, moment by moment."""
     program, k = sizes.program, step.group[0].in_features
+    one = step.group[0]
+    if isinstance(one, ExpertSite):
+        return _moments_of_experts(sizes, step, one, drift)
     own = sum(program.weights[s.weight].tensor.nbytes for s in step.group)
     touched = sum(program.weights[n].tensor.nbytes for n in _weights(step.nodes) if n in program.weights)
     largest = max(s.in_features * s.out_features for s in step.group)
@@ -106,17 +112,41 @@ def _moments(sizes: Sizes, step: Step, drift: int) -> list[tuple[str, dict[str, 
     ]  # fmt: skip
 
 
+def _moments_of_experts(
+    sizes: Sizes, step: Step, site: ExpertSite, drift: int
+) -> list[tuple[str, dict[str, int]]]:
+    """The same where the experts of a mixture are quantised: all their Hessians wait while one is factored and used."""
+    k, each = site.in_features, site.in_features * site.out_features
+    held = sizes.program.weights[site.weight].tensor
+    touched = sum(sizes.program.weights[n].tensor.nbytes for n in _weights(step.nodes))
+    waiting = (4 + drift) * site.count * k * k
+    some = min(each, rounding.rows_at_once(k) * k)
+    written = held.nbytes + 4 * each  # put together from the codes for what comes behind
+    return [
+        (f"gathering statistics of {site.fqn}",
+         {"one batch": sizes.working(step), "weights": touched, "Hessians": waiting}),
+        (f"rounding {site.fqn}",
+         {"weights": held.nbytes + 4 * each, "Hessians": waiting + _ONE_EXPERT * k * k,
+          "rounding": _ROUNDING * some + _CODES * each}),
+        (f"reading the codes of {site.fqn}", {"weights": written}),
+    ]  # fmt: skip
+
+
 def _weights(nodes: Sequence[fx.Node]) -> set[str]:
-    """Attribute names of the matrices that linears among these nodes read; of an embedding only rows are."""
-    linears = [n for n in nodes if n.target is aten.linear.default]
-    return {str(n.args[1].target) for n in linears if isinstance(n.args[1], fx.Node)}
+    """Attribute names of the matrices that products among these nodes read; of an embedding only rows are."""
+    factors = [n.args[1] for n in nodes if str(n.target) in _READS]
+    return {str(f.target) for f in factors if isinstance(f, fx.Node) and f.op == "get_attr"}
 
 
-def stored(site: LinearSite, config: RSQConfig) -> int:
-    """Bytes of a linear's codes, scales and zero points."""
-    rows, k = site.out_features, site.in_features
+def _matrices(site: Site) -> int:
+    return site.count if isinstance(site, ExpertSite) else 1
+
+
+def stored(site: Site, config: RSQConfig) -> int:
+    """Bytes of the codes, scales and zero points of a linear, or of a mixture's experts."""
+    rows, k = _matrices(site) * site.out_features, site.in_features
     if config.grid == "nvfp4":
-        return rows * (k // 2 + k // 16) + 4
+        return rows * (k // 2 + k // 16) + 4 * _matrices(site)
     bits = config.average_bits or config.bits
     groups = k // config.group_size if config.group_size > 0 else 1
     scale = SCALE_DTYPES[config.scale_dtype].itemsize + (0 if config.symmetric else 1)
@@ -130,14 +160,14 @@ def _seconds(sizes: Sizes, steps: Sequence[Step], model: int, runs: int) -> floa
     seconds = model / _READ_RATE
     for step in steps:
         k = step.group[0].in_features
-        weights = sum(s.in_features * s.out_features for s in step.group)
+        weights = sum(_matrices(s) * s.in_features * s.out_features for s in step.group)
         for node in step.nodes:
             dtype = value(node).dtype if isinstance(value(node), torch.Tensor) else None
             rate = rates.setdefault(dtype, _rate(dtype)) if dtype in _MEASURED else single
             seconds += runs * sum(many * _products(node, at) / rate for at, many in sizes.shapes)
             seconds += runs * sum(many * sizes.bytes(node, at) / _PASS_RATE for at, many in sizes.shapes)
         seconds += (3 * runs - 2) * sizes.tokens * k * k / single
-        seconds += 2 / 3 * k**3 / double + weights * k / single
+        seconds += _matrices(step.group[0]) * 2 / 3 * k**3 / double + weights * k / single
         seconds += weights * (4 * _PASSES / _PASS_RATE)
         seconds += 3 * weights * _TURN / double  # rotated for the proof, for the batches and to be rounded
     return seconds
@@ -145,8 +175,8 @@ def _seconds(sizes: Sizes, steps: Sequence[Step], model: int, runs: int) -> floa
 
 def _products(node: fx.Node, at: Mapping[str, int]) -> float:
     """Floating-point operations of a linear or an attention."""
-    if node.target is aten.linear.default:
-        return 2.0 * count(value(node).shape, at) * int(value(node.args[1]).shape[1])
+    if str(node.target) in _READS:
+        return 2.0 * count(value(node).shape, at) * int(value(node.args[0]).shape[-1])
     if node.target is aten.scaled_dot_product_attention.default:
         keys = value(node.args[1]).shape
         return 4.0 * count(value(node.args[0]).shape, at) * count(keys[-2:-1], at)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from ...structure.experts import ExpertSite
 from ...structure.recover import LayerSite, LinearSite, Structure
 from ...tokens.owners import Owners
 from ..plan import RotationPlan
@@ -27,9 +28,7 @@ class Batch:
 
 def seen_from(owners: Owners, node: fx.Node, batch: Batch, known: torch.Tensor) -> Batch:
     """A batch as the tokens of one value have it, `known` being that value: their own ids and padding mask."""
-    ids, real = batch.inputs.get(owners.of(node) or ""), owners.real(node, batch.inputs)
-    if batch.real is not None and owners.mask(node) == "attention_mask":
-        real = batch.real  # what the batch says of its own tokens holds, whatever the model is shown of them
+    ids, real = batch.inputs.get(owners.of(node) or ""), real_of(owners, node, batch)
     rows = (known.shape[0], known.shape[2 if known.dim() == 4 else 1])  # heads stand before the tokens
     if real is not None and real.shape != rows and known.dim() > 2:
         real = None  # pooled or subsampled: no longer a value a token
@@ -37,27 +36,47 @@ def seen_from(owners: Owners, node: fx.Node, batch: Batch, known: torch.Tensor) 
     return dataclasses.replace(batch, real=real, tokens=tokens if tokens is not None else batch.tokens)
 
 
+def real_of(owners: Owners, node: fx.Node, batch: Batch) -> torch.Tensor | None:
+    """bool [batch, sequence], true at the real tokens that a value is made of; None for all."""
+    if batch.real is not None and owners.mask(node) == "attention_mask":
+        return batch.real  # what the batch says of its own tokens holds, whatever the model is shown of them
+    return owners.real(node, batch.inputs)
+
+
+Site = LinearSite | ExpertSite
+
+
 @dataclass
 class Piece:
-    """What is saved together: a layer's linears, or a group outside all layers. groups: linears by input."""
+    """What is saved together: a layer's linears and experts, or a group outside all layers. groups: linears by input;
+    a product by experts is a group of its own."""
 
     name: str
     layer: LayerSite | None
-    groups: list[list[LinearSite]]
+    groups: list[list[Any]]  # of Site
 
 
 def pieces(structure: Structure, plan: RotationPlan, order: Mapping[fx.Node, int]) -> Iterator[Piece]:
     """Layers, and groups outside layers, in graph order."""
     found: dict[str, Piece] = {}
-    for site in sorted(plan.quantise, key=lambda s: order[s.node]):
+    sites: list[Site] = sorted([*plan.quantise, *plan.experts], key=lambda s: order[s.node])
+    for site in sites:
         layer = structure.layer_of(site)
         name = site.fqn if layer is None else f"layer-{layer.index:04d}-{layer.fqn}"
         piece = found.setdefault(name, Piece(name, layer, []))
-        group = next((g for g in piece.groups if g[0].x is site.x), None)
+        alone = isinstance(site, ExpertSite)
+        same = (g for g in piece.groups if g[0].x is site.x and not isinstance(g[0], ExpertSite))
+        group = None if alone else next(same, None)
         if group is None:
             piece.groups.append([site])
         else:
             group.append(site)
     for piece in found.values():
-        piece.groups.sort(key=lambda g: order[g[0].x])
+        piece.groups.sort(key=lambda g: max(order[n] for n in reads(g)))
     yield from sorted(found.values(), key=lambda p: order[p.groups[0][0].x])
+
+
+def reads(group: Sequence[Site]) -> list[fx.Node]:
+    """The values that a group's statistics are made of: its input, and of experts whose each row is."""
+    chosen = getattr(group[0], "experts", None)
+    return [group[0].x, chosen] if isinstance(chosen, fx.Node) else [group[0].x]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from ...structure.recover import LinearSite, Structure
-from .pieces import Piece
+from ...structure.recover import Structure
+from .pieces import Piece, reads
 from .scores import Scorer
 from .sweep import Sweep
 
@@ -23,7 +24,7 @@ class Step:
     """
 
     piece: Piece
-    group: list[LinearSite]
+    group: list[Any]  # linears that read one input, or one product by experts
     first: bool
     scorer: Scorer | None
     nodes: list[fx.Node]
@@ -53,14 +54,15 @@ def steps(
     for index, (piece, group) in enumerate(order):
         first = group is piece.groups[0]
         scorer = scorers[piece.name] if first else None
-        shown = {group[0].x, *(scorer.targets if scorer is not None else ())}
-        later = [following[0].x for _, following in order[index + 1 :]]
+        own = reads(group)
+        shown = {*own, *(scorer.targets if scorer is not None else ())}
+        later = [n for _, following in order[index + 1 :] for n in reads(following)]
         nodes = sweep.needed(shown, held)
         # What only the scorer reads comes of weights that are about to change, and is not kept.
-        reached = set(sweep.needed([group[0].x], held)) | held
+        reached = set(sweep.needed(own, held)) | held
         after = sweep.needed(later, reached)
         live = {a for n in after for a in n.all_input_nodes if a in reached and a.op != "get_attr"}
-        live |= {t for t in [group[0].x, *later] if t in reached}
+        live |= {t for t in [*own, *later] if t in reached}
         advances = width(live) <= widest * hidden
         yield Step(piece, group, first, scorer, nodes, shown, live, advances)
         if advances:

@@ -35,6 +35,10 @@ _ZEROS = (
     "transformers' loader of compressed-tensors does not read packed zero points: the middle code stands for zero "
     "(symmetric=True)."
 )
+_EXPERTS = (
+    "{} products by a mixture's experts stay as they are, {} among them: a saved model holds codes of nn.Linear modules "
+    "alone. Compiled with codes by .save they are quantized too."
+)
 _SCALES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -47,7 +51,12 @@ def portable(config: RSQConfig, program: Program, dtype: torch.dtype) -> tuple[R
     if not config.symmetric and config.grid == "integer":
         config = dataclasses.replace(config, symmetric=True)
         said.append(_ZEROS)
-    centred = _centred(make_plan(program, recover(program), config))
+    plan = make_plan(program, recover(program), config)
+    if plan.experts:
+        names = [s.fqn for s in plan.experts]
+        config = dataclasses.replace(config, keep=(*config.keep, *names))
+        said.append(_EXPERTS.format(len(names), names[0]))
+    centred = _centred(plan)
     if centred is not None:
         config = dataclasses.replace(config, rotate=False)
         said.append(_LAYER_NORM.format(centred))
@@ -93,7 +102,8 @@ def fuse(
     if left:
         raise ThresherError(
             f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} cannot be saved as a model: the "
-            "format holds codes of nn.Linear modules. Keep those with keep=[...], or save the codes by .save."
+            "format holds codes of nn.Linear modules. Keep those with keep=[...] (portable=True keeps "
+            "experts), or save the codes by .save."
         )
     return sorted(done)
 
