@@ -63,7 +63,7 @@ class RSQConfig(PassConfig):
     rotate: bool = True
     rotate_heads: bool = True
     rotate_down: bool = True
-    rotate_inputs: bool = True
+    rotate_inputs: bool = False
     rotation: str = "auto"
     importance: str = "attncon"
     r_min: float = 0.01

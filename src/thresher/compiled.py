@@ -102,6 +102,15 @@ class Compiled(torch.nn.Module):
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._run_once(*args, **kwargs)
+        except torch._dynamo.exc.TorchRuntimeError:
+            if not self._sizes.give_up():
+                raise
+            logger.info("%s gets a program for one row of its own.", type(self.model).__name__)
+            return self._run_once(*args, **kwargs)
+
+    def _run_once(self, *args: Any, **kwargs: Any) -> Any:
         anew = not self.sessions
         with (
             sessions.collect() as made,

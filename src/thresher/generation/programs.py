@@ -41,6 +41,18 @@ class Sizes:
     def __init__(self, dynamic: bool | None):
         self.dynamic = dynamic
         self._first: list[Any] | None = None
+        self._usual = False
+
+    def give_up(self) -> bool:
+        """Leave sizes to Dynamo from now on; False where they are already.
+
+        For a model that Dynamo cuts in two: what the first part hands on is one row for all, and a free size of one
+        cannot be told from a free number of rows where the second part brings both together.
+        """
+        if self._usual:
+            return False
+        self._usual = True
+        return True
 
     @contextlib.contextmanager
     def prepared(self, args: tuple[Any, ...], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -49,7 +61,7 @@ class Sizes:
         if self._first is None:
             self._first = mine
         alone = mine is None or (self.dynamic is None and mine == self._first)
-        if self.dynamic is False or alone:
+        if self.dynamic is False or self._usual or alone:
             yield named
             return
         with free_sizes(apart=_differ(named)):

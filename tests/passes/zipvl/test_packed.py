@@ -152,7 +152,7 @@ def test_what_packed_programs_cannot_have_is_said(model, padded, tmp_path):
     assert "80 are probed" in reason(recent=40, spread=40)
     chosen = Recipe.of(None, verify=False, prepack=True, zipvl=dict(OPTIONS, keep=0.3))
     counted, _ = run_pipeline(program, chosen, given)
-    with pytest.raises(ArgumentError, match="how many tokens attend"):
+    with pytest.raises(ArgumentError, match="number of attending tokens"):
         thresher.save(counted, tmp_path / "never.thresher")
-    with pytest.raises(ArgumentError, match="how many tokens attend"):
+    with pytest.raises(ArgumentError, match="number of attending tokens"):
         thresher.export_onnx(counted, padded, tmp_path / "never.onnx")

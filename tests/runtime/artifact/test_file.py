@@ -50,7 +50,7 @@ def test_gives_the_same_bits_at_other_sizes_too(name, tmp_path):
     model, inputs = compiled(name)
     path = thresher.save(model, tmp_path / "m", example_inputs=inputs, longest=64)
     loaded = thresher.load(path, target="reference")
-    calls = [inputs, zoo.tokens(masks.right((1, 9))), zoo.tokens(masks.left((4, 10, 6)))]
+    calls = [inputs, *map(zoo.tokens, (masks.right((1, 9)), masks.left((4, 10, 6)), masks.right((7,))))]
     for call in calls:
         call = {k: v for k, v in call.items() if k in inputs}
         expected, actual = model(**call), loaded(**call)
@@ -58,7 +58,7 @@ def test_gives_the_same_bits_at_other_sizes_too(name, tmp_path):
         assert names
         for each in names:
             assert torch.equal(torch.as_tensor(expected[each]), torch.as_tensor(actual[each])), each
-    assert loaded.counters.packed == len(calls)
+    assert loaded.counters.packed == len(calls) - 1, "the one row has no padding"
     assert loaded.report.rewritten == model.report.rewritten
     assert loaded.manifest["recipe"] == model.recipe.to_dict() and "prepack" in loaded.manifest["recipe"]
 
@@ -251,7 +251,6 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(saved):
         (lambda i: {**i, "input_ids": i["input_ids"].int()}, "int64"),
         (lambda i: {**i, "input_ids": i["input_ids"].tolist()}, "list"),
         (lambda i: {**i, "attention_mask": i["attention_mask"][:, :-1]}, "sizes"),
-        (lambda i: {k: v[:1] for k, v in i.items()}, r"from 2"),
     ],
 )
 def test_wrong_inputs_are_named(saved, call, named):

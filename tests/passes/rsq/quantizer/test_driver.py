@@ -233,7 +233,7 @@ def test_what_waits_between_groups_does_not_change_codes(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gemma3", "bert"])
 def test_where_no_stream_is_rotated_inputs_are_turned_once_for_all_that_read_them(name):
-    after, plan = rotated(captures.of_zoo(name), RSQConfig())
+    after, plan = rotated(captures.of_zoo(name), RSQConfig(rotate_inputs=True))
     turned = [e for e in plan.edits.values() if e.online is not None]
     transforms = after.nodes(torch.ops.thresher.hadamard.default)
     readers = [s for s in plan.quantise if s.role in ("q", "k", "v", "gate", "up")]
@@ -241,7 +241,7 @@ def test_where_no_stream_is_rotated_inputs_are_turned_once_for_all_that_read_the
     assert len(transforms) < len(turned), "q, k and v share one"
     q, k = (next(s for s in readers if s.role == role) for role in "qk")
     assert q.x is k.x and q.x.target is torch.ops.thresher.hadamard.default
-    plain = rotated(captures.of_zoo(name), RSQConfig(rotate_inputs=False))[1]
+    plain = rotated(captures.of_zoo(name), RSQConfig())[1]
     assert all(plain.edits[s].online is None for s in plain.quantise if s.role != "down")
 
 
