@@ -20,7 +20,7 @@ KINDS = {
     "4 bits": {"bits": 4, "group_size": 32},
     "3 bits": {"bits": 3, "group_size": 64},
     "2 bits": {"bits": 2},
-    "8 bits, zero points": {"bits": 8, "group_size": 32, "symmetric": False},
+    "8 bits": {"bits": 8, "group_size": 32},
     "NVFP4": {"grid": "nvfp4"},
 }
 RUN = """
@@ -66,7 +66,7 @@ def small():
 @pytest.mark.parametrize("kind", KINDS)
 def test_vllm_computes_what_the_model_in_memory_does(small, kind, tmp_path):
     low = thresher.quantize(small, IDS, thresher.RSQ(**KINDS[kind]), portable=True)
-    folder, model, prompts = low.save_pretrained(tmp_path / "low"), low.model(), IDS[:2, :12]
+    folder, model, prompts = low.save_pretrained(tmp_path / "low"), low.as_model(), IDS[:2, :12]
     with torch.no_grad():
         tokens = model.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, do_sample=False
