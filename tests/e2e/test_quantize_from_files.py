@@ -263,6 +263,8 @@ def test_the_peak_is_what_was_said_and_a_part_of_the_model(tmp_path):
     done = subprocess.run(
         [sys.executable, tmp_path / "measure.py", tmp_path / "model", tmp_path / "kept"],
         capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        # freed tensors go back at once: what the allocator keeps is none of ours, and differs from run to run
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     before, peak, said, model = map(int, done.stdout.split())
@@ -271,5 +273,7 @@ def test_the_peak_is_what_was_said_and_a_part_of_the_model(tmp_path):
     assert grew <= 1.1 * said + 16e6, (
         f"{grew / 1e6:.0f} MB more than before, and {said / 1e6:.0f} MB were said"
     )
-    layer_hessian = 16 * 1408**2
-    assert grew <= 0.25 * model + layer_hessian, f"{grew / 1e6:.0f} MB for a model of {model / 1e6:.0f} MB"
+    layer_hessian, activations = 16 * 1408**2, 2 * 8 * 64 * 512 * 4  # a layer's inputs and results in fp32
+    assert grew <= 0.25 * model + layer_hessian + activations, (
+        f"{grew / 1e6:.0f} MB for a model of {model / 1e6:.0f} MB"
+    )
