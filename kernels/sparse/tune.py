@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from thresher.files import cache_folder, keep, trusted
+from thresher.files import keep_measurement, measurements
 
 from .. import native
 from . import cpp as sparse_native
@@ -71,14 +70,11 @@ def _break_even(site: Site, tokens: int, threads: int) -> float:
 
 def remembered(key: str, measured: Callable[[], float]) -> float:
     """The number kept on disk under this key, which names all it depends on; measured if there is none."""
-    found = _read().get(key)
+    found = measurements(_FILE).get(key)
     if isinstance(found, (int, float)):
         return float(found)
     number = measured()
-    folder = cache_folder()
-    if folder is not None:
-        text = json.dumps(_read() | {key: number}, indent=0, sort_keys=True)
-        keep(folder / _FILE, text.encode())
+    keep_measurement(_FILE, key, number)
     return number
 
 
@@ -151,14 +147,3 @@ def least_seconds(candidates: tuple[Callable[[int], object], ...]) -> list[float
         if deadline is not None and time.perf_counter() > deadline:
             break
     return best
-
-
-def _read() -> dict[str, Any]:
-    folder = cache_folder()
-    if folder is None or not trusted(folder / _FILE):
-        return {}
-    try:
-        kept = json.loads((folder / _FILE).read_text())
-    except (OSError, ValueError, RecursionError):  # cut off by a full disk: measuring again repairs it
-        return {}
-    return kept if isinstance(kept, dict) else {}

@@ -8,6 +8,7 @@ then no cache, and one warning says so.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import stat
@@ -91,6 +92,26 @@ def keep(path: Path, content: bytes) -> None:
             partial.replace(path)
     except OSError as reason:
         no_cache(path, reason)
+
+
+def measurements(name: str) -> dict[str, Any]:
+    """What was measured on this machine and kept in the cache's file of that name, by key; empty where nothing was."""
+    folder = cache_folder()
+    if folder is None or not trusted(folder / name):
+        return {}
+    try:
+        kept = json.loads((folder / name).read_text())
+    except (OSError, ValueError, RecursionError):  # cut off by a full disk: measuring again repairs it
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def keep_measurement(name: str, key: str, value: Any) -> None:
+    """Add a measurement, plain data, to the cache's file of that name."""
+    folder = cache_folder()
+    if folder is not None:
+        text = json.dumps(measurements(name) | {key: value}, indent=0, sort_keys=True)
+        keep(folder / name, text.encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:

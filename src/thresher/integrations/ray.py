@@ -199,7 +199,7 @@ class Embedder:
         given = {name: encoded[name] for name in self.inputs}
         if (
             len(texts) == 1
-        ):  # the program is for two rows and more: a second one, of a single token, costs that token
+        ):  # a program may need two rows and more: a second one, of a single token, costs that token
             given = {name: torch.cat([t, t]) for name, t in given.items()}
             given["attention_mask"][1, 1:] = 0
         (result,) = self.program(**given).values()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..files import cache_folder, keep, trusted
+from ..files import keep_measurement, measurements
 from ..op import unwatched
 from ..pricing import LinearRate
 from .device_rates import copies, least_seconds, surface
@@ -64,13 +64,13 @@ def times(name: str) -> Surface | None:
     class that no operator has."""
     key = json.dumps([cpu_key(), torch.__version__, torch.get_num_threads(), name])
     if key not in _KNOWN:
-        kept = _read().get(key)
+        kept = measurements(_FILE).get(key)
         made = _surface(kept) if kept is not None else None
         if made is None:
             made = _measured(name)
             if made is None:
                 return None
-            _write(key, made)
+            keep_measurement(_FILE, key, dataclasses.asdict(made))
         _KNOWN[key] = made
     return _KNOWN[key]
 
@@ -108,24 +108,6 @@ def _maker(name: str) -> Callable[[int, int], Callable[[], Any]] | None:
 
 
 _FILE = "linear_rates.json"
-
-
-def _read() -> dict[str, Any]:
-    folder = cache_folder()
-    if folder is None or not trusted(folder / _FILE):
-        return {}
-    try:
-        kept = json.loads((folder / _FILE).read_text())
-    except (OSError, ValueError, RecursionError):  # cut off by a full disk: measuring again repairs it
-        return {}
-    return kept if isinstance(kept, dict) else {}
-
-
-def _write(key: str, made: Surface) -> None:
-    folder = cache_folder()
-    if folder is not None:
-        text = json.dumps(_read() | {key: dataclasses.asdict(made)}, indent=0, sort_keys=True)
-        keep(folder / _FILE, text.encode())
 
 
 def _surface(kept: Any) -> Surface | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from thresher import site_counts
+from thresher import files, site_counts
 from thresher.errors import ArgumentError
 from thresher.kernels import catalog, native
 from thresher.kernels.sparse import cpp as sparse_native
@@ -176,7 +176,7 @@ def test_three_dimensions_strided_input_and_a_changed_weight():
 
 @needs_native
 def test_break_even_is_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(sparse_tune, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path)
     sparse_tune._break_even.cache_clear()
     site = sparse_tune.Site(256, 64, 0, torch.float32, torch.float32)
     first = sparse_tune.prepare([site], batches=[1, 3])
