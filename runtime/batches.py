@@ -145,8 +145,10 @@ def _resized(program: Program, inputs: list[Any]) -> list[Any]:
     columns: set[Any] = set()
     for dim, most in ((0, ROWS), (1, WIDTH)):
         if _open(known[first], dim) is not None and (dim == 0 or mask is not None):
-            # torch may give one size a symbol for each input that has it
-            alike = {_open(k, dim) for k, x in zip(known, inputs) if _as_many(x, inputs[first], dim)} - {None}
+            # torch may give one size a symbol for each input that has it, and leave it open in some of them only
+            alike = {_open(k, dim) for k, x in zip(known, inputs) if _as_many(x, inputs[first], dim)}
+            if None in alike:
+                continue
             sizes.update(
                 dict.fromkeys(alike - set(sizes), most if dim == 0 else min(most, inputs[first].shape[1]))
             )

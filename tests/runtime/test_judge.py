@@ -203,6 +203,21 @@ def test_batches_are_few_short_rows_where_sizes_are_free():
     assert ids[0].shape == ids[1].shape and not torch.equal(*ids)
 
 
+def test_rows_that_only_some_inputs_leave_open_stay():
+    class Pooled(torch.nn.Module):  # reads the mask's rows by index, so that more of them fit
+        def forward(self, hidden, attention_mask):
+            shown = attention_mask[torch.arange(hidden.shape[0])][:, :, None]
+            return (hidden * shown).sum(1)
+
+    given = {"hidden": torch.randn(4, 10, 8), "attention_mask": torch.ones(4, 10, dtype=torch.long)}
+    torch._dynamo.maybe_mark_dynamic(given["attention_mask"], 0)
+    program = captures.dynamo(Pooled(), given)
+    arguments = [given.get(name, 4) for name in program.input_names]
+    assert 4 in arguments  # the mask's rows are open
+    found = batches.further(program, arguments)
+    assert found and all({len(x) for x in b.inputs if isinstance(x, torch.Tensor)} == {4} for b in found)
+
+
 def test_floating_inputs_are_scaled():
     model, inputs = zoo.ZOO["llama"].build()
     embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
