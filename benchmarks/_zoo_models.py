@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"^(first_k_dense_replace)$", 1),
     (r"^image_size$", 32), (r"^patch_size$", 8),
     (r"^(mamba_)?(d_state|state_size|ssm_state_size)$", 8),
-    (r"^(num_mel_bins|num_mel_filters)$", 16),
+    (r"^(num_mel_bins|num_mel_filters)$", 16), (r"^max_source_positions$", 50),
 )  # fmt: skip
 """Integers by name, and what a larger one becomes."""
 
@@ -50,6 +50,9 @@ HINTS: dict[str, tuple[dict[str, Any], str]] = {
     "GptOssConfig": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "its YaRN expects 4096 positions"),
     "Phi3Config": ({"partial_rotary_factor": 1.0}, "its rotary share is of another head width"),
     "DbrxConfig": ({}, "its sizes lie in attn_config and ffn_config, which the rules reach"),
+    "EsmConfig": ({"vocab_size": 128, "mask_token_id": 32, "pad_token_id": 1}, "it has no vocabulary by default"),
+    "BambaConfig": ({"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1,
+                     "mamba_chunk_size": 16}, "its kinds of layers come from the numbers of those with attention"),
 }  # fmt: skip
 """Configs that need more than the rules: values, and the reason."""
 
@@ -89,10 +92,14 @@ def shrunk(config: Any) -> dict[str, Any]:
     for name, known in vars(config).items():
         if name.startswith("_") or isinstance(known, bool):
             continue
+        if name == "head_dim" and "qk_rope_head_dim" in vars(config):
+            continue  # such a config works it out, from what rotates
         if hasattr(known, "to_dict") and hasattr(known, "model_type"):
             given[name] = type(known)(**shrunk(known))
         elif isinstance(known, int):
             small = next((v for pattern, v in RULES if re.search(pattern, name)), None)
+            if name == "num_key_value_heads" and "kv_lora_rank" in vars(config):
+                small = 4  # as many as queries have: keys are made for each from the latent
             if small is not None and known > small:
                 given[name] = small
     for name, value in _TOKENS.items():
@@ -110,7 +117,7 @@ def shrunk(config: Any) -> dict[str, Any]:
         given["decoder_start_token_id"] = 0
     layers = next((given[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if n in given), None)
     kinds = getattr(config, "layer_types", None)
-    if layers and isinstance(kinds, (list, tuple)) and kinds:
+    if "layer_types" in vars(config) and layers and isinstance(kinds, (list, tuple)) and kinds:
         given["layer_types"] = (list(dict.fromkeys(kinds)) * layers)[:layers]
     return given
 
@@ -160,14 +167,25 @@ def batch(
         size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
         size = size if isinstance(size, int) else 32
         given = {"pixel_values": torch.randn(2, channels, size, size, generator=make)}
+    elif "input_features" in takes:
+        width = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", 80)
+        frames = 2 * getattr(config, "max_source_positions", 50)
+        given = {"input_features": torch.randn(2, width, frames, generator=make)}
+        if "decoder_input_ids" in takes:
+            given["decoder_input_ids"] = torch.randint(4, 120, (2, 5), generator=make)
+    elif "input_values" in takes:
+        sound = torch.tensor((2400, 1600))
+        real = torch.arange(2400) < sound[:, None]
+        given = {"input_values": torch.randn(2, 2400, generator=make) * real}
+        if "attention_mask" in takes:
+            given["attention_mask"] = real.long()
     else:
         raise NoBatch(
-            f"Its forward takes {', '.join(list(takes)[:4])}; batches of text and of images are made."
+            f"Its forward takes {', '.join(list(takes)[:4])}; batches of text, images and sound are made."
         )
-    dual = (
-        getattr(config, "vision_config", None) is not None
-        and getattr(config, "projection_dim", None) is not None
-    )
+    dual = getattr(config, "vision_config", None) is not None and not any(
+        getattr(config, n, None) is not None for n in ("image_token_id", "image_token_index")
+    )  # two towers, and no text with images in it
     if dual and "pixel_values" in takes and "pixel_values" not in given:
         vision = config.vision_config
         given["pixel_values"] = torch.randn(

@@ -80,7 +80,7 @@ class Session:
         self._prologue = self._lower_prologue(layout)
         self._epilogue = self._lower_epilogue(layout)
         self._padded: tuple[Lowered, Freshness] | None = None
-        self._pools_first = layout is not None and layout.reads_first
+        self._pools = [] if layout is None else layout.reads_ends
 
     @property
     def programs(self) -> int:
@@ -114,8 +114,8 @@ class Session:
             if strange
             else self._why_padded(lengths, holed, inputs[layout.mask].shape[1], layout)
         )
-        if reason is None and self._pools_first:
-            self._warn_of_left_pads(inputs[layout.mask], layout)
+        if reason is None and self._pools:
+            self._warn_of_pads_read(inputs[layout.mask], layout)
         if reason is None:
             packing = make_plan(inputs[layout.mask], lengths, layout.packing)
             early = self._run_prologue(inputs, layout, weights)
@@ -128,16 +128,21 @@ class Session:
             self.counters.positions += packing.batch * packing.width
         return self._run_packed(inputs, early, packing, layout, weights)
 
-    def _warn_of_left_pads(self, mask: torch.Tensor, layout: PackedLayout) -> None:
-        """Once: a result taken from the first column is a pad's where rows are padded on the left."""
-        if bool((mask[:, 0] != 0).all()):
+    def _warn_of_pads_read(self, mask: torch.Tensor, layout: PackedLayout) -> None:
+        """Once: a result taken from the first or the last column is a pad's where rows are padded on that side."""
+        for end in self._pools:
+            if bool((mask[:, end] != 0).all()):
+                continue
+            self._pools = []
+            here, side, other = (
+                ("position 0", "left", "right") if end == 0 else ("the last position", "right", "left")
+            )
+            warn(
+                f"thresher: the model takes a result from {here} of each row, and rows of this batch are padded on the "
+                f"{side} ({layout.mask_name}[:, {end}] is 0): {here} is a pad there, whose values are zeros when packed "
+                f"and arbitrary when padded. Pad on the {other} (tokenizer.padding_side = '{other}')."
+            )
             return
-        self._pools_first = False
-        warn(
-            "thresher: the model takes a result from position 0 of each row, and rows of this batch are padded on the "
-            f"left ({layout.mask_name}[:, 0] is 0): position 0 is a pad there, whose values are zeros when packed and "
-            "arbitrary when padded. Pad on the right (tokenizer.padding_side = 'right')."
-        )
 
     def _run_packed(
         self,

@@ -78,6 +78,8 @@ struct Call {
     const void* mask;
     int64_t mask_batch, mask_head, mask_row, mask_col;
     const int64_t *rows, *cols;
+    const float* sinks;  // a score of each head that has no value, or none
+    const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
 };
 
 struct Task {
@@ -113,7 +115,8 @@ void apply_mask(const Call<T>& c, int64_t head, int64_t token, const int64_t* co
 
 // Turns scores low .. high of one query into weights, zero elsewhere in 0 .. size, and returns 1 / their sum.
 // The weights of a query that sees nothing are zero. Vectors may run past `high`: `size` is padded.
-float softmax(float* s, int64_t low, int64_t high, int64_t size) {
+// sink: a score that takes its share and has no weight of its own, or none.
+float softmax(float* s, int64_t low, int64_t high, int64_t size, const float* sink) {
     std::fill(s, s + low, -INFINITY);
     std::fill(s + high, s + size, -INFINITY);
     vf peaks = all(-INFINITY);
@@ -121,7 +124,7 @@ float softmax(float* s, int64_t low, int64_t high, int64_t size) {
         const vf x = widen(s + j);
         peaks = x > peaks ? x : peaks;
     }
-    float peak = -INFINITY;
+    float peak = sink ? *sink : -INFINITY;
     for (int i = 0; i < V; ++i) peak = std::max(peak, peaks[i]);
     if (peak == -INFINITY) peak = 0.0f;  // nothing is seen, or only NaN, which the weights keep
     vf sums{};
@@ -130,7 +133,7 @@ float softmax(float* s, int64_t low, int64_t high, int64_t size) {
         store(s + j, w);
         sums += w;
     }
-    float sum = 0.0f;
+    float sum = sink ? std::exp(*sink - peak) : 0.0f;
     for (int i = 0; i < V; ++i) sum += sums[i];
     return sum == 0.0f ? 0.0f : 1.0f / sum;
 }
@@ -149,15 +152,15 @@ void copy_values(const Call<T>& c, const Task& t, int64_t head) {
 
 // A call from what Python hands over. strides: head and token strides of q, k, v and out, then the mask's batch,
 // head, row and column strides, in elements. sizes: segments, heads, kv heads, width, value width. mask_kind: 0 none,
-// 1 bool, 2 float; without a mask, `mask`, `rows` and `cols` are not read.
+// 1 bool, 2 float; without a mask, `mask`, `rows` and `cols` are not read. sinks: one a head, or null.
 template <class T>
 Call<T> call_of(const T* q, const T* k, const T* v, T* out, const int32_t* offsets, const int64_t* sizes,
                 const int64_t* strides, float scale, int causal, int64_t window, float softcap, int mask_kind,
-                const void* mask, const int64_t* rows, const int64_t* cols) {
+                const void* mask, const int64_t* rows, const int64_t* cols, const float* sinks) {
     return {{q, strides[0], strides[1]}, {k, strides[2], strides[3]}, {v, strides[4], strides[5]},
             out, strides[6], strides[7], offsets, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
             scale, causal, window, softcap, mask_kind, mask,
-            strides[8], strides[9], strides[10], strides[11], rows, cols};
+            strides[8], strides[9], strides[10], strides[11], rows, cols, sinks};
 }
 
 // Runs all tasks of a call over `threads`. words: of 4 bytes, that a task needs for so many keys, a padded number.

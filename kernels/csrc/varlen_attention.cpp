@@ -74,7 +74,8 @@ void run(const Call<float>& c, const Task& t, const Scratch& s) {
                 const int64_t query = i + std::min(r, count - 1);
                 if (c.softcap > 0) softcap(row, size, c.softcap);
                 if (c.mask_kind) apply_mask(c, h, t.begin + query, c.cols + t.begin, t.length, row);
-                inverse[r] = softmax(row, seen_by.lowest(query) - begin - from, seen_by.highest(query) - begin - from, size);
+                inverse[r] = softmax(row, seen_by.lowest(query) - begin - from, seen_by.highest(query) - begin - from, size,
+                                     c.sink(h));
             }
             const int64_t seen = std::min(size, keys - from);
             for (int64_t d = 0; d < c.value_width; d += NR) {
@@ -97,9 +98,10 @@ void run(const Call<float>& c, const Task& t, const Scratch& s) {
 extern "C" int thresher_varlen_attention(const float* q, const float* k, const float* v, float* out,
                                          const int32_t* offsets, const int64_t* sizes, const int64_t* strides,
                                          float scale, int causal, int64_t window, float softcap, int mask_kind,
-                                         const void* mask, const int64_t* rows, const int64_t* cols, int threads) {
+                                         const void* mask, const int64_t* rows, const int64_t* cols, const float* sinks,
+                                         int threads) {
     const Call<float> c = call_of(q, k, v, out, offsets, sizes, strides, scale, causal, window, softcap, mask_kind,
-                                  mask, rows, cols);
+                                  mask, rows, cols, sinks);
     int64_t keys = 0, values = 0, scores = 0;
     const auto words = [&](int64_t room) {
         keys = room * c.width, values = room * padded(c.value_width), scores = room * MR;

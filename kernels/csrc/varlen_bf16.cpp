@@ -136,7 +136,8 @@ void run(const Call<bf16>& c, const Task& t, const Scratch& s) {
                 if (c.softcap > 0) softcap(row, size, c.softcap);
                 if (c.mask_kind) apply_mask(c, h, t.begin + query, c.cols + t.begin, t.length, row);
                 inverse[r] = softmax(row, seen_by.lowest(query) - begin - from,
-                                     seen_by.highest(query) - begin - from, size);
+                                     seen_by.highest(query) - begin - from, size,
+                                     c.sink(h));
                 bf16* narrowed = reinterpret_cast<bf16*>(s.weights + r * (size / 2));
                 for (int64_t j = 0; j < size; j += V) narrow(row + j, narrowed + j);
             }
@@ -164,10 +165,11 @@ void run(const Call<bf16>& c, const Task& t, const Scratch& s) {
 extern "C" int thresher_varlen_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out,
                                     const int32_t* offsets, const int64_t* sizes, const int64_t* strides,
                                     float scale, int causal, int64_t window, float softcap, int mask_kind,
-                                    const void* mask, const int64_t* rows, const int64_t* cols, int threads) {
+                                    const void* mask, const int64_t* rows, const int64_t* cols, const float* sinks,
+                                    int threads) {
     const auto as = [](const uint16_t* p) { return reinterpret_cast<const bf16*>(p); };
     const Call<bf16> c = call_of(as(q), as(k), as(v), reinterpret_cast<bf16*>(out), offsets, sizes, strides, scale,
-                                 causal, window, softcap, mask_kind, mask, rows, cols);
+                                 causal, window, softcap, mask_kind, mask, rows, cols, sinks);
     int64_t keys = 0, values = 0, scores = 0, weights = 0;
     const auto words = [&](int64_t room) {
         keys = room * half(c.width), values = half(room) * padded(c.value_width);

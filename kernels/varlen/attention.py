@@ -56,11 +56,16 @@ def bounds(cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
     return ends
 
 
-def check(q, k, v, cu_seqlens, max_len, scale, *rest) -> None:
+def check(q, k, v, cu_seqlens, max_len, scale, causal=False, window_left=-1, softcap=0.0, sinks=None) -> None:
     """Raise ArgumentError unless the tensors fit together; offsets are read on a CPU."""
     arguments.queries(q, scale, batch=1)
     arguments.keys(q, q.shape[2], k=k, v=v)
     arguments.rising("cu_seqlens", cu_seqlens, q.shape[2], _FROM_PLAN)
+    if sinks is not None and (
+        sinks.dim() != 1 or sinks.shape[0] != q.shape[1] or not sinks.is_floating_point()
+    ):
+        accepted = f"a floating number for each of the {q.shape[1]} query heads"
+        raise ArgumentError("sinks", arguments.given(sinks), accepted, "Pass the model's own, one a head.")
 
 
 def visible(length: int, causal: bool, window_left: int, device: torch.device) -> torch.Tensor | None:
@@ -72,7 +77,7 @@ def visible(length: int, causal: bool, window_left: int, device: torch.device) -
     return seen if window_left < 0 else seen & (distance.abs() <= window_left)
 
 
-def _fake(q, k, v, cu_seqlens, *rest):
+def _fake(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap, sinks=None):
     return empty_result(q, v)
 
 
@@ -112,7 +117,7 @@ def _timed(length: int, width: int) -> tuple[Callable[[], torch.Tensor], float]:
 
 @define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_len, float scale,"
-    " bool causal, int window_left, float softcap) -> Tensor",
+    " bool causal, int window_left, float softcap, Tensor? sinks=None) -> Tensor",
     fake=_fake,
     inputs=samples,
     tolerance=TOLERANCE,
@@ -123,7 +128,7 @@ def _timed(length: int, width: int) -> tuple[Callable[[], torch.Tensor], float]:
     rates=[AttentionRate("varlen_attention.float32", _timed)],
     check=check,
 )
-def varlen_attention(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
+def varlen_attention(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap, sinks=None):
     """Attention within each segment.
 
     causal: query i sees keys j <= i of its segment, else all of them.
@@ -131,13 +136,15 @@ def varlen_attention(q, k, v, cu_seqlens, max_len, scale, causal, window_left, s
         |i - j| <= window_left (not causal). Positions count real tokens; where a mask has holes and
         the window counts columns, use `varlen_attention_masked`.
     softcap: 0 for none; else scores become softcap * tanh(scores / softcap).
+    sinks: float [Hq] or None; a score of each head beside its keys' scores, which takes its share of the softmax and
+        has no value (GPT-OSS). The soft cap does not reach it.
     """
     out = empty_result(q, v)
     ends = bounds(cu_seqlens, q.shape[2])
     for begin, end in segments(ends):
         q_s, k_s, v_s = (t[:, :, begin:end] for t in (q, k, v))
         mask = visible(end - begin, causal, window_left, q.device)
-        out[:, :, begin:end] = attend(q_s, k_s, v_s, scale, softcap, mask)
+        out[:, :, begin:end] = attend(q_s, k_s, v_s, scale, softcap, mask, sinks)
     return out
 
 

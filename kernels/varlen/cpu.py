@@ -85,8 +85,8 @@ def _native_supported() -> str | None:
 
 
 @defs.varlen_attention.provider("cpu_cpp", device="cpu", supported=_native_supported, supports_args=_takes)
-def _varlen_cpp(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
-    return _run_cpp(q, k, v, cu_seqlens, scale, causal, window_left, softcap)
+def _varlen_cpp(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap, sinks=None):
+    return _run_cpp(q, k, v, cu_seqlens, scale, causal, window_left, softcap, sinks=sinks)
 
 
 @defs.varlen_attention_masked.provider(
@@ -97,7 +97,9 @@ def _varlen_masked_cpp(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
     return _run_cpp(q, k, v, cu_seqlens, scale, False, -1, 0.0, mask, rows, cols)
 
 
-def _run_cpp(q, k, v, cu_seqlens, scale, causal, window, softcap, mask=None, rows=None, cols=None):
+def _run_cpp(
+    q, k, v, cu_seqlens, scale, causal, window, softcap, mask=None, rows=None, cols=None, sinks=None
+):
     given_dtype, name, function = q.dtype, "varlen_attention", "thresher_varlen_attention"
     if q.dtype == torch.bfloat16 and multiplies_pairs():
         name, function = "varlen_bf16", "thresher_varlen_bf16"
@@ -112,6 +114,7 @@ def _run_cpp(q, k, v, cu_seqlens, scale, causal, window, softcap, mask=None, row
         strides += [0 if mask.shape[d] == 1 and d < 2 else mask.stride(d) for d in range(4)]
         rows, cols = rows.long().contiguous(), cols.long().contiguous()
         given = tuple(native.pointer(t) for t in (mask, rows, cols))
+    sinks = None if sinks is None else sinks.float().contiguous()
     failed = getattr(native.load(name), function)(
         *(native.pointer(t) for t in (q, k, v, out, cu_seqlens)),
         (ctypes.c_int64 * 5)(*sizes),
@@ -122,6 +125,7 @@ def _run_cpp(q, k, v, cu_seqlens, scale, causal, window, softcap, mask=None, row
         ctypes.c_float(softcap),
         0 if mask is None else 1 if mask.dtype == torch.bool else 2,
         *given,
+        None if sinks is None else native.pointer(sinks),
         torch.get_num_threads(),
     )
     if failed:
@@ -145,12 +149,14 @@ def _band(queries: int, keys: int, offset: int, causal: bool, window: int) -> to
     return seen if window < 0 else seen & (distance.abs() <= window)
 
 
-def _scaled(q, k, v, cu_seqlens, max_len, scale, *rest) -> str | None:
+def _scaled(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap, sinks=None) -> str | None:
+    if sinks is not None:
+        return "PyTorch's attention has no sinks."
     return arguments.refuse_scale(scale)
 
 
 @defs.varlen_attention.provider("cpu_sdpa", device="cpu", supports_args=_scaled)
-def _varlen_cpu(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
+def _varlen_cpu(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap, sinks=None):
     out = defs.empty_result(q, v)
     grouped = q.shape[1] != k.shape[1]
     bands: dict[tuple[int, int, int], torch.Tensor] = {}

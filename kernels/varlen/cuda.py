@@ -40,11 +40,15 @@ def _torch_supported() -> str | None:
     return None
 
 
-def _torch_supports_args(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap) -> str | None:
+def _torch_supports_args(
+    q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap, sinks=None
+) -> str | None:
     if q.dtype not in _HALF:
         return f"FlashAttention takes float16 and bfloat16, not {q.dtype}."
     if softcap > 0:
         return "varlen_attn has no soft cap."
+    if sinks is not None:
+        return "varlen_attn has no sinks."
     if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > _WIDEST_HEAD:
         return f"Head widths {q.shape[3]} and {v.shape[3]} are not one multiple of 8 up to {_WIDEST_HEAD}."
     if q.shape[2] == 0:
@@ -65,7 +69,7 @@ def _batch_invariant() -> dict[str, int]:
 @defs.varlen_attention.provider(
     "torch_varlen", device="cuda", supported=_torch_supported, supports_args=_torch_supports_args
 )
-def _varlen_torch(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
+def _varlen_torch(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap, sinks=None):
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (_unit_stride(t[0].transpose(0, 1)) for t in (q, k, v))  # [T, heads, width]
@@ -129,8 +133,10 @@ def _triton_supports_args(q, k, v, *rest) -> str | None:
 @defs.varlen_attention.provider(
     "triton", device="cuda", supported=_triton_supported, supports_args=_triton_supports_args
 )
-def _varlen_triton(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
-    return launch(q, k, v, cu_seqlens, max_len, scale, causal=causal, window=window_left, softcap=softcap)
+def _varlen_triton(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap, sinks=None):
+    return launch(
+        q, k, v, cu_seqlens, max_len, scale, causal=causal, window=window_left, softcap=softcap, sinks=sinks
+    )
 
 
 @defs.varlen_attention_masked.provider(
@@ -154,6 +160,7 @@ def launch(
     mask=None,
     rows=None,
     cols=None,
+    sinks=None,
 ) -> torch.Tensor:
     """Run the Triton kernel on the tensors' device; arguments as of the two operators."""
     out = defs.empty_result(q, v)
@@ -169,17 +176,19 @@ def launch(
         kind = kernels.BOOL_MASK if mask.dtype == torch.bool else kernels.FLOAT_MASK
         strides = [0 if mask.shape[d] == 1 and d < 2 else mask.stride(d) for d in range(4)]
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    lone = sinks is not None
+    sinks = sinks.float().contiguous() if lone else q  # q is never read as sinks
     # Three TF32 products give fp32 its accuracy back, on tensor cores.
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     grid = (-(-max_len // cut.queries), q.shape[1], segments)
     kernels.varlen_forward[grid](
-        q, k, v, out, cu_seqlens, mask, rows, cols,
+        q, k, v, out, cu_seqlens, mask, rows, cols, sinks,
         q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
         out.stride(1), out.stride(2), *strides, scale, softcap, window,
         GROUP=q.shape[1] // k.shape[1],
         D=q.shape[3], DV=v.shape[3],
         BLOCK_D=_block(q.shape[3]), BLOCK_DV=_block(v.shape[3]),
-        CAUSAL=causal, WINDOWED=window >= 0, SOFTCAP=softcap > 0, MASK=kind,
+        CAUSAL=causal, WINDOWED=window >= 0, SOFTCAP=softcap > 0, MASK=kind, SINKS=lone,
         BM=cut.queries, BN=cut.keys,
         PRECISION=precision,
         num_warps=cut.warps, num_stages=cut.stages,

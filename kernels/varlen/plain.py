@@ -20,10 +20,12 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(softcap(q k^T * scale) + mask) v in at least fp32; a query that sees nothing gives zeros.
 
     mask: bool (true = visible) or float (added), broadcastable to [1, Hq, queries, keys].
+    sinks: [Hq], a score beside the keys' that has no value.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
@@ -33,6 +35,9 @@ def attend(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
+    if sinks is not None:
+        column = sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return (torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ v).to(q.dtype)
     weights = torch.softmax(scores, dim=-1)
     blind = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return (weights.masked_fill(blind, 0.0) @ v).to(q.dtype)
@@ -84,10 +89,12 @@ def as_mask(seen: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
-def attend_packed(q, k, v, mask, scale: float, softcap: float = 0.0, blind: bool = False) -> torch.Tensor:
+def attend_packed(
+    q, k, v, mask, scale: float, softcap: float = 0.0, blind: bool = False, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention under a packed mask. blind: some query may see nothing, and gives zeros."""
-    if softcap > 0:
-        return attend(q, k, v, scale, softcap, mask)
+    if softcap > 0 or sinks is not None:
+        return attend(q, k, v, scale, softcap, mask, sinks)
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -97,10 +104,11 @@ def attend_packed(q, k, v, mask, scale: float, softcap: float = 0.0, blind: bool
     return out.masked_fill(nothing, 0.0)
 
 
-def _varlen_attention(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap):
+def _varlen_attention(q, k, v, cu_seqlens, max_len, scale, causal, window_left, softcap, sinks=None):
     segment = segments(cu_seqlens, q.shape[2])
     place = torch.arange(q.shape[2], device=q.device)
-    return attend_packed(q, k, v, visible(segment, place, causal, window_left, None), scale, softcap)
+    seen = visible(segment, place, causal, window_left, None)
+    return attend_packed(q, k, v, seen, scale, softcap, False, sinks)
 
 
 def _varlen_attention_masked(q, k, v, mask, rows, cols, cu_seqlens, max_len, scale):
@@ -115,8 +123,8 @@ def _added(spelling: Spelling, node: fx.Node) -> torch.dtype | None:
 def _spell(spelling: Spelling, node: fx.Node) -> fx.Node:
     """One `varlen_attention`; its mask is made once for all layers that see the same."""
     q, k, v, cu_seqlens = node.args[:4]
-    scale, causal, window, softcap = (
-        argument(node, n) for n in ("scale", "causal", "window_left", "softcap")
+    scale, causal, window, softcap, sinks = (
+        argument(node, n) for n in ("scale", "causal", "window_left", "softcap", "sinks")
     )
     segment = spelling.once(
         ("segments", cu_seqlens), node, lambda c, t: segments(c, t.shape[2]), [cu_seqlens, q]
@@ -129,7 +137,7 @@ def _spell(spelling: Spelling, node: fx.Node) -> fx.Node:
 
     columns = spelling.columns if window >= 0 else None
     seen = spelling.once(("visible", cu_seqlens, causal, window, dtype), node, mask, [segment, columns])
-    return spelling.traced(node, attend_packed, [q, k, v, seen, scale, softcap, False])
+    return spelling.traced(node, attend_packed, [q, k, v, seen, scale, softcap, False, sinks])
 
 
 def _spell_masked(spelling: Spelling, node: fx.Node) -> fx.Node:

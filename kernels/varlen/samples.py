@@ -21,7 +21,8 @@ def _offsets(device, lengths):
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     """Inputs of `varlen_attention`: causal, windowed and two-sided, grouped heads, empty and equal segments, soft caps."""
-    cases = [  # label, lengths, (Hq, Hkv, D, Dv), causal, window_left, softcap
+    sinks = torch.randn(4, generator=torch.Generator().manual_seed(3)) * 2
+    cases = [  # label, lengths, (Hq, Hkv, D, Dv), causal, window_left, softcap; sinks
         ("causal", (5, 1, 37, 130), (4, 4, 32, 32), True, -1, 0.0),
         ("bidirectional", (64, 65, 2), (4, 4, 16, 16), False, -1, 0.0),
         ("grouped heads, empty segments", (0, 9, 0, 0, 40, 0), (6, 2, 64, 64), True, -1, 0.0),
@@ -34,9 +35,13 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         ("value width differs", (12, 33), (2, 2, 32, 24), False, -1, 0.0),
         ("odd head width", (12, 33), (2, 1, 20, 20), True, -1, 0.0),
         ("no tokens", (0, 0), (2, 2, 16, 16), True, -1, 0.0),
+        ("sinks", (1, 31, 90), (4, 2, 32, 32), True, -1, 0.0, sinks),
+        ("sinks and window", (3, 9, 150), (4, 4, 16, 16), True, 8, 0.0, sinks),
+        ("a sink above all scores, two-sided", (5, 40), (4, 1, 16, 16), False, -1, 0.0, sinks + 40),
+        ("a sink below all scores", (5, 40), (4, 1, 16, 16), False, -1, 0.0, sinks - 200),
     ]
     if dtype != torch.float32:  # shapes do not act together with dtypes: a few suffice
-        cases = cases[:2] + cases[4:8]
+        cases = cases[:2] + cases[4:8] + cases[12:13]
     return [
         Sample(
             label,
@@ -48,9 +53,10 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
                 causal,
                 window,
                 softcap,
+                *(s.to(device, dtype) for s in more),
             ),
         )
-        for label, lengths, heads, causal, window, softcap in cases
+        for label, lengths, heads, causal, window, softcap, *more in cases
     ]
 
 

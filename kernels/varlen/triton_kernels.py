@@ -80,17 +80,18 @@ if MISSING is None:
         return acc, total, peak
 
     @triton.jit
-    def varlen_forward(q, k, v, out, cu_seqlens, mask, rows, cols,
+    def varlen_forward(q, k, v, out, cu_seqlens, mask, rows, cols, sinks,
                        q_head, q_token, k_head, k_token, v_head, v_token, out_head, out_token,
                        mask_b, mask_h, mask_m, mask_n, scale, softcap, window,
                        GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
                        BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-                       SOFTCAP: tl.constexpr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                       PRECISION: tl.constexpr):  # fmt: skip
+                       SOFTCAP: tl.constexpr, MASK: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr,
+                       BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
         """out[h, t] = attention of token t within its segment.
 
         Grid (ceil(max_len / BM), Hq, segments). Strides in elements; the last dim of q, k, v, out is
-        contiguous. GROUP: query heads per kv head. mask, rows, cols are read only if MASK is not NO_MASK.
+        contiguous. GROUP: query heads per kv head. mask, rows, cols are read only if MASK is not NO_MASK,
+        sinks (fp32, one a head: a score that has no value) only if SINKS.
         """
         segment = tl.program_id(2)
         begin = tl.load(cu_seqlens + segment).to(tl.int64)
@@ -137,6 +138,9 @@ if MISSING is None:
         acc = tl.zeros((BM, BLOCK_DV), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         peak = tl.full((BM,), float("-inf"), tl.float32)
+        if SINKS:
+            peak = tl.full((BM,), 0.0, tl.float32) + tl.load(sinks + head) * 1.4426950408889634
+            total += 1.0
         if filler:
             acc = tl.load(
                 v + first.to(tl.int64) * v_token + tl.arange(0, BM)[:, None] * v_token + at_dv[None, :],

@@ -90,7 +90,7 @@ def put(node: fx.Node, weights: Weights) -> None:
     """Replace one `varlen_attention` node where `no_packed` has no objection; name the function it needs."""
     if no_packed(node, weights.runtime) is not None:
         return
-    q, k, v, cu_seqlens, _, scale, causal, _, softcap = cast(tuple[Any, ...], node.args)
+    q, k, v, cu_seqlens, _, scale, causal, _, softcap = cast(tuple[Any, ...], node.args[:9])
     attributes: dict[str, Any] = {"num_heads": int(value(q).shape[1]), "scale": float(scale)}
     if by_multi_head(node, weights.runtime):
         weights.note(UNRUN)
@@ -117,10 +117,12 @@ def by_multi_head(node: fx.Node, runtime: Runtime) -> bool:
 
 def no_packed(node: fx.Node, runtime: Runtime) -> str | None:
     """Why a `varlen_attention` node keeps a mask of all packed tokens, or None."""
-    q, k, v, _, _, _, causal, window, softcap = node.args
+    q, k, v, _, _, _, causal, window, softcap = node.args[:9]
     kinds = [value(n) for n in (q, k, v)]
     if not runtime.segments:
         return "The operators that skip what packing hides are ONNX Runtime's own."
+    if argument(node, "sinks") is not None:
+        return "ONNX Runtime's operators of packed attention take no sinks here."
     if window >= 0:  # type: ignore[operator]
         return "ONNX Runtime's operator counts a sliding window in packed tokens, and the model counts padded columns."
     if kinds[0].dtype not in _DTYPES:

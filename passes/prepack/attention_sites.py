@@ -86,7 +86,9 @@ def _spelled_out(program: Program, core: Core) -> Attention | None:
     mask = masks[0] if masks else None
     for other in masks[1:]:
         mask = program.insert(core.node, aten.add.Tensor, mask, other)
-    return Attention(end, q, k, v, mask, False, core.scale, core.softcap or 0.0, frozenset(inside))
+    return Attention(
+        end, q, k, v, mask, False, core.scale, core.softcap or 0.0, frozenset(inside), core.sinks
+    )
 
 
 def _four_dims(node: fx.Node) -> fx.Node | None:

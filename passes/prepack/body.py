@@ -40,7 +40,12 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
         packed = {BATCH: 1, SEQUENCE: tokens, TOKENS: tokens}
     offsets = symbol_of(mode, axes.batch + 1 + (axes.batch + 1 == example_of(tokens)), "offsets")
     longest = symbol_of(mode, axes.sequence, "longest")
-    weights = [n for n in program.graph.nodes if n.op == "get_attr" and any(u in axes for u in n.users)]
+    sinks = {site.sinks for site in frontier.sites.values()}
+    weights = [
+        n
+        for n in program.graph.nodes
+        if n.op == "get_attr" and (n in sinks or any(u in axes for u in n.users))
+    ]
     device = value(next(iter(frontier.entering))).device
     whole = (packed[BATCH], packed[SEQUENCE])
     shapes = {
@@ -147,6 +152,7 @@ def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: A
         seen.kind == "causal",
         seen.window,
         site.softcap,
+        *([] if site.sinks is None else [env[site.sinks]]),
     )
 
 

@@ -167,17 +167,14 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
         if site.mask not in probes:
             probes[site.mask] = MaskProbe(program, site.mask, padding)
         visibilities[node] = seen = _classify(probes[site.mask], where, example_of(sequence))
-        if seen.kind == "generic" and (site.softcap or config.form == "rows"):
+        has = "a soft cap" if site.softcap else "sinks" if site.sinks is not None else None
+        if seen.kind == "generic" and (has or config.form == "rows"):
             raise NotPackable(
                 f"The attention mask in {where} is more than a causal or windowed one, and "
-                + (
-                    "its scores have a soft cap."
-                    if site.softcap
-                    else 'form="rows" makes masks of those kinds only.'
-                )
+                + (f"its scores have {has}." if has else 'form="rows" makes masks of those kinds only.')
             )
-        if site.softcap and config.form == "rows":
-            raise NotPackable(f'The attention in {where} has a soft cap, which form="rows" cannot express.')
+        if has and config.form == "rows":
+            raise NotPackable(f'The attention in {where} has {has}, which form="rows" cannot express.')
     outputs = program.outputs
     written = [i for i in program.updates if outputs[i] in axes or outputs[i] in axes.stopped]
     if written:

@@ -22,6 +22,7 @@ from .masks import read_masks
 from .pattern import Anything, Number, Var, call, described, either, is_cast, match, uncast
 from .rope import find_rope
 from .sdpa import attention
+from .sinks import split_sinks, unshifted, without_sink
 from .sites import AttentionSite, LinearSite, NormSite, Projection, Rope, Unknown, common_prefix
 from .views import Unviewable, head_rows, is_view, merges_heads, viewed
 
@@ -53,6 +54,7 @@ class Core:
     softcap: float | None = None
     probabilities: fx.Node | None = None
     window: int = -1
+    sinks: fx.Node | None = None
 
 
 @dataclass
@@ -97,7 +99,7 @@ def find_attention(core: Core, parts: Parts) -> AttentionSite:
         q_norm=q.norm, k_norm=k.norm, rope=q.rope, masks=core.masks, visibility=visibility,
         scale=core.scale * q.scale * k.scale, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         value_dim=value_dim, softcap=core.softcap, cross=cross, probabilities=core.probabilities,
-        past=(k.past, v.past) if k.past is not None and v.past is not None else None,
+        past=(k.past, v.past) if k.past is not None and v.past is not None else None, sinks=core.sinks,
     )  # fmt: skip
 
 
@@ -201,8 +203,9 @@ def _varlen(node: fx.Node, masked: bool) -> Core:
     q, k, v, *rest = node.args
     if masked:
         return Core(node, "varlen", q, k, v, (rest[0],), rest[-1])  # type: ignore[arg-type]
-    _, _, scale, causal, window, softcap = rest
-    return Core(node, "varlen", q, k, v, (), scale, causal, softcap or None, window=window)  # type: ignore[arg-type]
+    _, _, scale, causal, window, softcap, *sinks = rest
+    lone: Any = sinks[0] if sinks else None
+    return Core(node, "varlen", q, k, v, (), scale, causal, softcap or None, window=window, sinks=lone)  # type: ignore[arg-type]
 
 
 _a, _b = Var("q"), Var("k")
@@ -228,7 +231,7 @@ def _eager(softmax: fx.Node) -> Core | tuple[fx.Node, str]:
     if softmax.args[1] not in (-1, value(softmax).dim() - 1):
         return softmax, f"Its softmax works along dimension {softmax.args[1]}, not along the keys."
     masks: list[fx.Node] = []
-    logits: Any = uncast(softmax.args[0])
+    logits, sinks = split_sinks(unshifted(uncast(softmax.args[0])))
     found = match(_LOGITS, logits)
     while (
         not found and isinstance(logits, fx.Node) and logits.target is aten.add.Tensor and not logits.kwargs
@@ -243,7 +246,10 @@ def _eager(softmax: fx.Node) -> Core | tuple[fx.Node, str]:
         return softmax, _strange(logits, found.reason)  # type: ignore[union-attr]
     if "bias" in found.values:
         masks.append(found["bias"])
-    weighted, readers = softmax, [u for u in softmax.users if u.op != "output"]
+    shown = softmax if sinks is None else without_sink(softmax)
+    if shown is None:
+        return softmax, "The probability of its sinks is not cut off before the product with the values."
+    weighted, readers = shown, [u for u in shown.users if u.op != "output"]
     while len(readers) == 1 and (is_cast(readers[0]) or readers[0].target is aten.reshape.default):
         weighted = readers[0]
         readers = [u for u in weighted.users if u.op != "output"]
@@ -256,7 +262,7 @@ def _eager(softmax: fx.Node) -> Core | tuple[fx.Node, str]:
     scale = found.get("scale", 1 / found.get("divisor", 1.0))
     values: Any = readers[0].args[1]
     return Core(readers[0], "eager", found["q"], found["k"], values, tuple(masks[::-1]), float(scale),
-                softcap=found.get("softcap"), probabilities=softmax)  # fmt: skip
+                softcap=found.get("softcap"), probabilities=shown, sinks=sinks)  # fmt: skip
 
 
 def _strange(logits: Any, reason: str) -> str:
@@ -269,10 +275,7 @@ def _strange(logits: Any, reason: str) -> str:
     ):
         node, steps = node.args[0], steps + 1
     if isinstance(node, fx.Node) and node.target is aten.cat.default:
-        return (
-            f"Its softmax runs over sinks beside the keys ({described(node)}), and no attention operator here has a "
-            "column without a key."
-        )
+        return f"Its softmax runs over more than the keys ({described(node)}), and that is no score stored for each head."
     if isinstance(node, fx.Node) and node.target in (
         aten.masked_fill.Scalar,
         aten.masked_fill.Tensor,

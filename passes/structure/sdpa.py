@@ -24,6 +24,7 @@ class Attention:
     scale: float | None
     softcap: float = 0.0
     inside: frozenset[fx.Node] = frozenset()  # the nodes between q, k, v, mask and node, when spelled out
+    sinks: fx.Node | None = None  # [heads], a stored score of each that has no value
 
 
 def attention(node: fx.Node) -> Attention:

@@ -128,6 +128,7 @@ class AttentionSite:
     scale: what multiplies q @ k^T, everything included. softcap: the logits' soft cap, or None.
     cross: keys come from another sequence than queries. probabilities: after softmax, eager only.
     past: cached keys and values that are put in front of the new ones, or None.
+    sinks: a stored score of each head that takes its share of the softmax and has no value, or None.
     """
 
     fqn: str
@@ -151,6 +152,7 @@ class AttentionSite:
     cross: bool = False
     probabilities: fx.Node | None = None
     past: tuple[fx.Node, fx.Node] | None = None
+    sinks: fx.Node | None = None
 
     @property
     def fused(self) -> bool:

@@ -296,4 +296,8 @@ def _why_not(layer: LayerSite) -> str | None:
         return f"It sees a window of {seen.window + 1} tokens only, which has little to save."
     if site.softcap is not None:
         return "It caps its logits, which the attention operators here do not."
+    if site.sinks is not None:
+        return (
+            "Its softmax has sinks beside the keys, which the operators that score tokens here do not know."
+        )
     return None

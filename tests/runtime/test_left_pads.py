@@ -1,4 +1,4 @@
-"""A pooler that reads position 0 of rows padded on the left reads a pad: said once, at the call."""
+"""A pooler that reads the end of a row where its pads are reads a pad: said once, at the call."""
 
 import warnings
 
@@ -23,7 +23,7 @@ def said(call):
         warnings.simplefilter("always")
         with torch.no_grad():
             call()
-    return [str(w.message) for w in caught if "position 0" in str(w.message)]
+    return [str(w.message) for w in caught if "takes a result from" in str(w.message)]
 
 
 @pytest.mark.parametrize("pools", [True, False])
@@ -36,3 +36,18 @@ def test_left_padding_under_a_pooler_is_said_once(pools):
     first = said(lambda: fast(**batch(True)))
     assert len(first) == int(pools) and all("attention_mask[:, 0] is 0" in s for s in first)
     assert not said(lambda: fast(**batch(True)))
+
+
+def test_right_padding_under_a_pooler_of_the_last_position_is_said_once():
+    """SigLIP's text model takes the last position, whatever it holds."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    sizes = {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = hf.SiglipTextModel(hf.SiglipTextConfig(**sizes, projection_size=32)).eval()
+    fast = thresher.compile(model, batch(True), {"prepack": True}, target="reference")
+    assert fast.report["prepack"].rewritten and not said(lambda: fast(**batch(True)))
+    first = said(lambda: fast(**batch(False)))
+    assert (
+        len(first) == 1 and "attention_mask[:, -1] is 0" in first[0] and "padding_side = 'left'" in first[0]
+    )
+    assert not said(lambda: fast(**batch(False)))

@@ -156,23 +156,29 @@ class PackedLayout:
         return self.padded.input_names[self.mask]
 
     @property
-    def reads_first(self) -> bool:
-        """Whether what follows the packed body picks the first column of the padded batch, as poolers do."""
+    def reads_ends(self) -> list[int]:
+        """Which of the first (0) and the last (-1) column of the padded batch what follows the packed body picks, as
+        poolers do."""
         if self.epilogue is None:
-            return False
-        return any(
-            isinstance(source, Scatter) and _picks_first(user, source.sequence)
+            return []
+        users = [
+            (user, source.sequence)
             for place, source in zip(self.epilogue.placeholders, self.epilogue_arguments)
+            if isinstance(source, Scatter)
             for user in place.users
-        )
+        ]
+        return [end for end in (0, -1) if any(_picks(end, user, dim) for user, dim in users)]
 
     def windowed(self) -> bool:
         """Whether some attention counts distances, which holes in a row would falsify."""
         return any(v.window >= 0 for v in self.visibilities.values())
 
 
-def _picks_first(node: fx.Node, dim: int) -> bool:
-    """Whether a node takes place 0 of a dimension."""
+def _picks(end: int, node: fx.Node, dim: int) -> bool:
+    """Whether a node takes place 0 or -1 of a dimension."""
     if node.target is aten.select.int:
-        return tuple(node.args[1:3]) == (dim, 0)
-    return node.target is aten.slice.Tensor and tuple(node.args[1:4]) == (dim, 0, 1)
+        return tuple(node.args[1:3]) == (dim, end)
+    if node.target is not aten.slice.Tensor or tuple(node.args[1:3]) != (dim, end):
+        return False
+    stop = node.args[3] if len(node.args) > 3 else None
+    return stop == 1 if end == 0 else stop is None or (isinstance(stop, int) and stop >= 1 << 31)

@@ -19,21 +19,34 @@ MASK_STRIDES = ["mask_b", "mask_h", "mask_m", "mask_n"]
 
 
 def build(
-    capability, dtype, width, *, causal=True, windowed=False, softcap=False, mask=varlen_triton.NO_MASK
+    capability,
+    dtype,
+    width,
+    *,
+    causal=True,
+    windowed=False,
+    softcap=False,
+    mask=varlen_triton.NO_MASK,
+    sinks=False,
 ):
     pointer = f"*{TYPES[dtype]}"
     signature = dict.fromkeys(("q", "k", "v", "out"), pointer)
-    signature |= {"cu_seqlens": "*i32", "rows": "*i64", "cols": "*i64"}
+    signature |= {
+        "cu_seqlens": "*i32",
+        "rows": "*i64",
+        "cols": "*i64",
+        "sinks": "*fp32" if sinks else pointer,
+    }
     signature["mask"] = "*u8" if mask == varlen_triton.BOOL_MASK else pointer
     signature |= dict.fromkeys([*STRIDES, *MASK_STRIDES, "window"], "i32")
     signature |= dict.fromkeys(("scale", "softcap"), "fp32")
     cut = varlen_cuda.tiling(width, dtype, mask != varlen_triton.NO_MASK)
     constants = {
         "GROUP": 3, "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "CAUSAL": causal,
-        "WINDOWED": windowed, "SOFTCAP": softcap, "MASK": mask, "BM": cut.queries, "BN": cut.keys,
+        "WINDOWED": windowed, "SOFTCAP": softcap, "MASK": mask, "SINKS": sinks, "BM": cut.queries, "BN": cut.keys,
         "PRECISION": "tf32x3",
     }  # fmt: skip
-    pointers = ("q", "k", "v", "out", "cu_seqlens", "mask", "rows", "cols")
+    pointers = ("q", "k", "v", "out", "cu_seqlens", "mask", "rows", "cols", "sinks")
     options = {"num_warps": cut.warps, "num_stages": cut.stages}
     return resources(
         compile_for(
@@ -50,6 +63,7 @@ def build(
 VARIANTS = {
     "causal": {},
     "window and soft cap": {"windowed": True, "softcap": True},
+    "window and sinks": {"windowed": True, "sinks": True},
     "bidirectional with a float mask": {"causal": False, "mask": varlen_triton.FLOAT_MASK},
 }
 
@@ -99,12 +113,12 @@ def test_providers_say_why_they_cannot_run_here():
 
 
 def test_flash_attention_is_passed_over_with_a_reason():
-    def asked(dtype=torch.float16, width=64, softcap=0.0, tokens=8):
+    def asked(dtype=torch.float16, width=64, softcap=0.0, tokens=8, sinks=None):
         q = torch.empty(1, 2, tokens, width, dtype=dtype)
-        return varlen_cuda._torch_supports_args(q, q, q, None, 8, 1.0, True, -1, softcap)
+        return varlen_cuda._torch_supports_args(q, q, q, None, 8, 1.0, True, -1, softcap, sinks)
 
     assert asked() is None
-    assert "soft cap" in asked(softcap=1.0)
+    assert "soft cap" in asked(softcap=1.0) and "sinks" in asked(sinks=torch.zeros(2))
     assert "float32" in asked(dtype=torch.float32)
     assert "multiple of 8" in asked(width=20) and "multiple of 8" in asked(width=264)
     assert "no tokens" in asked(tokens=0)

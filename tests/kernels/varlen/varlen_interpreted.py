@@ -9,8 +9,9 @@ from thresher.kernels.varlen.cuda import launch
 def samples(op, dtype):
     for sample in op.inputs(torch.device("cpu"), dtype):
         if op is varlen_attention:
-            *common, causal, window, softcap = sample.args
-            yield sample, launch(*common, causal=causal, window=window, softcap=softcap)
+            common, (causal, window, softcap, *sinks) = sample.args[:6], sample.args[6:]
+            given = dict(zip(("sinks",), sinks))
+            yield sample, launch(*common, causal=causal, window=window, softcap=softcap, **given)
         else:
             q, k, v, mask, rows, cols, *rest = sample.args
             yield sample, launch(q, k, v, *rest, mask=mask, rows=rows, cols=cols)
