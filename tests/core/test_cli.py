@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import zoo
+from own_cache import own_cache
 from typer.testing import CliRunner
 
 import thresher
 from thresher import cli
 from thresher.errors import ArgumentError, MissingDependencyError, ThresherError
-from thresher.files import cache_dir
 from thresher.kernels import native
 from thresher.machine import device_rates, devices
 from thresher.tools import bench, models
@@ -38,10 +38,7 @@ def run(*args, code=0):
 
 
 def test_doctor_prints_and_calibrates(tmp_path, monkeypatch):
-    built = cache_dir() / "native"
-    built.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "native").symlink_to(built)  # a minute of compiling that is not asked about here
-    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("THRESHER_CACHE_DIR", own_cache(tmp_path))
     found = json.loads(run("doctor", "--json"))
     rates = next(c for c in found["checks"] if c["name"] == "cost model")
     assert not rates["usable"] and "--calibrate" in rates["fix"]

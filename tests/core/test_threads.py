@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from own_cache import own_cache
 from torch._dynamo.convert_frame import compile_lock
 
 import thresher
@@ -174,7 +175,7 @@ def test_calls_go_on_while_another_thread_compiles(compiled):
 @pytest.mark.parametrize("kept", [False, True], ids=["cold", "warm"])
 def test_threads_that_meet_new_shapes_at_once_all_get_the_models_results(kept, tmp_path, monkeypatch):
     monkeypatch.setenv("THRESHER_REWRITE_CACHE", "1")
-    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("THRESHER_CACHE_DIR", own_cache(tmp_path))
     model, example = Windowed().eval(), batch(3, 12)
     torch._dynamo.reset()
     if kept:

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from own_cache import own_cache
 
 pytestmark = pytest.mark.slow  # each case is a process of its own
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -129,7 +130,7 @@ for size in (4096, 64):
 }
 
 
-def test_a_disk_that_takes_nothing_more(spoiled_disk):
+def test_a_disk_that_takes_nothing_more(spoiled_disk, tmp_path):
     """Compiling needs no disk, what stood on it stays whole, and a save that fails says so and leaves nothing behind."""
     disk, how = spoiled_disk
     code = f"disk = {str(disk)!r}\n" + """
@@ -158,4 +159,4 @@ assert left == ["m.thresher"], left
 assert all(open(os.path.join(disk, f), "rb").read() == b for f, b in before.items())
 check(thresher.load(disk + "/m.thresher", target="reference"))
 """  # fmt: skip
-    run(code, HOME=str(disk))
+    run(code, HOME=str(disk), THRESHER_CACHE_DIR=own_cache(tmp_path / "cache"))

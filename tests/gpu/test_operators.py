@@ -119,7 +119,7 @@ def test_a_first_call_takes_a_second_and_no_memory_is_kept(op, provider, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["samples", "edges"])
+@pytest.mark.parametrize("part", ["samples", "edges", pytest.param("orders", marks=pytest.mark.thorough)])
 def test_the_same_checks_run_without_a_gpu(part):
     """In the interpreter: addresses watched, memory poisoned, programs in any order; and the checks above, small."""
     pytest.importorskip("triton")

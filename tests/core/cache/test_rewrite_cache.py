@@ -6,6 +6,7 @@ import masks
 import pytest
 import torch
 import zoo
+from own_cache import own_cache
 
 import thresher
 from thresher.cache import rewrite_cache, rewrite_key
@@ -15,7 +16,7 @@ from thresher.records import html_report
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("THRESHER_REWRITE_CACHE", "1")
-    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("THRESHER_CACHE_DIR", own_cache(tmp_path))
     return tmp_path / "rewritten"
 
 

@@ -1,11 +1,4 @@
-"""The Triton kernels of scoring and of the quantized cache: interpreted, and compiled for four generations.
-
-The interpreter patches Triton for its whole process, so it runs in one of its own.
-"""
-
-import os
-import subprocess
-import sys
+"""The Triton kernels of scoring and of the quantized cache, compiled for four generations. tests/support/interpreted.py runs them."""
 
 import pytest
 
@@ -58,43 +51,3 @@ def test_kernels_fit_and_use_tensor_cores(name, module, tile, products, capabili
     warps = {"num_warps": 8} if tile is SCORES else {}  # as token_cuda launches them
     binary = aot.compile_for(capability, kernel, signature, tile, aligned=aligned, **warps)
     aot.resources(binary).require_fit(capability, tensor_cores=products)
-
-
-INTERPRETED = """
-import torch
-from thresher import ops
-from thresher.kernels import catalog
-from thresher.kernels.kv import cuda as kv_cuda
-from thresher.kernels.tokens import cuda as token_cuda
-
-catalog.load()
-
-def agree(name, launch, refuse, tolerance, most=None):
-    op, ran = ops.get(name), 0
-    for dtype, limit in tolerance.items():
-        for sample in op.inputs(torch.device("cpu"), dtype)[:most]:
-            if refuse(*sample.args) is not None:
-                continue
-            actual, expected = launch(*sample.args), op.reference(*sample.args)
-            pair = isinstance(actual, tuple)
-            for a, e in zip(actual if pair else [actual], expected if pair else [expected], strict=True):
-                assert a.shape == e.shape and a.dtype == e.dtype, sample.label
-                error = (a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-30)
-                assert error <= limit, (name, sample.label, dtype, float(error))
-            ran += 1
-    assert ran >= 4, (name, ran)
-
-half = {torch.float32: 5e-6, torch.float16: 5e-6}
-agree("probe_scores", token_cuda.launch_scores, token_cuda._refuse_scores, half)
-agree("token_transition", token_cuda.launch_transition, token_cuda._refuse_transition, half)
-agree("kv_attention", kv_cuda.launch, kv_cuda._refuse, {torch.float32: 5e-6, torch.float16: 2e-3})
-print("agrees")
-"""
-
-
-def test_kernels_agree_with_the_references_under_the_interpreter(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "agrees" in done.stdout, done.stderr[-3000:]

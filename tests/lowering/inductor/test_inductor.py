@@ -73,7 +73,6 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert warm["misses"] == 0 and warm["bypasses"] == 0 and warm["hits"] == cold["misses"]
     assert warm["graphs"] == cold["graphs"] and warm["packed"] == cold["packed"] >= 2
     assert warm["sum"] == cold["sum"]
-    assert warm["lowering"] <= 0.15 * cold["lowering"], (cold, warm)
 
 
 def test_only_a_trial_of_the_instruction_set_that_succeeded_is_kept(tmp_path, monkeypatch):

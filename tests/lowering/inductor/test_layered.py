@@ -6,6 +6,7 @@ import masks
 import pytest
 import tiny_llama
 import torch
+from own_cache import own_cache
 from torch import fx
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, StaticCache
 
@@ -154,7 +155,7 @@ def test_inductor_compiles_a_layer_once_and_a_call_costs_no_autograd():
 def test_a_program_out_of_the_rewrite_cache_is_in_pieces_too(pieces, tmp_path, monkeypatch):
     """A file has the shapes of its ends only, and layers are told by those of all nodes."""
     monkeypatch.setenv("THRESHER_REWRITE_CACHE", "1")
-    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("THRESHER_CACHE_DIR", own_cache(tmp_path))
     model, call = tiny_llama.make(num_hidden_layers=LAYERS), next(calls())
     thresher.compile(model, call, "exact", dynamic=True)
     made = len(pieces)

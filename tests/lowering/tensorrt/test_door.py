@@ -8,6 +8,7 @@ import pytest
 import rtx
 import torch
 import zoo
+from own_cache import own_cache
 from tiny_llama import make, prompt
 
 import thresher
@@ -40,7 +41,7 @@ def fresh():
 def builds(monkeypatch, tmp_path):
     """Engines can be built, and are kept in a folder of the test's own."""
     rtx.use(monkeypatch)
-    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("THRESHER_CACHE_DIR", own_cache(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def gpu(monkeypatch, tmp_path):
         Path(plan).write_bytes(Path(onnx).read_bytes())
         return engine.Engine(str(plan), sm, "tensorrt", "of this test", 1, 0.1, False, {})
 
-    monkeypatch.setenv("THRESHER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("THRESHER_CACHE_DIR", own_cache(tmp_path / "cache"))
     monkeypatch.setattr(options, "has_gpu", lambda: True)
     monkeypatch.setattr(options, "installed", lambda name: name == "tensorrt")
     monkeypatch.setattr(engine, "build", build)
