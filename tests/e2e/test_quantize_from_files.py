@@ -250,7 +250,7 @@ print(at["before"], at["peak"], at["said"].peak - at["said"].parts["this process
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read from Linux's /proc")
 def test_the_peak_is_what_was_said_and_a_part_of_the_model(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM

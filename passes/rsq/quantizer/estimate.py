@@ -6,6 +6,7 @@ Hessian. Time is counted in products and passes over memory, at speeds that a fe
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,15 +156,15 @@ def stored(site: Site, config: RSQConfig) -> int:
 
 def _seconds(sizes: Sizes, steps: Sequence[Step], model: int, runs: int) -> float:
     """Running the batches, the statistics, factoring and rounding, each at its measured speed; and the proof in fp64."""
-    single, double = _rate(torch.float32), _rate(torch.float64)
-    rates = {torch.float32: single, torch.float64: double}
+    rate_of = functools.cache(_rate)  # measured once a dtype for an estimate
+    single, double = rate_of(torch.float32), rate_of(torch.float64)
     seconds = model / _READ_RATE
     for step in steps:
         k = step.group[0].in_features
         weights = sum(_matrices(s) * s.in_features * s.out_features for s in step.group)
         for node in step.nodes:
             dtype = value(node).dtype if isinstance(value(node), torch.Tensor) else None
-            rate = rates.setdefault(dtype, _rate(dtype)) if dtype in _MEASURED else single
+            rate = rate_of(dtype) if dtype in _MEASURED else single
             seconds += runs * sum(many * _products(node, at) / rate for at, many in sizes.shapes)
             seconds += runs * sum(many * sizes.bytes(node, at) / _PASS_RATE for at, many in sizes.shapes)
         seconds += (3 * runs - 2) * sizes.tokens * k * k / single
