@@ -1,4 +1,7 @@
-"""The Triton kernels of scoring and of the quantized cache, compiled for four generations. tests/support/interpreted.py runs them."""
+"""The Triton kernels of scoring and of the quantized cache, compiled for four generations.
+
+tests/support/interpreted.py runs them.
+"""
 
 import pytest
 
