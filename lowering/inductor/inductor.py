@@ -18,6 +18,7 @@ from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import decided_by_data
 
+from .. import steps
 from ..target import Lowered, Target, fake_inputs, lift_weights
 from . import direct_calls, few_tokens, isa_probe
 from . import repeats as repeated
@@ -54,6 +55,11 @@ class Inductor(Target):
         if mode is None:
             raise ThresherError("The program has no fake tensors, so its shapes are unknown to Inductor.")
         on_cpu = all(w.tensor.device.type == "cpu" for w in program.weights.values())
+        if on_cpu and not self._config():
+            _infer_values(module, mode)
+            step = steps.lower(module.graph)
+            if step is not None:
+                return step
         if on_cpu:
             few_tokens.rewrite(module.graph)
             direct_calls.install()

@@ -18,6 +18,7 @@ from torch import fx
 
 from thresher.graph.nodes import value
 
+from ..sizes import Sizes, symbols_of
 from .repeats import Repeats
 
 Compile = Callable[[fx.GraphModule, Sequence[bool]], Callable[..., Sequence[Any]]]
@@ -40,7 +41,7 @@ class Layered:
     def __init__(self, graph: fx.Graph, repeats: Repeats, stays: Sequence[bool], compile: Compile):
         places = [n for n in graph.nodes if n.op == "placeholder"]
         self._slots: dict[fx.Node, int] = {}
-        self._sizes = _Sizes(places)
+        self._sizes = Sizes(places)
         self._count = 0
         for node in places:
             self._slot(node)
@@ -108,7 +109,7 @@ class Layered:
         """A graph of these nodes, and the slots of the sizes that its shapes are written in, which come first."""
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         symbols = sorted(
-            {s for n in (*nodes, *inputs) for s in _symbols(value(n))}, key=str
+            {s for n in (*nodes, *inputs) for s in symbols_of(value(n))}, key=str
         )  # shapes that no input spells out must still have a name
         slots = []
         for symbol in symbols:
@@ -124,51 +125,6 @@ class Layered:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[n] for n in made))
         return fx.GraphModule(torch.nn.Module(), graph), slots
-
-
-class _Sizes:
-    """The symbols of a program's shapes, each read off a placeholder at the call; they follow the inputs in the slots."""
-
-    def __init__(self, places: Sequence[fx.Node]):
-        self._first, self._sources = len(places), list[tuple[int, int]]()
-        self._found: dict[Any, tuple[int, Any]] = {}
-        for index, node in enumerate(places):
-            known = value(node)
-            if isinstance(known, torch.SymInt):
-                self._note(known, index, -1)
-            elif isinstance(known, torch.Tensor):
-                for dim, size in enumerate(known.shape):
-                    self._note(size, index, dim)
-
-    def _note(self, size: Any, index: int, dim: int) -> None:
-        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.expr not in self._found:
-            self._found[size.node.expr] = (self._first + len(self._sources), size)
-            self._sources.append((index, dim))
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def slot(self, symbol: Any) -> tuple[int, Any]:
-        """Where a symbol's value lies, and its SymInt. KeyError for one that only data decide."""
-        return self._found[symbol]
-
-    def of(self, given: Sequence[Any]) -> list[int]:
-        return [given[index] if dim < 0 else given[index].shape[dim] for index, dim in self._sources]
-
-
-def _symbols(known: Any) -> set[Any]:
-    if isinstance(known, torch.Tensor):
-        found = set[Any]()
-        for size in (*known.shape, *known.stride(), known.storage_offset()):
-            found |= _symbols(size)
-        return found
-    if isinstance(known, (list, tuple)):
-        return set().union(*map(_symbols, known))
-    return (
-        set(known.node.expr.free_symbols)
-        if isinstance(known, (torch.SymInt, torch.SymFloat, torch.SymBool))
-        else set()
-    )
 
 
 def _release(steps: Sequence[_Step], results: Sequence[int]) -> list[_Step]:

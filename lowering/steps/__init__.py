@@ -1,0 +1,5 @@
+"""Steps of a decoder run as one call of C++ that was built before, with nothing compiled for the model."""
+
+from .program import lower
+
+__all__ = ["lower"]

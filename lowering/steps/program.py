@@ -1,0 +1,154 @@
+"""A step in C++, called from Python: prelude, room for results, one call."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.errors import ThresherError
+from thresher.graph.nodes import value
+from thresher.kernels import native
+
+from ..sizes import Sizes
+from .operations import TYPES, Unfit
+from .tape import build
+
+_log = logging.getLogger(__name__)
+_KERNELS = (
+    ("wna16", "wna16_linear_f32"), ("wna16", "wna16_dequantize_f32"), ("wna16_bf16", "wna16_bf16_linear"),
+    ("nvfp4_linear", "nvfp4_linear"), ("nvfp4_bf16", "nvfp4_bf16_linear"), ("nvfp4_quantize", "nvfp4_dequantize"),
+    ("kv_attention", "kv_attention"), ("hadamard", "hadamard_f32"),
+)  # fmt: skip
+_TORCH = ("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "aoti_torch_cpu_mm_out",
+          "aoti_torch_cpu_addmm_out")  # fmt: skip
+"""Functions of PyTorch's C interface for compiled programs, which it keeps from version to version."""
+
+
+@functools.cache
+def _library() -> Any:
+    """The C++ of steps, given the kernels that it calls. Raises RuntimeError, OSError or AttributeError without."""
+    library = native.load("step")
+    pytorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    found = [getattr(native.load(name), function) for name, function in _KERNELS]
+    found += [getattr(pytorch, function) for function in _TORCH]
+    pointers = (ctypes.c_void_p * len(found))(*(ctypes.cast(f, ctypes.c_void_p).value for f in found))
+    library.step_functions(pointers, ctypes.c_int64(len(found)))
+    library.step_make.restype = ctypes.c_void_p
+    library.step_make.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 4 + [ctypes.c_void_p, ctypes.c_int64]
+    library.step_free.argtypes = [ctypes.c_void_p]
+    library.step_run.restype = ctypes.c_char_p
+    library.step_run.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int]
+    return library
+
+
+def lower(graph: fx.Graph) -> Callable[..., list[Any]] | None:
+    """A callable of the values of the graph's placeholders, or None where it is not a step that C++ runs.
+
+    graph: lowered, its weights placeholders, on a CPU, with fake tensors.
+    """
+    try:
+        made = Step(graph)
+    except Unfit as reason:
+        _log.info("not a step in C++: %s", reason)
+        return None
+    except (RuntimeError, OSError, AttributeError) as reason:
+        _log.info("no steps in C++ on this machine: %s", reason)
+        return None
+    return made
+
+
+class Step:
+    """Called with the values of the graph's placeholders, in order; safe to call from several threads."""
+
+    def __init__(self, graph: fx.Graph):
+        tape = build(graph)
+        places = [n for n in graph.nodes if n.op == "placeholder"]
+        self._tape, self._library, self._sizes = tape, _library(), Sizes(places)
+        self._rooms = _shapes(tape.made, self._sizes.symbols)
+        self._types = [(fake.dtype, TYPES[fake.dtype]) for fake in tape.made]
+        code, constants = array("q", tape.code), array("d", tape.constants)
+        self._step = ctypes.c_void_p(
+            self._library.step_make(code.buffer_info()[0], len(code), tape.values, tape.slots, len(tape.external),
+                                    constants.buffer_info()[0], len(constants)))  # fmt: skip
+        fixed = [
+            what if kind == "made" else value(places[what]) for kind, what in tape.external[: tape.fixed]
+        ]
+        self._fixed = array("q", [n for t in fixed for n in (TYPES[t.dtype], t.dim(), *t.shape)])
+        self._shapes_of_fixed = [(t.dtype, t.shape) for t in fixed]
+        self._seen: array[int] = array("Q")  # where the weights lay when they were last looked at
+
+    def __del__(self) -> None:
+        step = getattr(self, "_step", None)
+        if step is not None:
+            self._library.step_free(step)
+
+    def __call__(self, *given: Any) -> list[Any]:
+        tape = self._tape
+        early = tape.prelude(*[given[i] for i in tape.reads])
+        shapes = self._rooms(*self._sizes.of(given))
+        made = [torch.empty(shape, dtype=kind) for shape, (kind, _) in zip(shapes, self._types)]
+        sources = {"place": given, "early": early, "result": made}
+        tensors = [what if kind == "made" else sources[kind][what] for kind, what in tape.external]
+        pointers = array("Q", [t.data_ptr() for t in tensors])
+        if pointers[: tape.fixed] != self._seen:
+            self._look(tensors, pointers)
+        described = self._fixed[:]
+        for index in range(tape.fixed, len(tensors)):
+            kind, what = tape.external[index]
+            if kind == "result":
+                described.extend((self._types[what][1], len(shapes[what]), *shapes[what]))
+                continue
+            tensor = tensors[index]
+            if not tensor.is_contiguous():
+                tensors[index] = tensor = self._ordered(tensor, kind, what)
+                pointers[index] = tensor.data_ptr()
+            shape = tensor.shape
+            described.extend((TYPES[tensor.dtype], len(shape), *shape))
+        numbers = array("q", early[tape.early :])
+        failed = self._library.step_run(
+            self._step, pointers.buffer_info()[0], described.buffer_info()[0], numbers.buffer_info()[0],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise ThresherError(f"A step in C++ failed: {failed.decode()}.")
+        return [what if kind == "known" else sources[kind][what] for kind, what in tape.results]
+
+    def _look(self, tensors: list[torch.Tensor], pointers: array[int]) -> None:
+        """Weights lie elsewhere than at the last call: see that they are still laid out as the code reads them."""
+        ordered = True
+        for index, (kind, shape) in enumerate(self._shapes_of_fixed):
+            tensor = tensors[index]
+            if tensor.dtype != kind or tensor.shape != shape:
+                raise ThresherError(
+                    f"A weight is {tensor.dtype} {tuple(tensor.shape)}, and the step was made for {kind} {tuple(shape)}."
+                )
+            if not tensor.is_contiguous():
+                ordered = False
+                tensors[index] = self._ordered(tensor, *self._tape.external[index])
+                pointers[index] = tensors[index].data_ptr()
+        self._seen = pointers[: self._tape.fixed] if ordered else array("Q")
+
+    def _ordered(self, tensor: torch.Tensor, kind: str, what: int) -> torch.Tensor:
+        if kind == "place" and what in self._tape.written:
+            raise ThresherError("A cache that is written in place has to be contiguous.")
+        return tensor.contiguous()
+
+
+def _shapes(made: Sequence[torch.Tensor], symbols: Sequence[Any]) -> Callable[..., Sequence[Sequence[int]]]:
+    """The results' shapes as a function of the symbols' values."""
+    import sympy
+
+    shapes = [[s.node.expr if isinstance(s, torch.SymInt) else s for s in fake.shape] for fake in made]
+    for size in (s for shape in shapes for s in shape):
+        free = getattr(size, "free_symbols", set())
+        if not free <= set(symbols) or not (not free or size.is_polynomial(*free)):
+            raise Unfit(f"No call's inputs say {size}, a size of a result.")
+    return sympy.lambdify(list(symbols), shapes, "math")
