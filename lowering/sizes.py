@@ -55,7 +55,7 @@ def symbols_of(known: Any) -> set[Any]:
     if isinstance(known, (list, tuple)):
         return set().union(*map(symbols_of, known))
     return (
-        set(known.node.expr.freesymbols_of)
+        set(known.node.expr.free_symbols)
         if isinstance(known, (torch.SymInt, torch.SymFloat, torch.SymBool))
         else set()
     )
