@@ -52,11 +52,11 @@ def _fits(node: fx.Node) -> bool:
     x, weight, bias = (value(a) for a in (*node.args, None)[:3])
     if not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         return False
-    tensors = [x, weight] + ([bias] if isinstance(bias, torch.Tensor) else [])
-    if any(t.device.type != "cpu" or t.dtype != x.dtype or not t.is_contiguous() for t in tensors):
-        return False
     tokens, size = math.prod(x.shape[:-1]), weight.numel() * weight.element_size()
     if not isinstance(tokens, int) or not isinstance(size, int) or not 0 < tokens <= few_linear.MOST_TOKENS:
+        return False  # ahead of the strides: where only data decide how many tokens there are, they cannot be asked for
+    tensors = [x, weight] + ([bias] if isinstance(bias, torch.Tensor) else [])
+    if any(t.device.type != "cpu" or t.dtype != x.dtype or not t.is_contiguous() for t in tensors):
         return False
     if x.dtype not in (torch.float32, torch.bfloat16) or size < LEAST_BYTES:
         return False

@@ -9,11 +9,13 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from thresher.graph.program import Program
 
 from . import expressions
+from .program_json import LEAST
 
 
 def materialise(program: Program) -> Program:
@@ -80,7 +82,11 @@ def _symbol(mode: FakeTensorMode, name: str, facts: dict[str, Any]) -> Any:
     size: Any = mode.from_tensor(example, symbolic_context=context, source=source).shape[0]
     env = mode.shape_env
     assert env is not None
-    if facts["max"] is not None or facts["min"] > 2:
+    if facts["min"] < 0:  # a number, and no size
+        upper = int_oo if facts["max"] is None else facts["max"]
+        lower = -int_oo if facts["min"] <= LEAST else facts["min"]
+        env.var_to_range[size.node.expr] = ValueRanges(lower, upper)
+    elif facts["max"] is not None or facts["min"] > 2:
         known = env.var_to_range[size.node.expr]
         env.var_to_range[size.node.expr] = ValueRanges(
             max(known.lower, facts["min"]), known.upper if facts["max"] is None else facts["max"]

@@ -34,6 +34,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     for n in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "sym_sum")
 }  # fmt: skip
 _FUNCTION_NAMES = {f: name for name, f in _FUNCTIONS.items()}
+LEAST = -(2**62)  # of a number that may be any, such as logits_to_keep
 NAMESPACES = ("aten", "thresher", "prims")
 
 
@@ -171,7 +172,8 @@ def _symbols(program: Program) -> dict[str, Any]:
             for symbol in size.node.expr.free_symbols:
                 limits = env.var_to_range[symbol]
                 upper = int(limits.upper) if limits.upper <= 2**62 else None
-                found[str(symbol)] = {"hint": int(hints[symbol]), "min": int(limits.lower), "max": upper}
+                lower = int(limits.lower) if limits.lower >= LEAST else LEAST
+                found[str(symbol)] = {"hint": int(hints[symbol]), "min": lower, "max": upper}
                 source = next(iter(getattr(env, "var_to_sources", {}).get(symbol, ())), None)
                 base = getattr(source, "base", None)
                 if isinstance(

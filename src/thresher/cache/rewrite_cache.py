@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ FORMAT = 1
 MOST = 256  # entries; the oldest go first
 MOST_BYTES = 1 << 26  # of constants in one entry
 _TENSORS, _PROGRAMS = "constants.safetensors", "programs.json"
+_DECIDED_BY_DATA = re.compile(r"\bu\d+\b")
 _log = logging.getLogger(__name__)
 
 
@@ -148,7 +150,15 @@ class Entry:
             _drop_oldest(self.path.parent)
         except OSError as reason:
             no_cache(self.path, reason)
-        except (Unnamed, ThresherError, ValueError, TypeError) as reason:
+        except (
+            Unnamed,
+            ThresherError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+        ) as reason:
             _log.info("this graph's rewritten program is not kept: %s", reason)
 
     def _weights(self) -> list[torch.Tensor]:
@@ -161,13 +171,22 @@ class Entry:
         guards = after.get("guards", [])
         if guards[: len(before)] != before or not all(expressions.readable(g) for g in guards[len(before) :]):
             raise Unnamed("An assumption about the sizes is no expression that a file can hold.")
-        return guards[len(before) :], after
+        return guards[len(before) :], self._without_new(after)
 
     def _assume(self, guards: Sequence[str], after: dict[str, list[str]]) -> bool:
         """Let Dynamo check what was assumed then; False where the assumptions come out otherwise now."""
         sizes = _symbols(self.places)
         held = all(bool(expressions.evaluate(guard, sizes)) for guard in guards)
-        return held and rewrite_key.environment(self.places) == after
+        return held and self._without_new(rewrite_key.environment(self.places)) == after
+
+    def _without_new(self, state: dict[str, list[str]]) -> dict[str, list[str]]:
+        """A state without the sizes that only data decide and that came with tracing: they are the program's own, made
+        again with its fake tensors, and no call is checked for them."""
+        known = set(_DECIDED_BY_DATA.findall(str(self._before)))
+        return {
+            kind: [entry for entry in entries if known.issuperset(_DECIDED_BY_DATA.findall(entry))]
+            for kind, entries in state.items()
+        }
 
 
 def later_masks(

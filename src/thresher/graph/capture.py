@@ -23,11 +23,11 @@ from .edit import replace
 from .functional import Functional, has_writes
 from .nodes import module_fqn, name_modules
 from .program import Program, Weight
+from .sizes import as_many_values
 from .tracing import trace
 from .vmapped import without_vmap
 
 _WRITES = "The model writes to {!r} in its forward; export it without that state."
-_GRAD_WRAPPERS = ("wrap_with_set_grad_enabled",)
 
 
 class _Inliner(fx.Interpreter):
@@ -52,7 +52,7 @@ class _Inliner(fx.Interpreter):
             return region
         if target is torch.amp.autocast_mode._exit_autocast:
             return args[0].__exit__(None, None, None)
-        if name in _GRAD_WRAPPERS:
+        if name == "wrap_with_set_grad_enabled":
             _, body, *rest = args
             return type(self)(body).run(*rest)
         if name == "wrap_with_autocast":
@@ -61,6 +61,8 @@ class _Inliner(fx.Interpreter):
                 return type(self)(body).run(*rest)
         if sharded.takes(args, kwargs):
             return sharded.call(target, args, kwargs)
+        if name == "scaled_dot_product_attention":
+            as_many_values(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:

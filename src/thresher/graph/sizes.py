@@ -27,6 +27,28 @@ def same_size(a: Any, b: Any) -> bool:
         return statically_known_true(a == b)
 
 
+def be_one_size(a: Any, b: Any) -> None:
+    """Have two sizes that are equal in every valid call be one symbol, guarded by whoever calls; nothing where they differ
+    in the example, or where data decide one of them."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    if isinstance(a, int) and isinstance(b, int):
+        return
+    if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in (a, b)):
+        return
+    if example_of(a) == example_of(b) and not same_size(a, b):
+        with disable_proxy_modes_tracing():
+            bool(a == b)
+
+
+def as_many_values(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> None:
+    """Of attention's arguments: have the sizes of keys and values be one symbol where they are two. There are as many of
+    each, which attention's fake does not ask; with a symbol for each layer's values no two layers of a step are alike."""
+    if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor) and key.dim() == value.dim() == 4:
+        for dim in range(3):
+            be_one_size(key.shape[dim], value.shape[dim])
+
+
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same shape, symbols included; no guard is made."""
     return a.dim() == b.dim() and all(same_size(x, y) for x, y in zip(a.shape, b.shape))

@@ -126,6 +126,22 @@ def test_what_was_assumed_of_sizes_is_assumed_again(folder, monkeypatch):
     assert len(second.sessions) == 2, "the program from the cache ran beyond what it was made for"
 
 
+def test_a_prompt_with_a_number_among_its_inputs_is_kept_too(folder):
+    """`logits_to_keep` is a number that may be any, without a least."""
+    import tiny_llama
+
+    model = tiny_llama.make(num_hidden_layers=1)
+    mask = masks.left((5, 8, 12))
+    inputs = {"input_ids": torch.randint(1, 90, mask.shape), "attention_mask": mask}
+    given = dict(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    expected = model.generate(**given)
+    for taken in (False, True):
+        fast = thresher.compile(model, inputs, "exact", target="reference", dynamic=True)
+        assert torch.equal(fast.generate(**given), expected)
+        prompts = [s for s in fast.sessions if "logits_to_keep" in s.captured.input_names]
+        assert [any("from the cache" in n for n in s.report.notes) for s in prompts] == [taken, False]
+
+
 def test_it_can_be_switched_off(folder, monkeypatch):
     monkeypatch.setenv("THRESHER_REWRITE_CACHE", "0")
     compiled(*build())

@@ -47,6 +47,20 @@ def test_more_tokens_half_types_and_shapes_without_gain_stay(eager_to_rewrite, m
     assert few_tokens.rewrite(graph_of(Two().eval(), torch.randn(1, 64))) == 0
 
 
+def test_as_many_tokens_as_data_decide_are_left_alone(eager_to_rewrite):
+    """Where a size is known at the call only, nothing may be asked of it, its strides included."""
+
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(64, 96, bias=False)
+
+        def forward(self, x):
+            return self.head(x[x[:, :, 0] > 0].unflatten(0, (-1, 2)))
+
+    assert few_tokens.rewrite(graph_of(Chosen().eval(), torch.randn(2, 6, 64))) == 0
+
+
 @needs_kernel
 def test_one_token_of_a_batch_does_not_change_with_its_company():
     weight, x = torch.randn(96, 300), torch.randn(2, 300)

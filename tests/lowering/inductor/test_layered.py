@@ -109,6 +109,19 @@ def test_each_layer_writes_its_own_static_cache_in_place(pieces):
     assert len(pieces) == 3 and len(written) >= 2, "a layer's piece writes its keys and values itself"
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_prompt_and_its_steps_are_three_pieces_each(pieces, cache):
+    """Dynamo gives each layer's keys and values sizes of their own, which attention makes one."""
+    model = tiny_llama.make(num_hidden_layers=LAYERS)
+    mask = masks.left((7, 12, 3))
+    call = {"input_ids": torch.randint(1, 90, mask.shape), "attention_mask": mask}
+    fast = thresher.compile(model, call, "exact", dynamic=True)
+    del pieces[:]
+    given = dict(**call, max_new_tokens=3, do_sample=False, pad_token_id=0, cache_implementation=cache)
+    assert torch.equal(fast.generate(**given), model.generate(**given))
+    assert fast.last_call.programs == 2 and len(pieces) == 6
+
+
 def test_few_layers_stay_one_program(pieces):
     model = tiny_llama.make(num_hidden_layers=repeats.LEAST - 1)
     thresher.compile(model, next(calls()), "exact")
