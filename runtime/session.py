@@ -218,6 +218,10 @@ class Session:
                 return f"The predicted gain is below min_gain={least:g}."
         if holed and layout.windowed() and layout.packing.form == "flat":
             return "A row has holes in its mask, and a sliding window counts distances across them."
+        if holed and not layout.holes:
+            return (
+                "A row has holes in its mask, and a part of the model that mixes positions goes on over them."
+            )
         if width > layout.proven and layout.reclassify is not None:
             with compiling(), self._lock:
                 if width > layout.proven:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from thresher.graph.capture import assemble
 from thresher.graph.dialect import unrepeated_both
@@ -21,6 +23,7 @@ from thresher.graph.tracing import trace
 
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes
 from .frontier import Frontier, plan_fields
+from .island import as_rows, as_tokens, run_island
 
 aten = torch.ops.aten
 
@@ -41,10 +44,11 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
     offsets = symbol_of(mode, axes.batch + 1 + (axes.batch + 1 == example_of(tokens)), "offsets")
     longest = symbol_of(mode, axes.sequence, "longest")
     sinks = {site.sinks for site in frontier.sites.values()}
+    inside = {n for island in frontier.islands.values() for n in island.nodes}
     weights = [
         n
         for n in program.graph.nodes
-        if n.op == "get_attr" and (n in sinks or any(u in axes for u in n.users))
+        if n.op == "get_attr" and (n in sinks or any(u in axes or u in inside for u in n.users))
     ]
     device = value(next(iter(frontier.entering))).device
     whole = (packed[BATCH], packed[SEQUENCE])
@@ -55,6 +59,9 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
         "segments": whole,
     }
     fields = plan_fields(frontier)
+    passed_fakes = [
+        _fresh(mode, n, i) for i, n in enumerate(frontier.passed)
+    ]  # the mode would make them static
     with mode:
         fakes: list[Any] = [_packed_fake(n, labels, packed) for n, labels in frontier.entering.items()]
         for name in fields:
@@ -62,19 +69,24 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
             fakes.append(
                 longest if name == "max_len" else torch.empty(shapes[name], dtype=dtype, device=device)
             )
-        fakes += [_fresh(mode, n, i) for i, n in enumerate(frontier.masks)]
+        fakes += passed_fakes
         fakes += [_weight_fake(mode, program.weights[str(n.target)].tensor) for n in weights]
-    names = [n.name for n in frontier.entering] + fields + [n.name for n in frontier.masks]
+    passed = frontier.passed
+    names = [n.name for n in frontier.entering] + fields + [n.name for n in passed]
 
     def run(*arguments: Any) -> tuple[Any, ...]:
         env: dict[fx.Node, Any] = dict(zip(frontier.entering, arguments))
         given = dict(zip(names, arguments))
-        env.update(zip(frontier.masks, arguments[len(names) - len(frontier.masks) : len(names)]))
+        whole = dict(zip(passed, arguments[len(names) - len(passed) : len(names)]))
+        env.update((n, v) for n, v in whole.items() if n not in env)
         env.update(zip(weights, arguments[len(names) :]))
         for node in program.graph.nodes:
             if node in axes and node.op == "call_function":
                 with fx.traceback.set_current_meta(node):
-                    env[node] = _replay(node, env, axes, frontier, given, packed)
+                    if node in frontier.islands:
+                        env[node] = _on_rows(frontier, node, {**env, **whole}, given)
+                    else:
+                        env[node] = _replay(node, env, axes, frontier, given, packed)
         return tuple(env[n] for n in leaving)
 
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta():
@@ -109,6 +121,38 @@ def _replay(
     if node.target is aten.expand.default:
         return torch.ops.aten.expand.default(of(node.args[0]), _packed_shape(node, axes, packed))
     return node.target(*of(node.args), **of(node.kwargs))  # type: ignore[operator]
+
+
+def _on_rows(frontier: Frontier, node: fx.Node, env: dict[fx.Node, Any], given: dict[str, Any]) -> Any:
+    """An island's result: its operators on padded rows."""
+    island, padding = frontier.islands[node], frontier.padding
+    assert padding is not None
+    size, values = env[padding].shape, dict(env)
+    for read in island.entering:
+        values[read] = as_rows(env[read], frontier.axes[read], given["rows"], given["columns"], size)
+    was = [value(n).shape for n in (padding, *island.entering)]
+    size_of = _sizes_for(was, [size, *(values[e].shape for e in island.entering)])
+    return as_tokens(run_island(island, values, size_of), given["rows"], given["columns"])
+
+
+def _sizes_for(known: Sequence[Any], now: Sequence[Any]) -> Callable[[Any], Any]:
+    """Gives a size of the captured program for the padded rows at hand. known, now: shapes, and what they are here."""
+    bound = {
+        s.node.expr: n
+        for was, here in zip(known, now)
+        for s, n in zip(was, here)
+        if isinstance(s, torch.SymInt) and s.node.expr.is_symbol
+    }
+
+    def size_of(size: Any) -> Any:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if not expression.free_symbols <= bound.keys():
+            raise Stop(f"a size inside a part that mixes positions is {expression}, which no row has")
+        return sympy_interp(PythonReferenceAnalysis, bound, expression)
+
+    return size_of
 
 
 def _packed_shape(node: fx.Node, axes: TokenAxes, packed: dict[str, Any]) -> list[Any]:
@@ -202,7 +246,8 @@ def _fresh(mode: FakeTensorMode, node: fx.Node, number: int) -> torch.Tensor:
         symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
         source=ConstantSource(f"mask{number}"),
     )
-    return torch.empty(fake.shape, dtype=known.dtype, device=known.device)
+    with mode:
+        return torch.empty(fake.shape, dtype=known.dtype, device=known.device)
 
 
 def _weight_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,6 +22,7 @@ from ..structure.sdpa import Attention
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Stop, TokenAxes
 from .body import trace_body
 from .frontier import Frontier, body_inputs
+from .island import Island
 from .visibility import MaskProbe
 
 aten = torch.ops.aten
@@ -45,6 +47,7 @@ class Packable:
     visibilities: dict[fx.Node, Visibility]
     probes: dict[fx.Node, MaskProbe]
     proven: int
+    islands: dict[fx.Node, Island]
 
 
 def linears(program: Program) -> list[tuple[fx.Node, int]]:
@@ -81,7 +84,8 @@ def cut(padded: Program, found: Packable, packing: Packing) -> tuple[PackedLayou
     """Cut the program into prologue, body and epilogue, and describe how they fit together."""
     program, axes = found.program, found.axes
     places = program.placeholders
-    frontier = Frontier(program, axes, found.sites, found.visibilities, packing.form == "rows")
+    rows = packing.form == "rows"
+    frontier = Frontier(program, axes, found.sites, found.visibilities, rows, found.islands, found.padding)
     try:
         frontier.explore()
     except Stop as stop:
@@ -135,6 +139,7 @@ def cut(padded: Program, found: Packable, packing: Packing) -> tuple[PackedLayou
         masks=tuple(prologue_nodes.index(m) for m in frontier.masks if m in prologue_nodes),
         proven=found.proven,
         packing=packing,
+        holes=all(island.holes for island in found.islands.values()),
     )
     resizable = {
         n: found.probes[mask]
@@ -150,3 +155,18 @@ def cut(padded: Program, found: Packable, packing: Packing) -> tuple[PackedLayou
 
         layout.reclassify = reclassify
     return layout, body
+
+
+def packing(found: Packable, config: Any) -> Packing:
+    """How and when calls are packed, by the options of a `PrepackConfig`; costs are FLOPs of what runs packed."""
+    tokens = max(1, found.axes.batch * found.axes.sequence)
+    token_cost = sum(
+        flops(node, size) / tokens for node, size in linears(found.program) if node in found.axes
+    )
+    pair_cost = sum(
+        2 * value(site.q).shape[1] * (value(site.q).shape[-1] + value(site.v).shape[-1])
+        for site in found.sites.values()
+    )
+    causal = all(v.kind == "causal" for v in found.visibilities.values())
+    return Packing(config.form, config.buckets, found.axes.batch * found.axes.sequence, config.outputs,
+                   config.min_gain, float(token_cost), float(pair_cost), causal, config.capacity)  # fmt: skip

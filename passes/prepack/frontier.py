@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -17,6 +17,7 @@ from ..extract import is_computed
 from ..structure.sdpa import Attention
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes, sizes
 from ..tokens.labels import aten
+from .island import Island
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Frontier:
         is masked; else the body is one row, and attention goes by segments.
     entering: node -> labels; all None for a value that is the same for every token.
     masks: masks of generic attention, passed as they are. prologue: nodes that must be computed padded.
+    islands: parts that run on padded rows, by the node that holds the result. whole: what those read of the padded batch,
+        passed as it is, behind the padding mask, whose size is theirs.
     """
 
     program: Program
@@ -34,18 +37,34 @@ class Frontier:
     sites: dict[fx.Node, Attention]
     visibilities: dict[fx.Node, Visibility]
     rows: bool = False
+    islands: Mapping[fx.Node, Island] = field(default_factory=dict)
+    padding: fx.Node | None = None
     entering: dict[fx.Node, Labels] = field(default_factory=dict)
     masks: list[fx.Node] = field(default_factory=list)
 
     @property
     def prologue(self) -> list[fx.Node]:
-        return [n for n in [*self.entering, *self.masks] if n not in self.axes]
+        return [n for n in [*self.entering, *self.passed] if n not in self.axes]
+
+    @property
+    def whole(self) -> list[fx.Node]:
+        if not self.islands or self.padding is None:
+            return []
+        around = [a for island in self.islands.values() for a in island.around]
+        return list(dict.fromkeys([self.padding, *around]))
+
+    @property
+    def passed(self) -> list[fx.Node]:
+        """Padded values that enter the body as they are: masks of generic attention, and what islands read."""
+        return list(dict.fromkeys([*self.masks, *self.whole]))
 
     def explore(self) -> None:
         """Visit every labelled node's other arguments. Raises Stop when one cannot be laid out in tokens."""
         for node in list(self.axes.labels):
             if node.op == "placeholder":
                 self.entering[node] = self.axes[node]
+            elif node in self.islands:
+                continue
             elif node in self.sites:
                 mask = self.sites[node].mask
                 if self.visibilities[node].kind == "generic" and mask is not None and mask not in self.masks:
@@ -125,11 +144,11 @@ def body_inputs(
         else:
             found.append(Passed(*origin(node)))
     found += [PlanField(name) for name in plan_fields(frontier)]
-    return found + [Passed(*origin(m)) for m in frontier.masks]
+    return found + [Passed(*origin(m)) for m in frontier.passed]
 
 
 def plan_fields(frontier: Frontier) -> list[str]:
     """What the body takes from the packing plan."""
     if frontier.rows:
         return ["segments", "columns"]
-    return ["cu_seqlens", "max_len"] + (["rows", "columns"] if frontier.masks else [])
+    return ["cu_seqlens", "max_len"] + (["rows", "columns"] if frontier.passed else [])

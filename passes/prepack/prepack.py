@@ -24,7 +24,7 @@ from torch import fx
 
 from thresher.errors import ArgumentError, unknown_key
 from thresher.graph.nodes import module_fqn, value
-from thresher.graph.packed_layout import Packing, Visibility
+from thresher.graph.packed_layout import Visibility
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 from thresher.recipe import MASK_NAME, PassConfig
@@ -33,13 +33,21 @@ from ..base import EXACT, Context, Match, Miss, Pass, register_pass
 from ..candidates import of_writes
 from ..tokens.axes import BATCH, SEQUENCE, TokenAxes, propagate
 from .attention_sites import attention_sites, not_understood
-from .cut import NotPackable, Packable, cut, flops, linears
+from .cut import NotPackable, Packable, cut, linears, packing
 from .early_gather import gather_early
+from .islands import Islands
 from .towers import Outside, outside
 from .visibility import LeaksPads, MaskProbe
 
 aten = torch.ops.aten
 WHOLE = "the whole program"
+_SAME_IDS = {
+    aten.to.dtype,
+    aten.clone.default,
+    aten.where.self,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+}
 _MIND_NO_CUT = {"prepack", "decode_attention", "causal_mask"}
 
 
@@ -116,6 +124,10 @@ class Prepack(Pass[PrepackConfig]):
             window = f" with a window of {seen.window + 1}" if seen.window >= 0 else ""
             context.notes.append(f"attention is {seen.kind}{window} in {site or 'the model'}"
                                  f" (one of {len(layout.visibilities)} attention sites).")  # fmt: skip
+        if found.islands:
+            first = next(iter(found.islands.values()))
+            context.notes.append(f"{len(found.islands)} parts that mix positions run on padded rows inside, the first in "
+                                 f"{first.where}: {first.why}.")  # fmt: skip
 
 
 def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) -> Packable:
@@ -145,12 +157,16 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
     # (RoBERTa counts positions in them) is a handful of integers and stays padded.
     start = _embedded(tokens) or [tokens]
     sites = attention_sites(program)
-    axes = propagate(program, {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start}, sites)
-    if not sites:
+    seeds = {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start}
+    islands = Islands(program, padding, tokens, start, sites) if config.form == "flat" else None
+    axes = propagate(program, seeds, sites, islands)
+    within = islands.nodes if islands is not None else set()
+    sites = {node: site for node, site in sites.items() if node not in within}
+    if not sites and not within:
         raise NotPackable(not_understood(program, axes) or _no_attention(axes))
     apart = outside(program, sites, axes, padding)
     sites = {node: site for node, site in sites.items() if node not in apart.attentions}
-    if not sites:
+    if not sites and not within:
         raise NotPackable("The padding mask marks tokens that no attention of this program works on.")
     visibilities, probes = {}, {}
     for node, site in sites.items():
@@ -190,7 +206,8 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
         raise NotPackable(
             f"Only {share:.0%} of the linear weights could run packed, and min_share is {config.min_share:.0%}: {first}."
         )
-    return Packable(program, tokens, padding, axes, sites, visibilities, probes, example_of(sequence))
+    parts = islands.found if islands is not None else {}
+    return Packable(program, tokens, padding, axes, sites, visibilities, probes, example_of(sequence), parts)
 
 
 def _padding_mask(program: Program, name: str) -> fx.Node:
@@ -229,7 +246,7 @@ def _embedded(tokens: fx.Node) -> list[fx.Node]:
     """The lookups of the token input in its largest table, through casts."""
     found, reads = [], [tokens]
     for node in reads:
-        reads += [u for u in node.users if u.target in (aten.to.dtype, aten.clone.default)]
+        reads += [u for u in node.users if u.target in _SAME_IDS]
         found += [u for u in node.users if u.target is aten.embedding.default and u.args[1] is node]
     largest = max([value(n.args[0]).shape[0] for n in found], default=0)
     return [n for n in found if value(n.args[0]).shape[0] == largest]
@@ -238,7 +255,7 @@ def _embedded(tokens: fx.Node) -> list[fx.Node]:
 def _largest_table(user: fx.Node) -> int:
     if user.target is aten.embedding.default:
         return value(user.args[0]).shape[0]
-    if user.target in (aten.to.dtype, aten.clone.default):
+    if user.target in _SAME_IDS:
         return max([0, *(_largest_table(u) for u in user.users)])
     return 0
 
@@ -277,18 +294,3 @@ def _foreign(program: Program, axes: TokenAxes, apart: Outside) -> int:
     return sum(
         size for n, size in linears(program) if n not in axes and (n not in axes.stopped or n in apart.nodes)
     )
-
-
-def packing(found: Packable, config: PrepackConfig) -> Packing:
-    """How and when calls are packed; costs are FLOPs of what runs packed."""
-    tokens = max(1, found.axes.batch * found.axes.sequence)
-    token_cost = sum(
-        flops(node, size) / tokens for node, size in linears(found.program) if node in found.axes
-    )
-    pair_cost = sum(
-        2 * value(site.q).shape[1] * (value(site.q).shape[-1] + value(site.v).shape[-1])
-        for site in found.sites.values()
-    )
-    causal = all(v.kind == "causal" for v in found.visibilities.values())
-    return Packing(config.form, config.buckets, found.axes.batch * found.axes.sequence, config.outputs,
-                   config.min_gain, float(token_cost), float(pair_cost), causal, config.capacity)  # fmt: skip

@@ -42,7 +42,7 @@ class MaskProbe:
     """Evaluates one mask of a program at chosen sizes."""
 
     def __init__(self, program: Program, mask: fx.Node, padding: fx.Node):
-        self.program = _on_cpu(extract(program, program.placeholders, [mask]))
+        self.program = on_cpu(extract(program, program.placeholders, [mask]))
         self.padding = padding
         self.position = program.placeholders.index(padding)
 
@@ -134,7 +134,7 @@ class MaskProbe:
         return Visibility(kind, widest) if _consistent(found, kind, widest) else Visibility("generic")
 
 
-def _on_cpu(program: Program) -> Program:
+def on_cpu(program: Program) -> Program:
     """The program with every factory on the CPU: a probe needs no accelerator, and none for a meta model."""
     cpu = torch.device("cpu")
     for node in program.nodes():

@@ -34,6 +34,12 @@ __all__ = [
 ]
 
 
+class Closes(Protocol):
+    """Finds parts that mix positions inside and end in tokens again."""
+
+    def close(self, reader: fx.Node, axes: TokenAxes) -> bool: ...
+
+
 class Composite(Protocol):
     """An attention spelled out in several nodes."""
 
@@ -50,12 +56,16 @@ class Composite(Protocol):
 
 
 def propagate(
-    program: Program, seeds: Mapping[fx.Node, Labels], composites: Mapping[fx.Node, Composite] | None = None
+    program: Program,
+    seeds: Mapping[fx.Node, Labels],
+    composites: Mapping[fx.Node, Composite] | None = None,
+    islands: Closes | None = None,
 ) -> TokenAxes:
     """Follow the labels of `seeds` through the program; each seed has a batch and a sequence dimension.
 
     composites: attentions spelled out in several nodes, by the node that holds the result; what is inside
-    them gets no labels and stops nothing.
+    them gets no labels and stops nothing. islands: asked at each node that tokens do not reach whether what it reads is
+    the end of a part beyond which they can be followed again.
     """
     composites = composites or {}
     inside = {n for c in composites.values() for n in c.inside}
@@ -70,6 +80,9 @@ def propagate(
             continue
         sources = [a for a in node.all_input_nodes if a in axes.labels]
         held_up = next((a for a in node.all_input_nodes if a in axes.stopped), None)
+        if held_up is not None and islands is not None and islands.close(node, axes):
+            sources = [a for a in node.all_input_nodes if a in axes.labels]
+            held_up = next((a for a in node.all_input_nodes if a in axes.stopped), None)
         if held_up is not None:
             axes.stopped[node] = axes.stopped[held_up]
         elif sources and node.target is not aten.sym_size.int:

@@ -18,6 +18,13 @@ def _reshape(node: fx.Node, labels: TokenAxes) -> Any:
     return regroup(first(node, labels), sizes(node.args[0]), sizes(node), labels)  # type: ignore[arg-type]
 
 
+@rule_of(aten.view_as.default, aten.reshape_as.default)
+def _like(node: fx.Node, labels: TokenAxes) -> Any:
+    if node.args[1] not in labels:
+        raise Stop("takes the shape of other values than tokens")
+    return _reshape(node, labels)
+
+
 def regroup(of_x: Labels, before: Sequence[int], after: Sequence[int], axes: TokenAxes) -> Labels:
     """Labels after a reshape: dimensions are matched in the smallest groups of equal product, left to right."""
     result: list[str | None] = []

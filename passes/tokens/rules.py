@@ -43,6 +43,7 @@ rule_of(
     aten.where.self,
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
+    aten.expand_as.default,
 )(pointwise)
 if torch.distributed.is_available():  # sums over ranks, position by position
     rule_of(torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default)(

@@ -33,7 +33,7 @@ _TYPES = {
 }
 _PARTS = ("prologue", "epilogue", "padded")
 _KNOWN = {*_PARTS, "mask", "tokens", "arguments", "epilogue_arguments", "results", "visibilities", "masks",
-          "reclassify", "proven", "packing", "extras", "rewritten"}  # fmt: skip
+          "reclassify", "proven", "packing", "extras", "rewritten", "holes"}  # fmt: skip
 
 
 def prove(layout: PackedLayout, longest: int) -> None:
@@ -70,6 +70,7 @@ def encode_layout(layout: PackedLayout, hold: Callable[[torch.Tensor], int]) -> 
         "bounded": layout.reclassify is not None,
         "packing": asdict(layout.packing),
         "rewritten": layout.rewritten,
+        "holes": layout.holes,
         **{name: encode(part, hold) if part is not None else None for name, part in parts.items()},
     }
 
@@ -98,6 +99,7 @@ def decode_layout(data: Mapping[str, Any], tensors: list[torch.Tensor]) -> Packe
         packing=_typed(Packing, data.get("packing", {})),
         extras=tuple(_read(r) for r in data.get("extras", ())),
         rewritten=data.get("rewritten", False),
+        holes=data.get("holes", True),
     )
 
 

@@ -10,7 +10,6 @@ import thresher
 
 WINDOWED = ("mistral", "gemma2", "gemma3", "modernbert")
 DECLINED = {
-    "mpt": r"hidden by masked_fill",  # masks are read where they are added
     "vit": "called without attention_mask",
 }
 MASKS = [(name, mask) for name, mask in masks.every_kind() if mask.shape == (3, 12)]
@@ -47,7 +46,7 @@ def slow(case):
 
 
 # The rest differ from these in what prepacking does not look at.
-CORE = ("llama", "gemma2", "gpt2", "opt", "bloom", "bert", "t5_encoder")
+CORE = ("llama", "gemma2", "gpt2", "opt", "bloom", "mpt", "bert", "t5_encoder")
 PACKED = [
     n if n in CORE else pytest.param(n, marks=pytest.mark.thorough) for n in zoo.TEXT if n not in DECLINED
 ]

@@ -125,6 +125,7 @@ class PackedLayout:
     padded: the program before packing, for the calls that cannot be packed.
     rewritten: other passes changed the body after it was packed, so that `padded` lacks what they did. Then every
         call runs packed that can, also where packing itself gains nothing.
+    holes: rows with pads between real tokens may be packed.
     visibilities: what was found for each mask, by the attention site that uses it.
     masks: prologue outputs that are masks of generic attention; a call in which one of them lets a real
         query see a pad key is run padded.
@@ -149,6 +150,7 @@ class PackedLayout:
     packing: Packing = Packing()
     extras: tuple[Scatter | Passed, ...] = ()
     rewritten: bool = False
+    holes: bool = True
 
     @property
     def mask_name(self) -> str:
