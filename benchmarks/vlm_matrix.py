@@ -31,10 +31,11 @@ RECORD, PAGE = ROOT / "benchmarks" / "results" / "vlm_matrix.json", ROOT / "docs
 COLUMNS = {
     "whole": "100 % kept",
     "text": "then text alone",
+    "cut": "half kept, two images",
+    "rows": "half kept, padded rows",
     "turn": "second turn",
-    "cut": "half kept: by hand",
-    "rows": "half kept: rows as alone",
     "zipvl": "ZipVL, half kept",
+    "half": "half kept, bf16",
 }
 
 

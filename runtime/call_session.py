@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from thresher import given_tokens, own_generate
+from thresher.errors import ArgumentError
 from thresher.graph.call_plan import CallPlan
 from thresher.graph.program import Program
 from thresher.graph.tracing import compiling
@@ -87,8 +88,7 @@ class CallSession(Session):
 
     def run_made(self, inputs: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> list[Any]:
         """Run this session's own program, whatever the call would choose."""
-        known = given_tokens.known(inputs) if self.plan.extra_inputs else {}
-        results = super().results([*inputs, *(known[n] for n in self.plan.extra_inputs)], weights)
+        results = super().results([*inputs, *self._beside(inputs)], weights)
         count = len(self.plan.extra_outputs)
         if count:
             given = zip(self.plan.extra_outputs, results[-count:])
@@ -104,7 +104,25 @@ class CallSession(Session):
         for index, name in self.plan.scored.items():
             if name in self.extras:
                 given_tokens.note(results[index], scores=self.extras[name])
+        if self.plan.scored and not (self._told or given_tokens.kept_is_read()) and own_generate.running():
+            self._told = True
+            warnings.warn(own_generate.NOT_ROUNDED, stacklevel=3)
         return results
+
+    def _beside(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        """What the program takes beyond the caller's inputs."""
+        if not self.plan.extra_inputs:
+            return []
+        known = {**given_tokens.known(inputs), given_tokens.ASKING: given_tokens.asked()}
+        missing = [name for name in self.plan.extra_inputs if known.get(name) is None]
+        if missing:
+            raise ArgumentError(
+                missing[0],
+                "nothing",
+                "what the call with which this program was made had",
+                "Call within thresher.token_types(types, scores); a user's turn is told by a model of thresher.compile.",
+            )
+        return [known[name] for name in self.plan.extra_inputs]  # type: ignore[misc]
 
     def _check_spare_places(self, results: Sequence[Any]) -> None:
         """Keys and values with fewer tokens, or with places of none, are only for callers who know of them: raise where

@@ -150,6 +150,8 @@ def publish_image(program: Program, fed: Mapping[int, fx.Node]) -> CallPlan:
     """Return those masks too, for the graph that gets the embeddings; see `thresher.token_types`."""
     plan = program.calls or CallPlan()
     for index, mask in fed.items():
+        if index in plan.published:  # by another pass
+            continue
         image = program.insert(program.output_node, aten.select.int, mask, -1, 0)
         name = f"image.{index}"
         program.output_node.args = ((*program.outputs, image),)

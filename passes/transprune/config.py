@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from thresher.errors import ArgumentError
 from thresher.recipe import PassConfig
@@ -23,6 +25,9 @@ class TransPruneConfig(PassConfig):
     stages: (after_layer, keep) pairs: layers count from one, keep is the share of the original image tokens.
         Empty: the paper's High schedule, scaled to the model's depth.
     instruction: at most so many tokens behind the image ask for attention.
+    user_turn: the ids of what a chat template writes before and behind a user's words, two tuples, as
+        `thresher.tools.chat.user_turn(tokenizer)` gives them. Only the last such turn then asks, where some of it
+        stands behind the image. Empty: all text there asks, the template's own too.
     accumulate_from: first layer whose transitions count; None: the first stage's.
     reserve: share of the kept tokens that is spread evenly over the image instead of chosen by score. Later
         questions need what the first did not ask for.
@@ -44,6 +49,7 @@ class TransPruneConfig(PassConfig):
     mode: str = "paper"
     stages: tuple[tuple[int, float], ...] = ()
     instruction: int = 32
+    user_turn: tuple[tuple[int, ...], ...] = ()
     accumulate_from: int | None = None
     reserve: float = 0.0
     restore: str = "zeros"
@@ -61,8 +67,9 @@ class TransPruneConfig(PassConfig):
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, (list, tuple)):  # else a recipe refuses it by name
-            made = tuple(tuple(s) if isinstance(s, (list, tuple)) else s for s in self.stages)
-            object.__setattr__(self, "stages", made)
+            object.__setattr__(self, "stages", _tuples(self.stages))
+        if isinstance(self.user_turn, (list, tuple)):
+            object.__setattr__(self, "user_turn", _tuples(self.user_turn))
 
     def validate(self) -> None:
         self.one_of(policy=POLICIES, mode=MODES, restore=RESTORE, position=POSITION)
@@ -92,5 +99,16 @@ class TransPruneConfig(PassConfig):
         self.within(0, 1, "reserve")
         self.within(float("-inf"), 1, "min_saving")  # below 0: also where it costs
         self.within(0, float("inf"), "budget", "image_token_id")
+        if self.user_turn and (len(self.user_turn) != 2 or not self.user_turn[0]):
+            raise ArgumentError(
+                "user_turn",
+                self.user_turn,
+                "two tuples of ids, of which the first is not empty",
+                "Take thresher.tools.chat.user_turn(tokenizer).",
+            )
         if self.per_image and self.reserve:
             raise ArgumentError("reserve", self.reserve, "0 with per_image=True", "Leave one of them out.")
+
+
+def _tuples(given: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(s) if isinstance(s, (list, tuple)) else s for s in given)

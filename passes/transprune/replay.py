@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher import given_tokens
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
@@ -20,7 +21,7 @@ from ..tokens.types import Types
 from .rows import choose, ranks_in_runs, runs
 from .scores import Scorer, State, spread
 
-_EXTRA = {"token_types": torch.int8, "token_scores": torch.float32}
+_EXTRA = {"token_types": torch.int8, "token_scores": torch.float32, given_tokens.ASKING: torch.bool}
 
 
 def prune(
@@ -97,6 +98,7 @@ class _Builder:
             first = self.config.accumulate_from or after
             self.scorer = Scorer(self.config, self.layers, first)
             self.state = State(image, pad, position, replay.env.get("token_scores"), offsets=offsets)
+            self.state.asking = replay.env.get(given_tokens.ASKING)
             self.ends = self.state.ends()
             if offsets is None:
                 self.images, self.lengths = image.sum(1), self.state.rows()[1][:, 0]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..structure.recover import LayerSite
+from ..structure.recover import LayerSite, Tower
 from ..tokens.axes import BATCH, SEQUENCE
 from ..tokens.frame import pick
 from ..tokens.replay import Replay
@@ -37,6 +37,7 @@ class State:
     given: the caller's scores. moved: transition variation summed over layers so far; None before the first.
     scored: layers it covers. run: int64 [B, n], the image of each token, where images have budgets of their own.
     offsets: int32, where each packed sequence begins and ends; None without packing.
+    asking: bool [B, n], a question's tokens, or None where nobody says.
     """
 
     image: torch.Tensor
@@ -47,10 +48,11 @@ class State:
     scored: set[int] = field(default_factory=set)
     offsets: torch.Tensor | None = None
     run: Any = None
+    asking: torch.Tensor | None = None
 
     def narrow(self, index: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Keep tokens `index` [B, L] only. real: bool [B, L], false for places that only fill a row up, or None."""
-        for name in ("image", "pad", "position", "given", "moved", "run"):
+        for name in ("image", "pad", "position", "given", "moved", "run", "asking"):
             t = getattr(self, name)
             if t is not None:
                 setattr(self, name, t.gather(1, index))
@@ -132,6 +134,8 @@ class Scorer:
         assert site is not None
         types = state.image.to(torch.int32)  # TensorRT takes int8 for quantized numbers
         rows = torch.ops.thresher.instruction_positions(types, *state.rows(), count)
+        if state.asking is not None and self.config.policy in ("transprune", "iga"):
+            rows = _asking(state, rows)
         q = replay.ahead(site.q.result, layer.input, rows.clamp_min(0))
         k = replay.ahead(site.k.result, layer.input, None)
         sums, _ = torch.ops.thresher.probe_scores(q, k, rows, state.segments(), site.scale)
@@ -150,6 +154,20 @@ class Scorer:
         return torch.ops.thresher.probe_scores(
             q, replay.env[site.k.result], last, state.segments(), site.scale
         )[0]
+
+
+def _asking(state: State, rows: torch.Tensor) -> torch.Tensor:
+    """Rows that ask, int64 [B, P]: the last of a question's tokens behind the image, or `rows` where there is none."""
+    assert state.asking is not None
+    place = torch.arange(state.image.shape[1], device=rows.device)
+    last = torch.where(state.image, place, -1).amax(1, keepdim=True)
+    asks = state.asking & (place > last)
+    if state.pad is not None:
+        asks = asks & ~state.pad
+    found = torch.where(asks, place, -1).sort(1).values
+    short = rows.shape[1] - found.shape[1]
+    found = torch.nn.functional.pad(found, (short, 0), value=-1) if short > 0 else found[:, -rows.shape[1] :]
+    return torch.where(asks.any(1, keepdim=True), found, rows)
 
 
 def spread(count: torch.Tensor, among: torch.Tensor, state: State) -> torch.Tensor:
@@ -200,3 +218,16 @@ POLICIES: dict[str, Policy] = {
     "given": _given,
 }
 ASK_ATTENTION = frozenset({"transprune", "iga", "fastv", "pyramiddrop"})
+
+
+def past_windows(tower: Tower, policy: str, after: int) -> str:
+    """What to say where attention that the scoring layer's window would hide is scored all the same; else ""."""
+    if policy not in ASK_ATTENTION:
+        return ""
+    layer = tower.layers[after - 1 if policy == "fastv" else after]
+    if layer.attention is None or layer.attention.window is None:
+        return ""
+    return (
+        f"{layer.fqn} sees a window of {layer.attention.window + 1} tokens, which may not reach the image from behind"
+        " it; its attention is scored as if it saw everything. Compare with policy='ttv' or 'uniform'."
+    )

@@ -49,7 +49,7 @@ from .config import TransPruneConfig
 from .drops import drops_for
 from .positions import position_tables
 from .replay import prune
-from .scores import ASK_ATTENTION
+from .scores import past_windows
 
 # The published schedule: behind layers 7, 9 and 12 of 32, as shares of the depth, and what stays.
 HIGH = ((7 / 32, 0.875), (9 / 32, 0.625), (12 / 32, 0.125))
@@ -123,6 +123,8 @@ class TransPrune(Pass[TransPruneConfig]):
             raise NotPrunable(
                 f"accumulate_from={config.accumulate_from} is behind the first stage, which is after layer {stages[0][0]}."
             )
+        if config.user_turn:
+            _check_question(packed, sizes)
         axes = propagate(program, {start: (BATCH, SEQUENCE, None)})
         if packed and any(n in axes and value(n).dim() != 3 for n in program.outputs):
             raise NotPrunable(
@@ -141,6 +143,12 @@ class TransPrune(Pass[TransPruneConfig]):
         drops = config.choice
         if drops is None:
             drops = _drops_now(program, counted, config, stages, context, example_of(value(start).shape[1]))
+        crossed = [a.fqn for a in context.structure().attentions if a.cross] if types.kind == "none" else []
+        if crossed:
+            raise NotPrunable(
+                f"The image is read through cross-attention ({crossed[0]}), none of the tokens is an image's, and this pass "
+                "leaves out no keys of another sequence. Leave transprune out for this model."
+            )
         if types.kind == "none" or (not any(drops) and not config.always):
             raise NotPrunable(
                 f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
@@ -154,7 +162,7 @@ class TransPrune(Pass[TransPruneConfig]):
     def about(self, done: Sequence[Match], context: Context[TransPruneConfig]) -> Sequence[str]:
         said: list[str] = []
         for found in (m.data for m in done if isinstance(m.data, Pruning)):
-            past = (_past_windows(found.tower, context.config.policy, after) for after, _ in found.stages)
+            past = (past_windows(found.tower, context.config.policy, after) for after, _ in found.stages)
             said += [note for note in past if note]
             said.append(f"{found.types.describe()}; tokens left out behind layer " + ", ".join(
                 f"{after}: {drop}" for (after, _), drop in zip(found.stages, found.drops)) + ".")  # fmt: skip
@@ -190,6 +198,8 @@ class TransPrune(Pass[TransPruneConfig]):
                     "Call within thresher.token_types(types, scores).",
                 )
             extra.append("token_scores")
+        if config.user_turn:
+            extra.append(given_tokens.ASKING)
         kept, shortened = prune(program, found, config, extra)
         plan = program.calls or CallPlan()
         program.calls = CallPlan(
@@ -219,19 +229,6 @@ def _stages(config: TransPruneConfig, tower: Tower) -> tuple[tuple[tuple[int, fl
     return tuple(s for s in given if s[0] < depth), misses
 
 
-def _past_windows(tower: Tower, policy: str, after: int) -> str:
-    """What to say where attention that the scoring layer's window would hide is scored all the same; else ""."""
-    if policy not in ASK_ATTENTION:
-        return ""
-    layer = tower.layers[after - 1 if policy == "fastv" else after]
-    if layer.attention is None or layer.attention.window is None:
-        return ""
-    return (
-        f"{layer.fqn} sees a window of {layer.attention.window + 1} tokens, which may not reach the image from behind"
-        " it; its attention is scored as if it saw everything. Compare with policy='ttv' or 'uniform'."
-    )
-
-
 def _site(tower: Tower, stages: Sequence[tuple[int, float]]) -> str:
     return ", ".join(tower.layers[after - 1].fqn or f"layer {after}" for after, _ in stages)
 
@@ -250,6 +247,20 @@ def _packed(program: Program, config: TransPruneConfig, types: Types) -> tuple[f
     if types.kind != "ids":
         raise NotPrunable("The program is packed, and image tokens are found in it by image_token_id only.")
     return offsets_node(program), caller_types(program, config)
+
+
+def _check_question(packed: bool, sizes: list[int]) -> None:
+    """Raise NotPrunable where nobody says which tokens of the call, [batch, tokens], are a user's last turn."""
+    if packed:
+        raise NotPrunable(
+            "The program is packed, and a user's turn is looked for in rows. Leave prepack or user_turn out."
+        )
+    asked = given_tokens.asked()
+    if asked is None or list(asked.shape) != sizes:
+        raise NotPrunable(
+            "user_turn is looked for in each call's input_ids, which a model of thresher.compile does. Compile it so, or "
+            "leave user_turn out."
+        )
 
 
 def _drops_now(

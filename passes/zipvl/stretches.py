@@ -152,3 +152,26 @@ def _ungathered(mask: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None]:
         picked = picked.args[0]
     whole = arguments[0]
     return (whole.args[0] if whole.target is aten.expand.default else whole), picked
+
+
+def why_not(layer: LayerSite) -> str | None:
+    """Why a layer's attention is not one this pass understands, as a sentence."""
+    site = layer.attention
+    if site is None:
+        return "No attention was recovered in this layer."
+    if site.spelling == "eager":
+        return "Its attention is spelled eager; only scaled_dot_product_attention is rewritten."
+    if site.past is not None or site.cross:
+        return "Its keys are not the queries' own tokens, so this is no prompt."
+    seen = shown(site)
+    if seen.kind != "causal":
+        return f"Its attention is {seen.kind}, not causal."
+    if seen.window >= 0:
+        return f"It sees a window of {seen.window + 1} tokens only, which has little to save."
+    if site.softcap is not None:
+        return "It caps its logits, which the attention operators here do not."
+    if site.sinks is not None:
+        return (
+            "Its softmax has sinks beside the keys, which the operators that score tokens here do not know."
+        )
+    return None

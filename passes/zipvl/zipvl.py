@@ -29,6 +29,7 @@ from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Counted
 from thresher.graph.program import Program
 from thresher.graph.sizes import allow_decided_by_data, example_of
+from thresher.undone import FEEDING
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..calibrate import Tap
@@ -37,12 +38,20 @@ from ..structure.recover import LayerSite
 from ..tokens.axes import Stop
 from ..tokens.segments import caller, caller_types
 from ..tokens.towers import largest_tower, layer_flops, no_layers
-from ..tokens.types import NotPrunable, Types, counts_program, find_types, types_facts
+from ..tokens.types import (
+    NotPrunable,
+    Types,
+    counts_program,
+    embeddings_fed,
+    find_types,
+    publish_image,
+    types_facts,
+)
 from .budget import CallLengths, SequenceBudget, budget, budget_facts, protected_tokens, zip_flops
 from .collector import Pair
 from .config import ZipVLConfig
 from .replay import HEADS, rewrite_layers
-from .stretches import Stretch, find_stretches, shown
+from .stretches import Stretch, find_stretches, why_not
 
 EXPECTED = 0.5  # share of tokens that attend in a layer, where counts are exact and nothing was calibrated
 
@@ -83,7 +92,7 @@ class ZipVL(Pass[ZipVLConfig]):
         found = []
         for layer in tower.layers if tower else ():
             site = layer.attention
-            if site is None or _why_not(layer) is not None:
+            if site is None or why_not(layer) is not None:
                 continue
             pair = Pair(context.config, site.scale)
             found.append(Tap(f"{site.fqn}.queries", site.q.result, partial(pair.side, "q")))
@@ -92,6 +101,9 @@ class ZipVL(Pass[ZipVLConfig]):
 
     def match(self, program: Program, context: Ours) -> Sequence[Match | Miss]:
         config = context.config
+        fed = embeddings_fed(program)
+        if fed and not context.structure().layers:
+            return [Match(FEEDING, fed)]
         try:
             stretches = find_stretches(program, context.structure())
             if not stretches:
@@ -113,7 +125,7 @@ class ZipVL(Pass[ZipVLConfig]):
                 early = None
                 if number < config.first_layer:
                     early = f"It is layer {number}, and first_layer={config.first_layer} leaves it as it is."
-                why = early or _why_not(layer) or self._why_dense(layer, stretch, lengths[stretch], context)
+                why = early or why_not(layer) or self._why_dense(layer, stretch, lengths[stretch], context)
                 if why is not None:
                     misses.append(Miss(layer.attention.fqn if layer.attention else layer.fqn, why))
                 else:
@@ -230,6 +242,9 @@ class ZipVL(Pass[ZipVLConfig]):
         return protected_tokens(types, config, values, context.inputs)
 
     def rewrite(self, program: Program, match: Match, context: Ours) -> None:
+        if isinstance(match.data, dict):
+            program.calls = publish_image(program, match.data)
+            return
         plan: ZipPlan = match.data
         config = context.config
         old = program.calls or CallPlan()
@@ -278,26 +293,3 @@ class ZipVL(Pass[ZipVLConfig]):
             }
             found[(stretch, share)] = Counted(Rule("zipvl.places", facts, lengths.asked))
         return found
-
-
-def _why_not(layer: LayerSite) -> str | None:
-    """Why a layer's attention is not one this pass understands, as a sentence."""
-    site = layer.attention
-    if site is None:
-        return "No attention was recovered in this layer."
-    if site.spelling == "eager":
-        return "Its attention is spelled eager; only scaled_dot_product_attention is rewritten."
-    if site.past is not None or site.cross:
-        return "Its keys are not the queries' own tokens, so this is no prompt."
-    seen = shown(site)
-    if seen.kind != "causal":
-        return f"Its attention is {seen.kind}, not causal."
-    if seen.window >= 0:
-        return f"It sees a window of {seen.window + 1} tokens only, which has little to save."
-    if site.softcap is not None:
-        return "It caps its logits, which the attention operators here do not."
-    if site.sinks is not None:
-        return (
-            "Its softmax has sinks beside the keys, which the operators that score tokens here do not know."
-        )
-    return None

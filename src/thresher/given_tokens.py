@@ -24,7 +24,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .errors import ArgumentError
 
 TEXT, IMAGE, VIDEO, PAD = 0, 1, 2, -1
-NAMES = ("token_types", "token_scores")
 _GIVEN: ContextVar[dict[str, torch.Tensor] | None] = ContextVar("thresher_tokens", default=None)
 
 
@@ -81,6 +80,25 @@ def known(inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor) and value.dim() == 3 and value in _PUBLISHED:
             return {"token_types": _PUBLISHED[value]}
     return {}
+
+
+_ASKING: ContextVar[torch.Tensor | None] = ContextVar("thresher_asking_tokens", default=None)
+ASKING = "asking_tokens"
+
+
+@contextlib.contextmanager
+def asking(tokens: torch.Tensor | None) -> Iterator[None]:
+    """Within the context, calls of compiled models have these tokens for a question, bool [B, n]; None: nobody says."""
+    token = _ASKING.set(tokens)
+    try:
+        yield
+    finally:
+        _ASKING.reset(token)
+
+
+def asked() -> torch.Tensor | None:
+    """bool [B, n], the tokens that the enclosing `asking` names, or None."""
+    return _ASKING.get()
 
 
 _ABOUT = WeakTensorKeyDictionary()

@@ -16,6 +16,11 @@ import torch
 from .errors import ArgumentError
 
 _FILE = os.path.join("transformers", "generation", "utils.py")
+NOT_ROUNDED = (
+    "zipvl's kv='quantize' rounds nothing in generate of a model with .compile(backend='thresher'): keys and values stay "
+    "whole in a cache of transformers. Generate with thresher.compile(model, batch, recipe).generate(...), whose cache "
+    "holds them at 4 and 2 bits; or say kv='keep'."
+)
 _DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit")
 
 

@@ -24,9 +24,13 @@ def script(monkeypatch):
     ("name", "columns"),
     [
         ("LLaVA", ("cut", "rows")),
-        pytest.param("LLaVA", ("whole", "turn", "text", "zipvl"), marks=pytest.mark.thorough),
-        pytest.param("Qwen3-VL", ("whole", "cut", "rows"), marks=pytest.mark.thorough),
-        pytest.param("Gemma 3", ("whole", "cut", "rows"), marks=pytest.mark.thorough),
+        pytest.param("LLaVA", ("whole", "turn", "text", "half"), marks=pytest.mark.thorough),
+        pytest.param(
+            "Qwen3-VL", ("whole", "cut", "rows", "turn"), marks=pytest.mark.thorough
+        ),  # features behind layers
+        pytest.param("SmolVLM", ("rows", "zipvl"), marks=pytest.mark.thorough),  # two graphs
+        pytest.param("Gemma 3", ("whole", "cut", "rows"), marks=pytest.mark.thorough),  # windows
+        pytest.param("Qwen2-Audio", ("cut", "rows"), marks=pytest.mark.thorough),
     ],
 )
 def test_a_model_is_right_in_every_column(name, columns):

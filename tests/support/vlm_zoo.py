@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import transformers as hf
 
-MARK, VIDEO, START, END = 120, 121, 122, 123
-_TEXT = dict(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+MARKS = MARK, VIDEO, START, END = 120, 121, 122, 123
+_TEXT = dict(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
              eos_token_id=None)  # fmt: skip
 _VISION = dict(hidden_size=24, intermediate_size=40, num_attention_heads=3, num_hidden_layers=2)
@@ -24,18 +24,20 @@ _QWEN_MARKS = dict(
 )
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 Batch = dict[str, torch.Tensor]
+_BESIDE = ("mm_token_type_ids", "token_type_ids")
 _ROW_MEDIA = ("pixel_values", "aspect_ratio_mask", "aspect_ratio_ids")
 
 
 @dataclass(frozen=True)
 class Entry:
     """make: builds the model. media: for the images of each row, the inputs that hold them and the tokens of each.
-    mark: the id of an image's tokens. beside: further inputs, from ids and mask."""
+    mark: the id of an image's tokens. beside: further inputs, from ids. later: their value at tokens behind the prompt."""
 
     make: Callable[[], torch.nn.Module]
     media: Callable[[Any, Sequence[int]], tuple[Batch, int]]
     mark: int = MARK
     beside: Callable[[torch.Tensor], Batch] = lambda ids: {}
+    later: int = 0
 
 
 def _pixels(model: Any, rows: Sequence[int], size: int = 32) -> Batch:
@@ -194,7 +196,7 @@ def _internvl() -> Any:
 
 def _gemma3() -> Any:
     text = hf.Gemma3TextConfig(
-        **_TEXT, head_dim=8, sliding_window=256, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+        **_TEXT, head_dim=8, sliding_window=24, layer_types=["sliding_attention", "full_attention"]
     )
     config = hf.Gemma3Config(vision_config=_siglip(4), text_config=text, image_token_index=MARK, mm_tokens_per_image=16,
                              boi_token_index=START, eoi_token_index=END)  # fmt: skip
@@ -210,15 +212,13 @@ def _paligemma() -> Any:
 
 
 def _aya() -> Any:
-    text = hf.Cohere2Config(
-        **_TEXT, sliding_window=256, layer_types=["sliding_attention"] * 2 + ["full_attention"]
-    )
+    text = hf.Cohere2Config(**_TEXT, sliding_window=24, layer_types=["sliding_attention", "full_attention"])
     config = hf.AyaVisionConfig(vision_config=_siglip(4), text_config=text, image_token_index=MARK)
     return hf.AyaVisionForConditionalGeneration(config)
 
 
 def _mllama() -> Any:
-    text = hf.MllamaTextConfig(**_TEXT | {"num_hidden_layers": 4}, cross_attention_layers=[1, 3])
+    text = hf.MllamaTextConfig(**_TEXT | {"num_hidden_layers": 4}, cross_attention_layers=[1, 2])
     vision = hf.MllamaVisionConfig(
         hidden_size=24, num_hidden_layers=2, num_global_layers=1, attention_heads=3, intermediate_size=40, image_size=32,
         patch_size=8, max_num_tiles=1, intermediate_layers_indices=[0, 1], vision_output_dim=72,
@@ -292,7 +292,9 @@ ZOO: dict[str, Entry] = {
     ),
     "InternVL": Entry(_internvl, _fixed(16)),
     "Gemma 3": Entry(_gemma3, _fixed(16), MARK, lambda ids: {"token_type_ids": (ids == MARK).long()}),
-    "PaliGemma": Entry(_paligemma, _fixed(16)),
+    "PaliGemma": Entry(
+        _paligemma, _fixed(16), MARK, lambda ids: {"token_type_ids": torch.zeros_like(ids)}, 1
+    ),
     "Mistral 3": Entry(_mistral3, _sized),
     "Aya Vision": Entry(_aya, _fixed(16)),
     "Mllama": Entry(_mllama, _crossed),
@@ -319,7 +321,7 @@ def batch(name: str, model: Any, rows: Sequence[int]) -> Batch:
     media, tokens = entry.media(model, [max(n, 1) for n in rows]) if any(rows) else ({}, 0)
     lines = []
     for row, count in enumerate(rows):
-        parts = [torch.randint(2, 100, (5 + row,), generator=draw)]
+        parts = [torch.randint(2, 100, (6 + row,), generator=draw)]
         for _ in range(count):
             parts += [torch.full((tokens,), entry.mark), torch.randint(2, 100, (7,), generator=draw)]
         lines.append(torch.cat(parts))
@@ -331,6 +333,20 @@ def batch(name: str, model: Any, rows: Sequence[int]) -> Batch:
         seen = media["aspect_ratio_ids"][:, None, :, None] * mask[:, :, None, None]
         given["cross_attention_mask"] = seen.expand(-1, width, -1, 1).contiguous()
     return given
+
+
+def extended(name: str, given: Batch, ids: torch.Tensor, media: bool) -> Batch:
+    """A batch whose rows go on as `ids` [rows, more tokens] do, all of them text. media: with its images."""
+    new = ids.shape[1] - given["input_ids"].shape[1]
+    mask = torch.nn.functional.pad(given["attention_mask"], (0, new), value=1)
+    found = {**(given if media else {}), "input_ids": ids, "attention_mask": mask}
+    for beside in _BESIDE:
+        if beside in given:
+            found[beside] = torch.nn.functional.pad(given[beside], (0, new), value=ZOO[name].later)
+    seen = given.get("cross_attention_mask")
+    if seen is not None:
+        found["cross_attention_mask"] = torch.cat([seen, seen[:, -1:].expand(-1, new, -1, -1)], 1)
+    return found
 
 
 def row(given: Batch, rows: Sequence[int], index: int) -> Batch:

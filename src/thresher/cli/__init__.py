@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import NothingRewrittenError, ThresherError
-from . import look, make
+from . import look, make, show
 from .app import app
 
 __all__ = ["app", "main"]
-assert look and make  # their commands are the app's
+assert look and make and show  # their commands are the app's
 
 
 def main() -> None:

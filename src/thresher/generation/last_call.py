@@ -15,6 +15,7 @@ class LastCall:
 
     tokens_in: real tokens of each row of the prompt. new: tokens a row that were made, at most.
     kept: for each layer with keys and values, how many of the prompt's real tokens each row keeps there.
+    at: for each such layer, which ones: int64 [rows, slots], columns of the padded prompt, -1 in slots of none.
     tau: the share of attention that each layer rewritten by ZipVL held in the prompt, smallest of the rows; else empty.
     flops, dense_flops: what the layers compute on the prompt, by estimate, pruned and whole. None where the model's layers
         are not found by name.
@@ -26,6 +27,7 @@ class LastCall:
     tokens_in: list[int]
     new: int = 0
     kept: list[list[int]] = field(default_factory=list)
+    at: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
     tau: list[float] = field(default_factory=list)
     flops: float | None = None
     dense_flops: float | None = None
@@ -59,7 +61,7 @@ class LastCall:
         """
         from thresher.runtime.kv.layer import KVLayer
 
-        self.kept, self.bytes, self.dense_bytes = [], 0, 0
+        self.kept, self.at, self.bytes, self.dense_bytes = [], [], 0, 0
         tokens = real.shape[1]
         for layer in getattr(cache, "layers", ()):
             keys = getattr(layer, "keys", None)
@@ -72,9 +74,12 @@ class LastCall:
                 at = layer.positions.long()
                 held = (at >= 0) & real.to(at.device).gather(1, at.clamp_min(0))
                 self.kept.append(held.sum(1).tolist())
+                self.at.append(at.masked_fill(~held, -1))
             else:
                 self.bytes += keys.shape[0] * min(tokens, keys.shape[2]) * each
                 self.kept.append(real.sum(1).tolist())
+                place = torch.arange(tokens, device=real.device)
+                self.at.append(torch.where(real, place, -1))
         for session in ran:
             tau = getattr(session, "extras", {}).get("realised_tau")
             if tau is not None:

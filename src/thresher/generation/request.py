@@ -55,6 +55,13 @@ def argument_of_caches() -> str:
     return next(name for name in CACHES if name in known)
 
 
+def _lets_others_attend(model: Any) -> bool:
+    """Whether transformers lets others do the attention of a model's decoder; its tower is left as it is."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    both = (model, decoder)
+    return any(getattr(one, "_supports_attention_backend", True) is not False for one in both)
+
+
 class Request:
     """One call's options: given by name, in its generation_config, or in the model's.
 
@@ -127,7 +134,7 @@ class Request:
                 "None with a cache that rounds or forgets while it generates",
                 "Use zipvl={'kv': 'keep'} or 'drop', or transprune alone, whose caches can go back.",
             )
-        if getattr(self.model, "_supports_attention_backend", True) is False:
+        if not _lets_others_attend(self.model):
             raise ArgumentError(
                 "model",
                 f"a {type(self.model).__name__}, whose attention transformers does not let others do",

@@ -62,6 +62,16 @@ def test_rows_with_images_of_different_sizes_are_refused_though_nothing_is_padde
         in_place("transprune").generate(ids, **GREEDY)
 
 
+def test_that_nothing_is_rounded_is_said_once():
+    model = make(num_hidden_layers=1)
+    options = dict(PRUNE["zipvl"], kv="quantize")
+    model.compile(backend="thresher", options={"zipvl": options, "target": "reference"})
+    with pytest.warns(UserWarning, match="rounds nothing") as heard:
+        model.generate(prompt(1), max_new_tokens=2, do_sample=False)
+        model.generate(prompt(1), max_new_tokens=2, do_sample=False)
+    assert sum("rounds nothing" in str(w.message) for w in heard) == 1
+
+
 def test_compiling_on_a_padded_batch_warns_of_nothing():
     """Neither the example's call nor its check hands keys and values to anybody."""
     with warnings.catch_warnings():
