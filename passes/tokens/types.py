@@ -49,7 +49,7 @@ class Types:
             "types": f"token types from {where}",
             "image": f"image tokens from {where}, where the model puts its image features",
             "ids": f"image tokens where {where} is {self.image_token}",
-            "extra": "token types from thresher.token_types",
+            "extra": "token types from thresher.token_types or the prompt's ids",
             "span": f"image tokens in columns {self.span}",
             "none": "no token is an image's",
         }[self.kind]
@@ -81,8 +81,13 @@ class Types:
         return (image if pad is None else image & ~pad), pad
 
 
-def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequence[Any] | None) -> Types:
-    """The best source of token types for `sizes` [batch, tokens]. Raises NotPrunable for options that cannot be followed."""
+def find_types(
+    program: Program, config: Any, sizes: Sequence[int], inputs: Sequence[Any] | None, may_come: bool = False
+) -> Types:
+    """The best source of token types for `sizes` [batch, tokens]. Raises NotPrunable for options that cannot be followed.
+
+    may_come: ids that are at hand are a source also where none of them is an image's, since those of later calls may be.
+    """
     sizes = list(sizes)
     named = {
         name: place
@@ -92,7 +97,7 @@ def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequ
     padding = named.get(program.mask_name)
     if config.image_span is not None:
         return Types("span", span=tuple(config.image_span), padding=padding)
-    ours = given_tokens.known(inputs or ())
+    ours = given_tokens.told(inputs or ())
     if ours:
         shape = list(ours["token_types"].shape)
         if shape != sizes:
@@ -117,6 +122,14 @@ def find_types(program: Program, config: Any, sizes: Sequence[int], inputs: Sequ
             and [example_of(n) for n in known.shape[:2]] == sizes
         ):
             return Types("image", image, padding=padding)
+    read = given_tokens.types_by_ids()
+    if (
+        inputs is not None
+        and read is not None
+        and list(read.shape) == sizes
+        and (may_come or (read > 0).any())
+    ):
+        return Types("extra", padding=padding)
     return Types("none", padding=padding)
 
 

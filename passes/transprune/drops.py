@@ -3,14 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import floor
 from typing import Any
 
-from thresher.graph.call_rules import rule
+from thresher.graph.call_plan import Choice
+from thresher.graph.call_rules import Rule, rule
+from thresher.graph.program import Program
 
-from ..tokens.types import Types, image_counts, image_runs, types_from
+from ..base import Context
+from ..structure.recover import Tower
+from ..tokens.segments import caller
+from ..tokens.towers import layer_flops
+from ..tokens.types import (
+    NotPrunable,
+    Types,
+    counts_program,
+    image_counts,
+    image_runs,
+    types_facts,
+    types_from,
+)
 from .config import TransPruneConfig
 from .rows import going
+
+
+@dataclass
+class Counting:
+    """Of a program that leaves nothing out, since the call it was built for has nothing to spare, and others may.
+
+    types: where their token types come from. drops: what the call could spare, too little to be worth it, or nothing.
+    """
+
+    types: Types
+    stages: Sequence[tuple[int, float]]
+    drops: tuple[int, ...]
+
+
+class NothingToSpare(NotPrunable):
+    """Why a call leaves nothing out. later: how other calls are counted, which may; None where they are like this one."""
+
+    def __init__(self, reason: str, later: Counting | None):
+        super().__init__(reason)
+        self.later = later
+
+
+def choice_of(program: Program, found: Counting, config: TransPruneConfig) -> Choice:
+    """How a call says what it can spare."""
+    facts = {
+        "bucket": config.bucket,
+        "min_image_tokens": config.min_image_tokens,
+        "types": types_facts(found.types),
+        "stages": [[*s] for s in found.stages],
+        "packed": program.packing is not None,
+        "per_image": config.per_image,
+    }
+    asked = counts_program(caller(program), found.types)
+    return Choice(found.drops, asked, Rule("transprune.drops", facts))
 
 
 def drops_for(
@@ -63,3 +112,19 @@ def _behind(facts: Any, _: Any, lengths: Sequence[int], images: Sequence[int]) -
     """What a cut leaves of packed sequences; see `CallPlan.behind`."""
     config = TransPruneConfig(bucket=facts["bucket"], min_image_tokens=facts["min_image_tokens"])
     return [n - _going(config, facts["keep"], i) for n, i in zip(lengths, images)]
+
+
+def too_little(
+    context: Context[TransPruneConfig], tower: Tower, stages: Any, drops: Sequence[int], length: int
+) -> str | None:
+    """Fill in what is predicted; why that is too little, or None."""
+    left = [length] * len(tower.layers)
+    for (after, _), drop in zip(stages, drops):
+        left[after:] = [length - drop] * (len(tower.layers) - after)
+    dense = sum(sum(layer_flops(layer, length)) for layer in tower.layers)
+    pruned = sum(sum(layer_flops(layer, n)) for layer, n in zip(tower.layers, left))
+    context.flops.update(before=dense, after=pruned)
+    saving = 1 - pruned / dense
+    if saving < context.config.min_saving and not context.config.always:
+        return f"Only {saving:.1%} of the layers' FLOPs would be saved, and min_saving is {context.config.min_saving:.0%}."
+    return None

@@ -21,12 +21,12 @@ from torch import fx
 
 from thresher import given_tokens
 from thresher.errors import ArgumentError
-from thresher.graph.call_plan import CallPlan, Choice, Shortened
+from thresher.graph.call_plan import CallPlan, Shortened
 from thresher.graph.call_rules import Rule
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
-from thresher.undone import FEEDING
+from thresher.undone import COUNTING, FEEDING
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..causal_mask import prepare_causal
@@ -34,7 +34,7 @@ from ..structure.recover import Tower
 from ..tokens.axes import BATCH, SEQUENCE, Stop, TokenAxes, propagate
 from ..tokens.replay import check
 from ..tokens.segments import caller, caller_types, offsets_node
-from ..tokens.towers import largest_tower, layer_flops, no_layers
+from ..tokens.towers import largest_tower, no_layers
 from ..tokens.types import (
     NotPrunable,
     Types,
@@ -42,11 +42,10 @@ from ..tokens.types import (
     embeddings_fed,
     find_types,
     publish_image,
-    types_facts,
     whole,
 )
 from .config import TransPruneConfig
-from .drops import drops_for
+from .drops import Counting, NothingToSpare, choice_of, drops_for, too_little
 from .positions import position_tables
 from .replay import prune
 from .scores import past_windows
@@ -101,6 +100,9 @@ class TransPrune(Pass[TransPruneConfig]):
             return misses
         try:
             return [*misses, self._match(program, context, tower, stages)]
+        except NothingToSpare as reason:
+            later = [Match(COUNTING, reason.later)] if reason.later else []
+            return [*misses, Miss(_site(tower, stages), str(reason)), *later]
         except (NotPrunable, Stop) as reason:
             return [*misses, Miss(_site(tower, stages), _sentence(reason))]
 
@@ -110,7 +112,7 @@ class TransPrune(Pass[TransPruneConfig]):
         config = context.config
         packed = program.packing is not None
         sizes = [example_of(s) for s in value(tower.layers[0].input).shape[:2]]
-        types = find_types(program, config, sizes, None if packed else context.inputs)
+        types = find_types(program, config, sizes, None if packed else context.inputs, may_come=True)
         start = tower.layers[stages[0][0]].input
         if value(start).dim() != 3:
             raise NotPrunable(
@@ -143,18 +145,23 @@ class TransPrune(Pass[TransPruneConfig]):
         drops = config.choice
         if drops is None:
             drops = _drops_now(program, counted, config, stages, context, example_of(value(start).shape[1]))
-        crossed = [a.fqn for a in context.structure().attentions if a.cross] if types.kind == "none" else []
-        if crossed:
+        crossed = [a.fqn for a in context.structure().attentions if a.cross]
+        if crossed and types.kind in ("none", "extra"):
             raise NotPrunable(
                 f"The image is read through cross-attention ({crossed[0]}), none of the tokens is an image's, and this pass "
                 "leaves out no keys of another sequence. Leave transprune out for this model."
             )
+        counted_later = types.kind != "none" and not packed and config.choice is None and sizes[1] != 1
+        later = Counting(counted, stages, drops) if counted_later else None
         if types.kind == "none" or (not any(drops) and not config.always):
-            raise NotPrunable(
+            raise NothingToSpare(
                 f"No token may be left out: {types.describe()}, and at least {config.min_image_tokens} are needed in"
-                f" every row, of which a multiple of {config.bucket} must go."
+                f" every row, of which a multiple of {config.bucket} must go.",
+                later,
             )
-        _expect(context, tower, stages, drops, example_of(value(start).shape[1]))
+        little = too_little(context, tower, stages, drops, example_of(value(start).shape[1]))
+        if little is not None:
+            raise NothingToSpare(little, later)
         return Match(
             _site(tower, stages), Pruning(tower, types, axes, stages, drops, offsets, counted, tables)
         )
@@ -172,20 +179,15 @@ class TransPrune(Pass[TransPruneConfig]):
         if isinstance(match.data, dict):
             program.calls = publish_image(program, match.data)
             return
-        found: Pruning = match.data
         config = context.config
-        counted: Types = found.counted
-        asked = counts_program(caller(program), counted)
+        if isinstance(match.data, Counting):
+            program.calls = program.calls or CallPlan()
+            program.calls.choices[self.name] = choice_of(program, match.data, config)
+            return
+        found: Pruning = match.data
         stages, packed = found.stages, program.packing is not None
-
+        choice = choice_of(program, Counting(found.counted, stages, found.drops), config)
         counting = {"bucket": config.bucket, "min_image_tokens": config.min_image_tokens}
-        facts = {
-            **counting,
-            "types": types_facts(counted),
-            "stages": [[*s] for s in stages],
-            "packed": packed,
-            "per_image": config.per_image,
-        }
         extra = []
         if found.types.kind == "extra":
             extra.append("token_types")
@@ -203,7 +205,7 @@ class TransPrune(Pass[TransPruneConfig]):
         kept, shortened = prune(program, found, config, extra)
         plan = program.calls or CallPlan()
         program.calls = CallPlan(
-            {**plan.choices, self.name: Choice(found.drops, asked, Rule("transprune.drops", facts))},
+            {**plan.choices, self.name: choice},
             [*plan.extra_inputs, *extra],
             [*plan.extra_outputs, *kept],
             {**plan.shortened, **{i: Shortened(*s) for i, s in shortened.items()}},
@@ -277,20 +279,3 @@ def _drops_now(
     asked = counts_program(caller(program), types)
     values = asked.run(*context.inputs) if asked is not None else []
     return drops_for(types, config, stages, values, context.inputs, program.packing is not None)
-
-
-def _expect(
-    context: Context[TransPruneConfig], tower: Tower, stages: Any, drops: Sequence[int], length: int
-) -> None:
-    """Fill in what is predicted; raises NotPrunable where too little would be won."""
-    left = [length] * len(tower.layers)
-    for (after, _), drop in zip(stages, drops):
-        left[after:] = [length - drop] * (len(tower.layers) - after)
-    dense = sum(sum(layer_flops(layer, length)) for layer in tower.layers)
-    pruned = sum(sum(layer_flops(layer, n)) for layer, n in zip(tower.layers, left))
-    context.flops.update(before=dense, after=pruned)
-    saving = 1 - pruned / dense
-    if saving < context.config.min_saving and not context.config.always:
-        raise NotPrunable(
-            f"Only {saving:.1%} of the layers' FLOPs would be saved, and min_saving is {context.config.min_saving:.0%}."
-        )

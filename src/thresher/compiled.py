@@ -12,7 +12,7 @@ import torch
 
 from thresher.runtime.session import Counters, Session
 
-from . import backend, given_tokens, questions, sessions
+from . import backend, given_tokens, prompt_tokens, sessions
 from .compat import isolated, room_for_graphs, tracing
 from .errors import ArgumentError, ThresherError
 from .generation.last_call import LastCall
@@ -119,7 +119,10 @@ class Compiled(torch.nn.Module):
             specialized_floats(),
             room_for_graphs(),
             tractable(self._parts),
-            given_tokens.asking(questions.of_call(self.recipe, kwargs)),
+            given_tokens.read_from_ids(
+                prompt_tokens.kinds(self.recipe, getattr(self.model, "config", None), kwargs),
+                prompt_tokens.question(self.recipe, kwargs),
+            ),
             self._sizes.prepared(args, kwargs) as given,
         ):
             result = self._call(*args, **given)

@@ -72,7 +72,14 @@ def publish(embeddings: torch.Tensor, types: torch.Tensor) -> None:
 
 
 def known(inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """What is known of a call's tokens, by name: given around the call, or published for one of its inputs."""
+    """What is known of a call's tokens, by name: given around the call, published for one of its inputs, or else read
+    from its ids."""
+    found, types = told(inputs), types_by_ids()
+    return found or ({} if types is None else {"token_types": types})
+
+
+def told(inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """As `known`, of what somebody said for just these tokens."""
     found = given()
     if found:
         return found
@@ -82,23 +89,30 @@ def known(inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
     return {}
 
 
-_ASKING: ContextVar[torch.Tensor | None] = ContextVar("thresher_asking_tokens", default=None)
+_Read = tuple[torch.Tensor | None, torch.Tensor | None]
+_IDS: ContextVar[_Read] = ContextVar("thresher_read_from_ids", default=(None, None))
 ASKING = "asking_tokens"
 
 
 @contextlib.contextmanager
-def asking(tokens: torch.Tensor | None) -> Iterator[None]:
-    """Within the context, calls of compiled models have these tokens for a question, bool [B, n]; None: nobody says."""
-    token = _ASKING.set(tokens)
+def read_from_ids(types: torch.Tensor | None, asking: torch.Tensor | None) -> Iterator[None]:
+    """Within the context, this was read from a call's ids, each [B, n] or None where nobody says: token types, int8, for
+    graphs in which nothing else tells them; and which tokens are a user's question, bool."""
+    token = _IDS.set((types, asking))
     try:
         yield
     finally:
-        _ASKING.reset(token)
+        _IDS.reset(token)
+
+
+def types_by_ids() -> torch.Tensor | None:
+    """int8 [B, n], the types that the enclosing `read_from_ids` names, or None."""
+    return _IDS.get()[0]
 
 
 def asked() -> torch.Tensor | None:
-    """bool [B, n], the tokens that the enclosing `asking` names, or None."""
-    return _ASKING.get()
+    """bool [B, n], the question that the enclosing `read_from_ids` names, or None."""
+    return _IDS.get()[1]
 
 
 _ABOUT = WeakTensorKeyDictionary()

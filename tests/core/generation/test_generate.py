@@ -7,7 +7,9 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Static
 from transformers.generation.streamers import BaseStreamer
 
 import thresher
+from thresher.compiled import Compiled
 from thresher.errors import ArgumentError
+from thresher.recipe import Recipe
 from thresher.runtime.kv.cache import MixedPrecisionCache
 from thresher.runtime.kv.policy import KVPolicy
 
@@ -114,6 +116,17 @@ def test_a_second_turn_on_the_cache_of_the_first(model, whole):
     )
     assert torch.equal(whole.generate(longer, past_key_values=cache, **GREEDY), expected)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_images_behind_a_call_of_text_alone_are_pruned(model):
+    """The first call's program says nothing of those that come."""
+    fast = Compiled(model, Recipe.of(None, transprune=PRUNE), target="reference")
+    text, more = padded(), dict(max_new_tokens=2, do_sample=False)
+    text["input_ids"] = text["input_ids"].masked_fill(text["input_ids"] == IMAGE, 5)
+    assert torch.equal(fast.generate(**text, **more), model.generate(**text, **more))
+    assert fast.last_call.kept == [[48, 40], [48, 40]]
+    fast.generate(**padded(), **more)
+    assert fast.last_call.kept == [[48, 40], [32, 24]]
 
 
 REFUSED = {

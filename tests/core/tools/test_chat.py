@@ -4,7 +4,7 @@ import pytest
 import tiny_directories
 import torch
 
-from thresher import questions
+from thresher import prompt_tokens
 from thresher.errors import ArgumentError
 from thresher.tools.chat import user_turn
 
@@ -44,7 +44,7 @@ def test_marks_are_what_turns_have_in_common(template, begin, end):
     content = words if template is CHATML else [{"type": "text", "text": words}]
     turns = [dict(role="user", content=content)]
     ids = made(made.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
-    found = questions.last_turn(torch.tensor([ids]), *user_turn(made))[0]
+    found = prompt_tokens.last_turn(torch.tensor([ids]), *user_turn(made))[0]
     assert made.decode(torch.tensor(ids)[found]) == words
 
 

@@ -5,7 +5,7 @@ import torch
 from pruned import pruned
 from tiny_llama import make, prompt
 
-from thresher import given_tokens, questions
+from thresher import given_tokens, prompt_tokens
 from thresher.errors import ArgumentError
 from thresher.recipe import Recipe
 
@@ -32,7 +32,7 @@ def marked(tail: tuple[int, ...] = TAIL) -> torch.Tensor:
 def kept(model, ids, **options):
     named = dict(input_ids=ids)
     recipe = Recipe.of(None, transprune={**OPTIONS, **options})
-    with given_tokens.asking(questions.of_call(recipe, named)):
+    with given_tokens.read_from_ids(None, prompt_tokens.question(recipe, named)):
         return pruned(model, named, {**OPTIONS, **options})[1]["kept.1"]
 
 
@@ -61,14 +61,14 @@ def test_turns_are_found_in_each_row():
     ids = torch.tensor(
         [[3, 4, 8, 5, 3, 4, 9, 9, 5, 1], [0, 0, 3, 4, 8, 8, 8, 8, 8, 8], [3, 9, 4, 5, 5, 3, 4, 5, 4, 3]]
     )
-    found = questions.last_turn(ids, BEGIN, END)
+    found = prompt_tokens.last_turn(ids, BEGIN, END)
     assert [row.nonzero().flatten().tolist() for row in found] == [[6, 7], [4, 5, 6, 7, 8, 9], []]
-    assert not questions.last_turn(ids[:, :1], BEGIN, END).any()
-    assert questions.last_turn(ids, BEGIN, ())[0].sum() == 4
+    assert not prompt_tokens.last_turn(ids[:, :1], BEGIN, END).any()
+    assert prompt_tokens.last_turn(ids, BEGIN, ())[0].sum() == 4
     recipe = Recipe.of(None, transprune={"user_turn": (BEGIN, END)})
-    assert questions.of_call(recipe, dict(inputs_embeds=torch.zeros(2, 5, 4))).shape == (2, 5)
-    assert questions.of_call(recipe, dict(input_ids=ids[:, :1])) is None
-    assert questions.of_call(Recipe.of(None, transprune={}), dict(input_ids=ids)) is None
+    assert prompt_tokens.question(recipe, dict(inputs_embeds=torch.zeros(2, 5, 4))).shape == (2, 5)
+    assert prompt_tokens.question(recipe, dict(input_ids=ids[:, :1])) is None
+    assert prompt_tokens.question(Recipe.of(None, transprune={}), dict(input_ids=ids)) is None
 
 
 @pytest.mark.parametrize("given", [((),), ((), (1,)), ((1,), (2,), (3,))])

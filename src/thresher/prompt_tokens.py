@@ -1,4 +1,8 @@
-"""Which tokens of a call are a user's question, where the marks of a chat template are known (`user_turn` of a recipe)."""
+"""What a prompt's ids say of its tokens: which are an image's, and which are a user's question.
+
+Passes find image tokens in the graph where they can. Where the code that puts image features in is run by Python, between
+two graphs, the ids that a model's configuration names say it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,33 @@ from typing import Any
 
 import torch
 
+from .given_tokens import IMAGE, VIDEO
 from .recipe import Recipe
 
+_MARKS = {
+    f"{medium}_token_{end}": kind
+    for medium, kind in (("image", IMAGE), ("audio", IMAGE), ("video", VIDEO))
+    for end in ("id", "index")
+}
+_READERS = ("transprune", "zipvl")
 
-def of_call(recipe: Recipe, named: Mapping[str, Any]) -> torch.Tensor | None:
+
+def kinds(recipe: Recipe, config: Any, named: Mapping[str, Any]) -> torch.Tensor | None:
+    """int8 [B, n]: token types of a prompt by its ids, for recipes that ask; None where the ids do not say."""
+    ids = named.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] == 1:
+        return None
+    marks = {name: kind for name, kind in _MARKS.items() if isinstance(getattr(config, name, None), int)}
+    asked = any(p.name in _READERS for p in recipe.passes)
+    if not asked or not marks or getattr(config, "is_encoder_decoder", False):
+        return None
+    types = torch.zeros_like(ids, dtype=torch.int8)
+    for name, kind in marks.items():
+        types.masked_fill_(ids == getattr(config, name), kind)
+    return types
+
+
+def question(recipe: Recipe, named: Mapping[str, Any]) -> torch.Tensor | None:
     """bool [B, n]: the last user turn of each row of a prompt; None where the recipe knows no marks.
 
     A prompt of embeddings has no ids to read: no token of it asks, and the pass's other rule holds.
