@@ -54,12 +54,14 @@ class Match:
     """A site that can be rewritten.
 
     site: FQN for the report. data: what `match` found, for `rewrite`. claims: FQNs of the weights whose
-    linear this rewrite replaces; a weight can be claimed by one pass only.
+    linear this rewrite replaces; a weight can be claimed by one pass only. of_calls: `rewrite` edits nothing, and only sets
+    the program's `calls`, so that later calls may get a program of their own; it is no site.
     """
 
     site: str
     data: Any = None
     claims: tuple[str, ...] = ()
+    of_calls: bool = False
 
 
 C = TypeVar("C", bound=PassConfig)

@@ -163,7 +163,9 @@ class Pipeline:
         if not account.rewritten:
             account.flops = {}
             account.counted = {}
-            return before, account
+            if after.calls is before.calls or account.rolled_back:
+                return before, account
+            return dataclasses.replace(before, calls=after.calls), account  # see `Match.of_calls`
         account.notes += self._said
         self.claimed.update(claims)
         self.anchored = self.anchored and account.exact
@@ -209,6 +211,8 @@ class Pipeline:
                 continue
             assert isinstance(site, Match)
             rewriter.rewrite(after, site, context)
+            if site.of_calls:
+                continue
             done.append(site)
             if self._ledger is not None:
                 self._ledger.note(after, site.site)

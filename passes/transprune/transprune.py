@@ -13,7 +13,7 @@ program of their own. TransPrune (arXiv 2507.20630) is one policy of several; `p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
 
@@ -26,7 +26,7 @@ from thresher.graph.call_rules import Rule
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
-from thresher.undone import COUNTING, FEEDING
+from thresher.undone import FEEDING
 
 from ..base import Context, Effect, Match, Miss, Pass, register_pass
 from ..causal_mask import prepare_causal
@@ -101,7 +101,7 @@ class TransPrune(Pass[TransPruneConfig]):
         try:
             return [*misses, self._match(program, context, tower, stages)]
         except NothingToSpare as reason:
-            later = [Match(COUNTING, reason.later)] if reason.later else []
+            later = [Match("later calls", reason.later, of_calls=True)] if reason.later else []
             return [*misses, Miss(_site(tower, stages), str(reason)), *later]
         except (NotPrunable, Stop) as reason:
             return [*misses, Miss(_site(tower, stages), _sentence(reason))]
@@ -181,8 +181,9 @@ class TransPrune(Pass[TransPruneConfig]):
             return
         config = context.config
         if isinstance(match.data, Counting):
-            program.calls = program.calls or CallPlan()
-            program.calls.choices[self.name] = choice_of(program, match.data, config)
+            plan = program.calls or CallPlan()
+            choices = {**plan.choices, self.name: choice_of(program, match.data, config)}
+            program.calls = replace(plan, choices=choices)
             return
         found: Pruning = match.data
         stages, packed = found.stages, program.packing is not None

@@ -7,18 +7,15 @@ from collections.abc import Sequence
 
 from .report import PassReport, Report
 
-FEEDING = "the graph that puts image features in"  # sites of token passes
-COUNTING = "calls that may leave tokens out, as this one may not"
-_NOTHING = (FEEDING, COUNTING)
+FEEDING = "the graph that puts image features in"  # a site of token passes
 
 
 def rewrote_nothing(reports: Sequence[Report]) -> str | None:
     """A sentence for each pass that says why it rewrote nothing, where no pass of any graph did; else None.
 
-    A graph that only tells the next one which tokens are an image's has done nothing by itself, nor has one that only counts
-    them in each call.
+    A graph that only tells the next one which tokens are an image's has done nothing by itself.
     """
-    done = any(site not in _NOTHING for r in reports for p in r.passes for site in p.rewritten)
+    done = any(site != FEEDING for r in reports for p in r.passes for site in p.rewritten)
     if done or not any(r.passes for r in reports):
         return None
     names = dict.fromkeys(p.name for r in reports for p in r.passes)
