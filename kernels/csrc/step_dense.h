@@ -10,7 +10,41 @@ namespace {
 constexpr int kAbreast = 4;   // rows of the weight
 constexpr int kTogether = 4;  // rows of x: with four of the weight sixteen sums, which registers hold
 
-// out[r][t] = row r . x[t] for R rows of the weight and T of x in fp32. ahead: bytes to ask for before they are needed.
+// The sum of a vector's lanes, in pairs: one after the other would wait for every addition.
+INLINE float total(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float lanes[V];
+    std::memcpy(lanes, &v, sizeof v);
+    for (int half = V / 2; half; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+#endif
+}
+
+// out[i] = the sum of v[i]'s lanes. A short row of a weight costs as much to sum up as to multiply, so sixteen go at once.
+template <int N>
+INLINE void totals(const vf* v, float* out) {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) {
+        __m512 four[4];
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const __m512 a = (__m512)v[4 * i], b = (__m512)v[4 * i + 1], c = (__m512)v[4 * i + 2], d = (__m512)v[4 * i + 3];
+            const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+            const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+            four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        }
+        const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xEE));
+        const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xEE));
+        _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD)));
+        return;
+    }
+#endif
+    for (int i = 0; i < N; ++i) out[i] = total(v[i]);
+}
+
+// out[t][r] = row r . x[t] for R rows of the weight and T of x in fp32. ahead: bytes to ask for before they are needed.
 template <int R, int T, class W>
 INLINE void dots(const W* row, const float* x, int64_t k, int64_t ahead, float* out) {
     constexpr int parts = R * T >= 8 ? 1 : R * T >= 4 ? 2 : 4;  // a chain of additions waits for itself
@@ -30,23 +64,23 @@ INLINE void dots(const W* row, const float* x, int64_t k, int64_t ahead, float* 
                 UNROLL for (int r = 0; r < R; ++r) sum[r][t][p] = multiply_add(w[r], v, sum[r][t][p]);
             }
         }
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) {
-            vf all = sum[r][t][0];
-            for (int p = 1; p < parts; ++p) all += sum[r][t][p];
-            float total = 0;
-            for (int lane = 0; lane < V; ++lane) total += all[lane];
-            for (int64_t rest = i; rest < k; ++rest) total = multiply_add(one(row[r * k + rest]), x[t * k + rest], total);
-            out[r * T + t] = total;
-        }
+    vf all[T * R];
+    UNROLL for (int t = 0; t < T; ++t) UNROLL for (int r = 0; r < R; ++r) {
+        all[t * R + r] = sum[r][t][0];
+        for (int p = 1; p < parts; ++p) all[t * R + r] += sum[r][t][p];
+    }
+    totals<T * R>(all, out);
+    for (; i < k; ++i)
+        for (int t = 0; t < T; ++t)
+            for (int r = 0; r < R; ++r) out[t * R + r] = multiply_add(one(row[r * k + i]), x[t * k + i], out[t * R + r]);
 }
 
 #if defined(__AVX512BF16__)
 // The same for x in bf16 too: two products an instruction and lane.
 template <int R, int T>
 INLINE void dots(const bf16* row, const bf16* x, int64_t k, int64_t ahead, float* out) {
-    __m512 sum[R][T];
-    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) sum[r][t] = _mm512_setzero_ps();
+    __m512 sum[T * R];
+    _Pragma("GCC unroll 16") for (int i = 0; i < T * R; ++i) sum[i] = _mm512_setzero_ps();
     for (int64_t i = 0; i < k; i += 32) {
         const __mmask32 there = k - i >= 32 ? 0xFFFFFFFFu : (1u << (k - i)) - 1;
         __m512bh w[R];
@@ -57,11 +91,10 @@ INLINE void dots(const bf16* row, const bf16* x, int64_t k, int64_t ahead, float
         }
         UNROLL for (int t = 0; t < T; ++t) {
             const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(there, x + t * k + i);
-            UNROLL for (int r = 0; r < R; ++r) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], w[r], v);
+            UNROLL for (int r = 0; r < R; ++r) sum[t * R + r] = _mm512_dpbf16_ps(sum[t * R + r], w[r], v);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) out[r * T + t] = _mm512_reduce_add_ps(sum[r][t]);
+    totals<T * R>((const vf*)sum, out);
 }
 constexpr bool kPairs = true;
 #else
@@ -93,9 +126,10 @@ void dense(const X* x, int64_t tokens, int64_t k, int64_t n, const W* weight, co
             float sums[kAbreast * kTogether];
             if (four) some<kAbreast>(here, weight + first * k, x + t * k, k, t ? 0 : ahead, sums);
             else some<1>(here, weight + first * k, x + t * k, k, t ? 0 : ahead, sums);
-            for (int r = 0; r < (four ? kAbreast : 1); ++r)
-                for (int i = 0; i < here; ++i)
-                    put(out + (t + i) * n + first + r, sums[r * here + i] + (bias ? one(bias[first + r]) : 0.0f));
+            const int rows = four ? kAbreast : 1;
+            for (int i = 0; i < here; ++i)
+                for (int r = 0; r < rows; ++r)
+                    put(out + (t + i) * n + first + r, sums[i * rows + r] + (bias ? one(bias[first + r]) : 0.0f));
         }
     }
 }
