@@ -9,12 +9,12 @@ PASS_MODULES: tuple[str, ...] = (
     # one name a line, in the order in which they run, whatever the order in a recipe (see order.py)
     "prepack",  # which tokens there are: padding goes first, for everything behind is then traced for fewer
     "causal_mask",
-    "decode_attention",
     "transprune",
     "zipvl",
     "deft",  # which neurons, in the full-precision weights
     "rsq",  # how the weights are stored
     "nvfp4",
+    "decode_attention",  # behind those that look for a decoder's layers, whose attention it makes unlike PyTorch's
     "bf16",  # takes what the others left
 )
 ENTRY_POINTS = "thresher.passes"

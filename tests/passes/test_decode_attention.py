@@ -2,9 +2,11 @@
 
 import leniently
 import pytest
+import tiny_llama
 import torch
 import zoo
 
+import thresher
 from thresher import sessions
 
 RECIPE = {"target": "reference", "prepack": True, "decode_attention": True}
@@ -73,3 +75,20 @@ def test_other_attentions_stay(changed, said):
     report = fast.report["decode_attention"]
     assert not report.rewritten and [said in m.reason for m in report.missed] == ([True] if said else [])
     torch.testing.assert_close(fast(**inputs), Attend().eval()(**inputs))
+
+
+def test_weights_of_a_step_are_rounded_too(tmp_path):
+    """Whoever looks for a decoder's layers comes before their attention is made unlike PyTorch's."""
+    model = tiny_llama.make(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    batch = {
+        "input_ids": tiny_llama.prompt(tokens=12, span=None),
+        "attention_mask": torch.ones(2, 12, dtype=torch.long),
+    }
+    thresher.quantize(model, [batch], thresher.RSQ(bits=4, method="nearest")).save(
+        tmp_path / "codes.safetensors"
+    )
+    options = {"rsq": {"budget": 10.0}, "stats": str(tmp_path / "codes.safetensors"), "verify": False}
+    fast = thresher.compile(model, batch, "exact", target="reference", **options)
+    fast.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    step = sessions.recent()[-1].report
+    assert len(step["decode_attention"].rewritten) == 2 and len(step["rsq"].rewritten) == 14
