@@ -147,15 +147,24 @@ def rounding(model: torch.nn.Module, ways: Ways) -> dict[str, Any]:
         if p.dim() >= 2 and not names[id(p)] & sites and any(names[id(p)] & held for held in ways.held)
     ]
     missed = sorted({m.reason[:160] for a in accounts for m in a.missed if m.site not in kept})
+    sizes = {n: p.numel() * p.element_size() for n, p in model.state_dict(keep_vars=True).items()}
+    beside = left - sum(sizes.get(k, sizes.get(f"{k}.weight", 0)) for k in set(kept))
     return {"nvfp4_coverage": round(done / (done + left), 4) if done + left else None, "nvfp4_kept": len(kept),
+            "nvfp4_beside_kept": round(done / (done + beside), 4) if done + beside > 0 else None,
             "nvfp4_missed": missed[:4], "unaccounted": lost[:4]}  # fmt: skip
 
 
 def quantized(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """How many weights RSQ quantizes."""
+    """How many weights RSQ quantizes, and their share of all that products multiply by, head and routers left out."""
+    sizes = {n: p.numel() for n, p in model.state_dict(keep_vars=True).items()}
     with _alone():
         low = thresher.quantize(model, [given], thresher.RSQ(bits=4, group_size=-1))
-    return {"rsq": len(low.report.linears)}
+    size = lambda site: sizes.get(site, sizes.get(f"{site}.weight", 0))  # noqa: E731
+    done = {r.site.split("[")[0] for r in low.report.linears}
+    left = {m.site for m in low.report.missed if "by keep=" not in m.reason} - done
+    whole = sum(map(size, done)) + sum(map(size, left))
+    return {"rsq": len(low.report.linears), "rsq_beside_kept": round(sum(map(size, done)) / whole, 4) if whole else None,
+            "rsq_missed": sorted({m.reason[:160] for m in low.report.missed if m.site in left})[:4]}  # fmt: skip
 
 
 def in_half(

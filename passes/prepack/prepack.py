@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from thresher.errors import ArgumentError, unknown_key
 from thresher.graph.nodes import module_fqn, value
@@ -36,18 +35,12 @@ from .attention_sites import attention_sites, not_understood
 from .cut import NotPackable, Packable, cut, linears, packing
 from .early_gather import gather_early
 from .islands import Islands
+from .token_inputs import embedded, padding_mask, token_input
 from .towers import Outside, outside
 from .visibility import LeaksPads, MaskProbe
 
 aten = torch.ops.aten
 WHOLE = "the whole program"
-_SAME_IDS = {
-    aten.to.dtype,
-    aten.clone.default,
-    aten.where.self,
-    aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor,
-}
 _MIND_NO_CUT = {"prepack", "decode_attention", "causal_mask"}
 
 
@@ -136,8 +129,8 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
     program: a copy; the sums of an attention's masks are added to it.
     behind: passes of the recipe that would see nothing but the packed part.
     """
-    padding = _padding_mask(program, config.mask)
-    tokens = _token_input(program, padding)
+    padding = padding_mask(program, config.mask)
+    tokens = token_input(program, padding)
     batch, sequence = value(tokens).shape[:2]
     for size, axis in ((batch, "batch"), (sequence, "sequence")):
         if example_of(size) == 1:
@@ -155,7 +148,7 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
         )
     # The flow starts at the embedded tokens, not at the ids: what else a model computes from the ids
     # (RoBERTa counts positions in them) is a handful of integers and stays padded.
-    start = _embedded(tokens) or [tokens]
+    start = embedded(tokens) or [tokens]
     sites = attention_sites(program)
     seeds = {n: (BATCH, SEQUENCE, *(None,) * (value(n).dim() - 2)) for n in start}
     islands = Islands(program, padding, tokens, start, sites) if config.form == "flat" else None
@@ -208,56 +201,6 @@ def find(program: Program, config: PrepackConfig, behind: Sequence[str] = ()) ->
         )
     parts = islands.found if islands is not None else {}
     return Packable(program, tokens, padding, axes, sites, visibilities, probes, example_of(sequence), parts)
-
-
-def _padding_mask(program: Program, name: str) -> fx.Node:
-    for place, given in zip(program.placeholders, program.input_names):
-        if given == name and isinstance(value(place), torch.Tensor):
-            if value(place).dim() != 2:
-                raise NotPackable(
-                    f"{name} has {value(place).dim()} dimensions; only a [batch, sequence] mask says which tokens are pads."
-                )
-            return place
-    raise NotPackable(
-        f"The model was called without {name}, so every token counts as real and there is no padding to leave out."
-    )
-
-
-def _token_input(program: Program, padding: fx.Node) -> fx.Node:
-    """The input that carries the tokens: ids that an embedding reads, or embeddings themselves."""
-    rows = [example_of(s) for s in value(padding).shape]
-    candidates = []
-    for place in program.placeholders:
-        known = value(place)
-        if place is padding or not isinstance(known, torch.Tensor) or known.dim() not in (2, 3):
-            continue
-        if [example_of(s) for s in known.shape[:2]] != rows:
-            continue
-        if (known.dim() == 3 and known.is_floating_point()) or any(_largest_table(u) for u in place.users):
-            candidates.append((max([0, *(_largest_table(u) for u in place.users)]), known.dim(), place))
-    if not candidates:
-        raise NotPackable(
-            "No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens."
-        )
-    return max(candidates, key=lambda c: c[:2])[2]
-
-
-def _embedded(tokens: fx.Node) -> list[fx.Node]:
-    """The lookups of the token input in its largest table, through casts."""
-    found, reads = [], [tokens]
-    for node in reads:
-        reads += [u for u in node.users if u.target in _SAME_IDS]
-        found += [u for u in node.users if u.target is aten.embedding.default and u.args[1] is node]
-    largest = max([value(n.args[0]).shape[0] for n in found], default=0)
-    return [n for n in found if value(n.args[0]).shape[0] == largest]
-
-
-def _largest_table(user: fx.Node) -> int:
-    if user.target is aten.embedding.default:
-        return value(user.args[0]).shape[0]
-    if user.target in _SAME_IDS:
-        return max([0, *(_largest_table(u) for u in user.users)])
-    return 0
 
 
 def _no_attention(axes: TokenAxes) -> str:

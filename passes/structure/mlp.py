@@ -35,6 +35,7 @@ pow_ = call(aten.pow.Tensor_Scalar)
 _ROOT = 0.7978845608028654  # sqrt(2 / pi)
 _cubic = add(_x, mul(pow_(_x, 3.0), 0.044715))
 _factored = mul(mul(_x, _ROOT), add(mul(mul(_x, 0.044715), _x), 1.0))
+_over_root_two = either(mul(_x, 0.7071067811865476), call(aten.div.Tensor)(_x, 1.4142135623730951))
 
 ACTIVATIONS: Sequence[tuple[str, Any]] = (
     ("relu", relu(_x)),
@@ -43,7 +44,7 @@ ACTIVATIONS: Sequence[tuple[str, Any]] = (
     ("gelu", either(call(aten.gelu.default)(_x), call(aten.gelu.default)(_x, approximate="none"))),
     ("gelu_tanh", call(aten.gelu.default)(_x, approximate="tanh")),
     ("gelu_tanh", mul(mul(_x, 0.5), add(tanh(either(mul(_cubic, _ROOT), _factored)), 1.0))),
-    ("gelu", mul(mul(_x, 0.5), add(call(aten.erf.default)(mul(_x, 0.7071067811865476)), 1.0))),
+    ("gelu", mul(mul(_x, 0.5), add(call(aten.erf.default)(_over_root_two), 1.0))),
     ("silu", either(call(aten.silu.default)(_x), mul(_x, sigmoid(_x)))),
     ("quick_gelu", mul(_x, sigmoid(mul(_x, 1.702)))),
     ("hardswish", call(aten.hardswish.default)(_x)),
