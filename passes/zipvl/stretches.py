@@ -165,7 +165,7 @@ def why_not(layer: LayerSite) -> str | None:
         return "Its keys are not the queries' own tokens, so this is no prompt."
     seen = shown(site)
     if seen.kind != "causal":
-        return f"Its attention is {seen.kind}, not causal. Where tokens see later ones, transprune still leaves some out."
+        return f"Its attention is {seen.kind}, not causal. Where tokens see later ones, transprune may leave some out."
     if seen.window >= 0:
         return f"It sees a window of {seen.window + 1} tokens only, which has little to save."
     if site.softcap is not None:
