@@ -27,7 +27,6 @@ from thresher.runtime.artifact.layout_json import decode_layout, encode_layout
 from thresher.runtime.artifact.program_json import decode, encode
 from thresher.runtime.artifact.tensor_file import Pool, parse
 
-from ..errors import ThresherError
 from ..files import cache_folder, no_cache, scratch, trusted
 from ..graph.capture import Places
 from ..graph.packed_layout import Visibility
@@ -100,8 +99,7 @@ class Entry:
             )
             if not self._assume(manifest["guards"], manifest["after"]):
                 return None
-        except (ThresherError, KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError,
-                OSError) as reason:  # fmt: skip
+        except Exception as reason:  # what a damaged file raises has no bounds
             _log.info("%s is left aside: %s", self.path, reason)
             return None
         note = (
@@ -150,15 +148,7 @@ class Entry:
             _drop_oldest(self.path.parent)
         except OSError as reason:
             no_cache(self.path, reason)
-        except (
-            Unnamed,
-            ThresherError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            OverflowError,
-        ) as reason:
+        except Exception as reason:  # the program runs all the same, and the next process makes its own
             _log.info("this graph's rewritten program is not kept: %s", reason)
 
     def _weights(self) -> list[torch.Tensor]:
