@@ -75,7 +75,8 @@ def _differ(named: Mapping[str, Any]) -> bool:
     cache. All others are wider than what stands beside them by chance.
     """
     mask = named.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+    masks = mask.values() if isinstance(mask, Mapping) else (mask,)
+    if any(isinstance(m, torch.Tensor) and m.dim() == 4 for m in masks):
         return False
     return any(_held(named))
 
@@ -106,6 +107,8 @@ def _prepared(named: dict[str, Any]) -> dict[str, Any]:
     given = dict(named)
     for name in _PER_TOKEN:
         tensor = given.get(name)
+        if isinstance(tensor, Mapping):  # a mask for each kind of layer
+            given[name] = {kind: _mask_of_cache(mask) for kind, mask in tensor.items()}
         if not isinstance(tensor, torch.Tensor):
             continue
         if not tensor.is_floating_point():
@@ -119,6 +122,15 @@ def _prepared(named: dict[str, Any]) -> dict[str, Any]:
     for layer in _layers(cache_of(named)):
         _lay_out(layer)
     return given
+
+
+def _mask_of_cache(mask: Any) -> Any:
+    """A mask [batch, 1, queries, slots], laid out and marked; anything else as it is."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return mask
+    mask = mask if mask.is_floating_point() else alike(mask)
+    _mark(mask, 0, 3, *_tokens(mask, 2))
+    return mask
 
 
 def _lay_out(layer: Any) -> None:

@@ -15,8 +15,11 @@ import torch
 from thresher.errors import ArgumentError
 from thresher.recipe import Recipe
 
+from . import windows
 from .programs import CACHES, cache_of
 
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_USUAL = 20  # new tokens, where nobody says how many
 _REPLACED = (None, "dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked")
 
 
@@ -82,6 +85,19 @@ class Request:
             found = getattr(place, name, None) if found is None else found
         return found
 
+    def keep_whole(self, cache: Any, prompt: int) -> None:
+        """Have the cache that transformers made for a decoder keep what is behind a window too, where that is little; see
+        `windows`. prompt: tokens a row. Drafts that are taken back have a cache that knows of it."""
+        if cache is None or self.given is not None or self.model.config.is_encoder_decoder:
+            return
+        if any(self.option(name) for name in _DRAFTS):
+            return
+        new = self.option("max_new_tokens")
+        tokens = (
+            prompt + new if new is not None else max(prompt, self.option("max_length") or prompt + _USUAL)
+        )
+        windows.keep_whole(cache, self.model, tokens)
+
     def _ours(self, policy: Any) -> Any:
         if policy is None and type(self.given).__name__ != "MixedPrecisionCache":
             return None
@@ -122,11 +138,7 @@ class Request:
         if self.option("output_attentions"):
             raise ArgumentError("output_attentions", True, f"False {why}: attention is not written out",
                                 "Ask the model itself.")  # fmt: skip
-        drafts = [
-            n
-            for n in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-            if self.option(n)
-        ]
+        drafts = [name for name in _DRAFTS if self.option(name)]
         if drafts and not policy.lossless:
             raise ArgumentError(
                 drafts[0],

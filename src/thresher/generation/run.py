@@ -14,6 +14,7 @@ from thresher import at_hand, given_tokens
 from thresher.errors import ArgumentError
 from thresher.notices import warn
 
+from . import windows
 from .last_call import LastCall
 from .prefill import move, prompt_cache
 from .programs import CACHES, cache_of
@@ -75,6 +76,9 @@ class _Calls:
         @functools.wraps(self.prepare_inputs)
         def prepare(*inputs: Any, **named: Any) -> Any:
             self.mask = named.get("attention_mask")
+            tokens = inputs[0] if inputs else _tokens_of(named)
+            if isinstance(tokens, torch.Tensor):
+                self.request.keep_whole(cache_of(named), tokens.shape[1])
             return self.prepare_inputs(*inputs, **named)
 
         model = self.model
@@ -184,7 +188,7 @@ class _Calls:
         full = all(
             type(layer) is StaticLayer for layer in layers
         )  # the cache that a prompt without a static one has
-        handed = DynamicCache(config=self.model.config) if full else DynamicCache()
+        handed = windows.whole(DynamicCache(config=self.model.config)) if full else DynamicCache()
         out = self._call(
             **self._with_mask({**named, name: handed, "attention_mask": self.mask}, handed, _tokens_of(named))
         )

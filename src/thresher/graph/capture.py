@@ -148,8 +148,7 @@ def assemble(
         read.meta = dict(node.meta)
         replace(node, read, erase=True)
     numbers = [i for i in range(len(names)) if i not in weights]
-    first = len(program.outputs) - len(written)
-    program.updates = {first + i: numbers.index(index) for i, index in enumerate(written)}
+    program.updates = dict(enumerate(map(numbers.index, written), len(program.outputs) - len(written)))
     _name_constants(traced, program)
     name_modules(module.graph)
     _place_reads_first(module.graph)
@@ -289,8 +288,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     }
     state = {**exported.state_dict, **exported.constants}
     names, weights, fakes = [], {}, []
-    places = [n for n in exported.graph.nodes if n.op == "placeholder"]
-    for index, node in enumerate(places):
+    for index, node in enumerate(n for n in exported.graph.nodes if n.op == "placeholder"):
         names.append(node.name)
         fakes.append(node.meta["val"])
         if node.name in owners:
