@@ -146,8 +146,9 @@ def test_its_prefill_is_packed_before_a_static_cache_too(make):
     assert isinstance(cache, StaticCache) and cache.get_seq_length() == plain.get_seq_length()
     shown = prompt()["attention_mask"].bool()
     for ours, theirs in zip(cache.layers, plain.layers, strict=True):
-        at = shown if ours.keys.shape[2] >= WIDTH else slice(0, 0)
-        size = shown.shape[1] if ours.keys.shape[2] >= WIDTH else 0
+        assert ours.keys.shape[2] == WIDTH + 8 - 1, "a layer with a window keeps all tokens too"
+        at = shown if theirs.keys.shape[2] >= WIDTH else slice(0, 0)
+        size = shown.shape[1] if theirs.keys.shape[2] >= WIDTH else 0
         for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
             torch.testing.assert_close(
                 a.transpose(1, 2)[:, :size][at], b.transpose(1, 2)[:, :size][at], rtol=1e-4, atol=1e-5
