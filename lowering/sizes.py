@@ -43,10 +43,12 @@ class Sizes:
         return list(self._found)
 
     def of(self, given: Sequence[Any]) -> list[int]:
+        """The symbols' values, in the order of their slots, from a call's inputs."""
         return [given[index] if dim < 0 else given[index].shape[dim] for index, dim in self._sources]
 
 
 def symbols_of(known: Any) -> set[Any]:
+    """The symbols in the sizes, strides and offset of a fake tensor, in a symbolic number, or in a list of either."""
     if isinstance(known, torch.Tensor):
         found = set[Any]()
         for size in (*known.shape, *known.stride(), known.storage_offset()):

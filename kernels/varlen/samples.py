@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from thresher.ops import Sample
@@ -22,7 +24,7 @@ def _offsets(device, lengths):
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     """Inputs of `varlen_attention`: causal, windowed and two-sided, grouped heads, empty and equal segments, soft caps."""
     sinks = torch.randn(4, generator=torch.Generator().manual_seed(3)) * 2
-    cases = [  # label, lengths, (Hq, Hkv, D, Dv), causal, window_left, softcap; sinks
+    cases: list[tuple[Any, ...]] = [  # label, lengths, (Hq, Hkv, D, Dv), causal, window_left, softcap; sinks
         ("causal", (5, 1, 37, 130), (4, 4, 32, 32), True, -1, 0.0),
         ("bidirectional", (64, 65, 2), (4, 4, 16, 16), False, -1, 0.0),
         ("grouped heads, empty segments", (0, 9, 0, 0, 40, 0), (6, 2, 64, 64), True, -1, 0.0),

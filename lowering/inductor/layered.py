@@ -35,6 +35,16 @@ class _Step:
     done: list[int]
 
 
+@dataclass
+class _Piece:
+    """A graph to compile, for each of its inputs whether it stays in its place, and of each call the slots it reads and
+    those it fills."""
+
+    graph: fx.GraphModule
+    stays: list[bool]
+    calls: list[tuple[list[int], list[int]]]
+
+
 class Layered:
     """Runs a program piece by piece; called with the values of the graph's placeholders, in order."""
 
@@ -54,12 +64,14 @@ class Layered:
         later = itertools.chain(*repeats.blocks, repeats.after)
         read = {a for n in later for a in n.all_input_nodes} | set(wanted)
 
-        steps = []
-        if repeats.before:
-            steps.append(self._alone(repeats.before, read, compile))
-        steps += self._layers(repeats, compile)
+        pieces = [self._alone(repeats.before, read)] if repeats.before else []
+        pieces.append(self._layers(repeats))
         if repeats.after:
-            steps.append(self._alone(repeats.after, set(wanted), compile))
+            pieces.append(self._alone(repeats.after, set(wanted)))
+        steps = []  # all pieces are there before the first is compiled: what cannot be cut up costs nothing
+        for piece in pieces:
+            call = compile(piece.graph, piece.stays)
+            steps += [_Step(call, reads, fills, []) for reads, fills in piece.calls]
         self._results = [self._slots[r] if isinstance(r, fx.Node) else -1 for r in results]
         self._steps = _release(steps, self._results)
         self._inputs = len(places)
@@ -80,39 +92,35 @@ class Layered:
             self._count += 1
         return self._slots[node]
 
-    def _alone(self, nodes: Sequence[fx.Node], read: set[fx.Node], compile: Compile) -> _Step:
+    def _alone(self, nodes: Sequence[fx.Node], read: set[fx.Node]) -> _Piece:
         own = set(nodes)
         inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in own))
         made = [n for n in nodes if n in read]
-        piece, sizes = self._piece(nodes, inputs, made)
-        call = compile(piece, [False] * len(sizes) + [n in self._fixed for n in inputs])
-        return _Step(call, sizes + [self._slot(n) for n in inputs], [self._slot(n) for n in made], [])
+        graph, sizes = self._graph(nodes, inputs, made)
+        stays = [False] * len(sizes) + [n in self._fixed for n in inputs]
+        return _Piece(graph, stays, [(sizes + list(map(self._slot, inputs)), list(map(self._slot, made)))])
 
-    def _layers(self, repeats: Repeats, compile: Compile) -> list[_Step]:
+    def _layers(self, repeats: Repeats) -> _Piece:
         first, inputs = repeats.blocks[0], repeats.inputs
-        piece, sizes = self._piece(first, inputs[0], [first[i] for i in repeats.exports])
+        graph, sizes = self._graph(first, inputs[0], [first[i] for i in repeats.exports])
         fixed = [all(given[i] in self._fixed for given in inputs) for i in range(len(inputs[0]))]
-        call = compile(piece, [False] * len(sizes) + fixed)
-        return [
-            _Step(
-                call,
-                sizes + [self._slot(n) for n in given],
-                [self._slot(block[i]) for i in repeats.exports],
-                [],
-            )
+        calls = [
+            (sizes + list(map(self._slot, given)), [self._slot(block[i]) for i in repeats.exports])
             for block, given in zip(repeats.blocks, inputs)
         ]
+        return _Piece(graph, [False] * len(sizes) + fixed, calls)
 
-    def _piece(
+    def _graph(
         self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], made: Sequence[fx.Node]
     ) -> tuple[fx.GraphModule, list[int]]:
         """A graph of these nodes, and the slots of the sizes that its shapes are written in, which come first."""
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-        symbols = sorted(
-            {s for n in (*nodes, *inputs) for s in symbols_of(value(n))}, key=str
-        )  # shapes that no input spells out must still have a name
+        named = {s for n in (*nodes, *inputs) for s in symbols_of(value(n))}
+        born = {
+            s for n in nodes for s in n.meta.get("unbacked_bindings") or ()
+        }  # only here do data decide them
         slots = []
-        for symbol in symbols:
+        for symbol in sorted(named - born, key=str):  # shapes that no input spells out must still have a name
             slot, known = self._sizes.slot(symbol)
             place = graph.placeholder(f"size_{symbol}")
             place.meta["val"] = known

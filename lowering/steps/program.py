@@ -147,8 +147,9 @@ def _shapes(made: Sequence[torch.Tensor], symbols: Sequence[Any]) -> Callable[..
     import sympy
 
     shapes = [[s.node.expr if isinstance(s, torch.SymInt) else s for s in fake.shape] for fake in made]
+    size: Any  # a number or an expression
     for size in (s for shape in shapes for s in shape):
-        free = getattr(size, "free_symbols", set())
+        free: set[Any] = getattr(size, "free_symbols", set())
         if not free <= set(symbols) or not (not free or size.is_polynomial(*free)):
             raise Unfit(f"No call's inputs say {size}, a size of a result.")
     return sympy.lambdify(list(symbols), shapes, "math")

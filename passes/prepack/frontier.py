@@ -48,6 +48,7 @@ class Frontier:
 
     @property
     def whole(self) -> list[fx.Node]:
+        """What the islands read of the padded batch: the padding mask, and the values around each; none without islands."""
         if not self.islands or self.padding is None:
             return []
         around = [a for island in self.islands.values() for a in island.around]

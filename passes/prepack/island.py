@@ -54,17 +54,14 @@ def as_rows(
     rows, columns: int64 [T], of each token; row -1 marks filler. size: (rows, columns) of the padded batch.
     """
     batch, sequence = size
-    if TOKENS in labels:
-        at = labels.index(TOKENS)
-        flat = tensor.movedim(at, 0)
-    else:
-        at = (labels.index(BATCH), labels.index(SEQUENCE))
-        flat = tensor.movedim(at, (0, 1)).squeeze(0)
+    packed = TOKENS in labels
+    at = [labels.index(name) for name in ((TOKENS,) if packed else (BATCH, SEQUENCE))]
+    flat = tensor.movedim(at, list(range(len(at))))
+    flat = flat if packed else flat.squeeze(0)
     ground = flat.new_zeros([batch + 1, sequence, *flat.shape[1:]])  # filler goes to a row of its own
     padded = torch.ops.aten.index_put.default(ground, [rows, columns], flat)[:batch]
-    if TOKENS in labels:
-        return padded.flatten(0, 1).movedim(0, at)
-    return padded.movedim((0, 1), at)
+    padded = padded.flatten(0, 1) if packed else padded
+    return padded.movedim(list(range(len(at))), at)
 
 
 def as_tokens(padded: torch.Tensor, rows: Any, columns: Any) -> torch.Tensor:

@@ -93,7 +93,9 @@ class Islands:
 
     def _island(self, end: fx.Node, axes: TokenAxes) -> Island | None:
         """What lies between labelled values and a result, or None where it cannot be cut out."""
-        inside, entering, around, stack = {end}, {}, {}, [end]
+        inside, stack = {end}, [end]
+        entering: dict[fx.Node, Any] = {}
+        around: dict[fx.Node, Any] = {}
         while stack:
             for read in stack.pop().all_input_nodes:
                 if read in inside or not isinstance(value(read), torch.Tensor):

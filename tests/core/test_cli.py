@@ -184,7 +184,7 @@ def test_the_version_is_printed(monkeypatch, capsys):
 def test_the_page_names_every_command():
     page = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
     names = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
-    assert len(names) == 9 and all(f"`thresher {name}" in page for name in names)
+    assert len(names) == 10 and all(f"`thresher {name}" in page for name in names)
 
 
 def test_the_doctor_builds_nothing(tmp_path, monkeypatch):

@@ -21,72 +21,20 @@ from . import autocast, names, sharded
 from .dialect import canonicalise, verify
 from .edit import replace
 from .functional import Functional, has_writes
+from .inliner import Inliner, Unguarded
 from .nodes import module_fqn, name_modules
 from .program import Program, Weight
-from .sizes import as_many_values
 from .tracing import trace
 from .vmapped import without_vmap
 
 _WRITES = "The model writes to {!r} in its forward; export it without that state."
 
 
-class _Inliner(fx.Interpreter):
-    """Runs a captured graph; sees through grad-mode wrappers and fixes wrapped Python floats.
-
-    With `dynamic=True` Dynamo passes floats such as a norm's epsilon as 0-d tensors and reads them
-    with `.item()`. Turning the symbolic float into a number adds Dynamo's own guard on its value.
-    """
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        return self.number(n, result) if isinstance(result, torch.SymFloat) else result
-
-    def number(self, n: fx.Node, result: torch.SymFloat) -> float:
-        return float(result)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = getattr(target, "__name__", "")
-        if target is torch.amp.autocast_mode._enter_autocast:
-            region = torch.autocast(*args)
-            region.__enter__()  # so that what follows is traced under it; the entry is traced as well
-            return region
-        if target is torch.amp.autocast_mode._exit_autocast:
-            return args[0].__exit__(None, None, None)
-        if name == "wrap_with_set_grad_enabled":
-            _, body, *rest = args
-            return type(self)(body).run(*rest)
-        if name == "wrap_with_autocast":
-            device, dtype, enabled, _, body, *rest = args
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
-                return type(self)(body).run(*rest)
-        if sharded.takes(args, kwargs):
-            return sharded.call(target, args, kwargs)
-        if name == "scaled_dot_product_attention":
-            as_many_values(*args, **kwargs)
-        return super().call_function(target, args, kwargs)
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if sharded.takes(args, kwargs) and target not in sharded.METHODS:
-            return sharded.call(target, args, kwargs)
-        return super().call_method(target, args, kwargs)
-
-
-class _Unguarded(_Inliner):
-    """Of an exported graph, which nothing guards at a call: a number computed from a size that may change is refused."""
-
-    def number(self, n: fx.Node, result: torch.SymFloat) -> float:
-        if result.node.expr.free_symbols:
-            said = f"{n.name} is a number that is computed from a size of the inputs, {result.node.expr}, and an exported "
-            kept = "program would keep the example's. Export with fixed sizes, or compute it as a tensor."
-            raise CaptureError(said + kept)
-        return float(result)
-
-
 def _trace(
     source: fx.GraphModule,
     fakes: Sequence[Any],
     whole: Callable[[Sequence[Any]], Sequence[Any]] = tuple,
-    inliner: type[_Inliner] = _Inliner,
+    inliner: type[Inliner] = Inliner,
 ) -> tuple[fx.GraphModule, list[int]]:
     """Run a graph once more on fakes, twice where it writes to tensors.
 
@@ -293,7 +241,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
         fakes.append(node.meta["val"])
         if node.name in owners:
             weights[index] = (owners[node.name], state[owners[node.name]])
-    traced, changed = _trace(exported.graph_module, fakes, inliner=_Unguarded)
+    traced, changed = _trace(exported.graph_module, fakes, inliner=Unguarded)
     program = assemble(traced, names, weights, [], changed)
     for number in program.updates.values():
         raise CaptureError(_WRITES.format(program.input_names[number]))

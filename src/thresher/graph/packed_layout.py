@@ -183,4 +183,4 @@ def _picks(end: int, node: fx.Node, dim: int) -> bool:
     if node.target is not aten.slice.Tensor or tuple(node.args[1:3]) != (dim, end):
         return False
     stop = node.args[3] if len(node.args) > 3 else None
-    return stop == 1 if end == 0 else stop is None or (isinstance(stop, int) and stop >= 1 << 31)
+    return bool(stop == 1) if end == 0 else stop is None or (isinstance(stop, int) and stop >= 1 << 31)

@@ -49,6 +49,15 @@ def as_many_values(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> None
             be_one_size(key.shape[dim], value.shape[dim])
 
 
+def is_number(size: torch.SymInt) -> bool:
+    """Whether a symbolic integer is an argument by itself, and no size of a tensor."""
+    from torch._dynamo.source import TensorPropertySource
+
+    symbol, env = size.node.expr, size.node.shape_env
+    sources = getattr(env, "var_to_sources", {}).get(symbol, ()) if symbol.is_Symbol else ()
+    return bool(sources) and not any(isinstance(s, TensorPropertySource) for s in sources)
+
+
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same shape, symbols included; no guard is made."""
     return a.dim() == b.dim() and all(same_size(x, y) for x, y in zip(a.shape, b.shape))

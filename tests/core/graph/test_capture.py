@@ -6,7 +6,8 @@ import torch
 import zoo
 
 from thresher.errors import DialectError, ThresherError
-from thresher.graph import dialect
+from thresher.graph import capture, dialect
+from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
 
@@ -90,3 +91,26 @@ def test_a_model_that_writes_to_its_buffers_is_refused():
 
     with pytest.raises(ThresherError, match="writes to 'calls'"):
         from_export(torch.export.export(Counting(), (torch.randn(2),)))
+
+
+def test_how_many_of_the_last_places_are_kept_is_a_number_of_the_program():
+    """Else the size of what is kept is one that only data decide, and no step of a decoder could be compiled for it."""
+
+    class Last(torch.nn.Module):
+        def forward(self, hidden, keep):
+            return (hidden * 2)[:, slice(-keep, None), :]
+
+    model = Last()
+    programs = []
+
+    def backend(graph_module, example_inputs):
+        programs.append(capture.from_dynamo(graph_module, example_inputs)[0])
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=backend, dynamic=True)
+    hidden = torch.randn(2, 7, 4)
+    for keep in (3, 1, 0, 3):
+        assert torch.equal(run(hidden, keep), model(hidden, keep))
+    kept = [value(p.outputs[0]).shape[1] for p in programs]
+    assert kept[:2] == [3, 1] and len(programs) == 3
