@@ -1,6 +1,6 @@
 """Every Triton kernel in every configuration that models lead to, compiled for GPUs that are not here.
 
-    python benchmarks/gpu_kernels.py --json benchmarks/results/gpu_kernels.json [--only KERNEL] [--for 80,90]
+    python benchmarks/gpu_kernels.py --json benchmarks/results/gpu_kernels.json [--only KERNEL --more RECORD] [--for 80,90]
 
 For each: registers, shared memory, blocks and warps a multiprocessor holds, spilled registers, tensor-core instructions,
 loads of 16 bytes, 64-bit divisions in loops. A configuration passes when nothing spills, a block fits, tensor cores are
@@ -10,6 +10,7 @@ used where it multiplies matrices, some load is wide, and no loop divides 64-bit
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ def look(launch: launches.Launch) -> dict[str, Any]:
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--only", default="", help="part of an operator's or a kernel's name")
+        parser.add_argument("--more", type=Path, help="a record whose rows of other kernels are taken over")
         parser.add_argument("--for", dest="targets", default=",".join(map(str, launches.ARCHITECTURES)))
 
     args = arguments(__doc__, more)
@@ -61,6 +63,10 @@ def main() -> None:
         for launch in chosen:
             bench.row(**look(launch))
         print(f"sm_{capability}: {len(chosen)} in {time.time() - started:.0f} s", flush=True)
+    if args.more is not None:
+        made = {row["kernel"] for row in bench.rows}
+        bench.rows += [r for r in json.loads(args.more.read_text())["rows"] if r["kernel"] not in made]
+        bench.rows.sort(key=lambda row: (row["sm"], row["kernel"]))
     good = sum(not r["wrong"] for r in bench.rows)
     if bench.rows:
         bench.claim("kernels x configurations x architectures that pass", good / len(bench.rows), "== 1")

@@ -208,11 +208,18 @@ def _check_versions(manifest: Mapping[str, Any], path: Any) -> None:
         )
     for name, schema in manifest["operators"].items():
         current = str(find_target(name)._schema)  # type: ignore[attr-defined]
-        if name.startswith("thresher.") and current != schema:
+        if name.startswith("thresher.") and not _serves(current, schema):
             raise ArtifactError(
                 f"{path} calls {schema}, written by thresher {manifest['versions']['thresher']}; in this thresher "
                 f"{thresher.__version__} the operator is {current}. Save the model again with this version."
             )
+
+
+def _serves(current: str, written: str) -> bool:
+    """Whether a call of an operator as it was written means the same now: what it gained has defaults and stands last."""
+    (now, _, gives), (then, _, gave) = current.rpartition(") -> "), written.rpartition(") -> ")
+    more = now.removeprefix(then + ", ").split(", ") if now != then else []
+    return gives == gave and now.startswith(then) and all("=" in argument for argument in more)
 
 
 def _check_compiled(manifest: Mapping[str, Any], code: torch.Tensor | None, path: Any) -> None:

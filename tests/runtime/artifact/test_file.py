@@ -365,3 +365,18 @@ def test_files_are_readable_by_others_as_any_new_file(saved):
     os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
     assert artifact.FORMATS[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("current", "serves"),
+    [
+        ("t::f(Tensor q, int n) -> Tensor", True),
+        ("t::f(Tensor q, int n, Tensor? s=None, bool b=True) -> Tensor", True),
+        ("t::f(Tensor q, int n, Tensor s) -> Tensor", False),
+        ("t::f(Tensor q, int number) -> Tensor", False),
+        ("t::f(Tensor q) -> Tensor", False),
+        ("t::f(Tensor q, int n) -> (Tensor, Tensor)", False),
+    ],
+)
+def test_an_operator_that_gained_what_may_be_left_out_still_serves(current, serves):
+    assert artifact._serves(current, "t::f(Tensor q, int n) -> Tensor") == serves
