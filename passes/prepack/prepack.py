@@ -16,6 +16,7 @@ and one row replaces the bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -221,13 +222,21 @@ def _classify(probe: MaskProbe, where: str, length: int) -> Visibility:
         ) from None
 
 
+def _positions(known: torch.Tensor) -> int:
+    """How many vectors a linear's input has in the example."""
+    return math.prod(example_of(size) for size in known.shape[:-1])
+
+
 def _packed_share(program: Program, axes: TokenAxes, apart: Outside) -> float:
-    """The share of weights that run packed, of those that these tokens go through: another tower's are not theirs."""
-    sizes = [
-        (n, size) for n, size in linears(program) if n in axes or (n in axes.stopped and n not in apart.nodes)
-    ]
-    total = sum(size for _, size in sizes)
-    return sum(size for node, size in sizes if node in axes) / total if total else 1.0
+    """The share of weights that run packed, of those that these tokens go through: another tower's are not theirs, and a
+    head that reads one position of each row counts by that position, however large it is."""
+    packed = sum(size for n, size in linears(program) if n in axes)
+    padded = sum(
+        size * min(1.0, _positions(value(n.args[0])) / max(1, axes.batch * axes.sequence))
+        for n, size in linears(program)
+        if n not in axes and n in axes.stopped and n not in apart.nodes
+    )
+    return packed / (packed + padded) if packed + padded else 1.0
 
 
 def _foreign(program: Program, axes: TokenAxes, apart: Outside) -> int:

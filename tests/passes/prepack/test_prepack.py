@@ -283,6 +283,15 @@ def test_the_packed_share_counts_weights_and_not_biases():
     assert any("selected before the LM head" in note for note in found.report.notes)
 
 
+def test_a_head_that_reads_one_position_counts_by_it_however_large_it_is():
+    from tiny_llama import make
+
+    model, inputs = make(vocab_size=9000, num_hidden_layers=4), zoo_inputs()
+    inputs = {"input_ids": inputs["input_ids"], "attention_mask": masks.left((5, 8, 12)), "logits_to_keep": 1}
+    found = thresher.explain(model, inputs, prepack=True)
+    assert found.report["prepack"].rewritten, found.report["prepack"].missed
+
+
 def test_what_is_selected_early_is_said_where_it_was_done_though_nothing_is_packed():
     class Last(testing.TinyTransformer):
         def forward(self, input_ids, attention_mask):
