@@ -115,8 +115,9 @@ def kv_attention(q, pools, k_tail, v_tail, visible, scale):
     Result [B, Hq, m, Dv], stored token-major.
     """
     found = as_pools(pools)
-    parts = [dequantize(pool) for pool in found] + [(k_tail.float(), v_tail.float())]
-    k, v = (torch.cat(side, dim=2) for side in zip(*parts, strict=True))
+    wide = torch.promote_types(q.dtype, torch.float32)  # a proof runs it in float64
+    parts = [dequantize(pool) for pool in found] + [(k_tail, v_tail)]
+    k, v = (torch.cat([t.to(wide) for t in side], dim=2) for side in zip(*parts, strict=True))
     mask = sees(q.shape[2], k.shape[2], visible, q.device)
     out = empty_result(q, v_tail)
-    return out.copy_(attend(q.float(), k, v, scale, mask=mask))
+    return out.copy_(attend(q.to(wide), k, v, scale, mask=mask))

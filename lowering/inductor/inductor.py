@@ -78,7 +78,11 @@ class Inductor(Target):
             return _compile(graph, stays, mode, config)
 
         repeats = None
-        if self.layered and not config.get("triton.cudagraphs") and not config.get("max_autotune"):
+        whole = config.get("triton.cudagraphs") or config.get("max_autotune")
+        # Inductor may find two free sizes to be one while it compiles a piece, and then write the one that the piece was
+        # not given: seen with a step's rows, slots and mask, and not with a prompt's rows and tokens.
+        whole = whole or (program.packing is None and _over_a_cache(program))
+        if self.layered and not whole:
             _infer_values(module, mode)
             repeats = repeated.find(module.graph, len(program.placeholders))
         if repeats is not None:
@@ -117,6 +121,14 @@ def _compile(module: fx.GraphModule, stays: Sequence[bool], mode: Any, config: M
         call = compile_fx(module, inputs, inner_compile=inner, config_patches=dict(config))
     output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
     return _without_autograd(call, made, len(output.args[0]))
+
+
+def _over_a_cache(program: Program) -> bool:
+    """Whether an input is as keys and values of earlier tokens are: [batch, heads, slots, width], any number of slots."""
+    known = [value(place) for place in program.placeholders]
+    return any(
+        isinstance(k, torch.Tensor) and k.dim() == 4 and isinstance(k.shape[2], torch.SymInt) for k in known
+    )
 
 
 def _infer_values(module: fx.GraphModule, mode: Any) -> None:

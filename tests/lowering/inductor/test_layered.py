@@ -110,8 +110,8 @@ def test_each_layer_writes_its_own_static_cache_in_place(pieces):
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_a_prompt_and_its_steps_are_three_pieces_each(pieces, cache):
-    """Dynamo gives each layer's keys and values sizes of their own, which attention makes one."""
+def test_a_prompt_is_three_pieces_and_a_step_of_free_sizes_one(pieces, cache):
+    """Steps that C++ does not run: Inductor mixes up sizes that it finds to be one while it compiles a piece."""
     model = tiny_llama.make(num_hidden_layers=LAYERS)
     mask = masks.left((7, 12, 3))
     call = {"input_ids": torch.randint(1, 90, mask.shape), "attention_mask": mask}
@@ -119,7 +119,7 @@ def test_a_prompt_and_its_steps_are_three_pieces_each(pieces, cache):
     del pieces[:]
     given = dict(**call, max_new_tokens=3, do_sample=False, pad_token_id=0, cache_implementation=cache)
     assert torch.equal(fast.generate(**given), model.generate(**given))
-    assert fast.last_call.programs == 2 and len(pieces) == 6
+    assert fast.last_call.programs == 2 and len(pieces) == 4
 
 
 def test_few_layers_stay_one_program(pieces):
