@@ -62,7 +62,7 @@ def run(cache, support):
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_second_process_compiles_nothing(tmp_path):
     """The rewritten graph, operators of ours included, is found in Inductor's cache: no bypass, no miss."""
     import zoo

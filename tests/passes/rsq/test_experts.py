@@ -125,6 +125,7 @@ def _same(a, b):
     assert all(torch.equal(t, theirs[s][part]) for s, parts in mine.items() for part, t in parts.items())
 
 
+@pytest.mark.thorough
 def test_files_give_the_same_codes_again_after_an_interruption_and_serve_the_model(tmp_path, monkeypatch):
     """All of it at once: rotations, inputs turned online, the original followed, and weights read from files."""
     torch._dynamo.reset()
