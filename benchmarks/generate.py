@@ -77,7 +77,7 @@ class Peer:
         child = Path(__file__).with_name("_generate_peers.py")
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [python, str(child), name, str(folder), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [str(python), str(child), name, str(folder), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             stderr=self.log, bufsize=1, env=dict(os.environ, OMP_NUM_THREADS="1"))  # fmt: skip
         self._answer()
 
@@ -142,7 +142,7 @@ def ours(
 def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         for name in PEERS:
-            parser.add_argument(f"--{name}", metavar="PYTHON", help=f"a Python that has {name}")
+            parser.add_argument(f"--{name}", type=Path, metavar="PYTHON", help=f"a Python that has {name}")
         parser.add_argument("--forms", nargs="*", help="of ours, by their whole names; else all")
         parser.add_argument("--rounds", type=int, help="of each form; else 4, or 2 with --quick")
 
