@@ -13,6 +13,7 @@
 #include <limits>
 #include <vector>
 
+#include "exponential.h"
 #include "half.h"
 
 struct Pool {
@@ -30,20 +31,8 @@ constexpr int CHUNK = 128;
 constexpr int LANES = 16;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-// exp(x) for x <= 0 to 2 ulp, without a call, so that loops over it vectorise.
-inline float exp_negative(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;
-  const float whole = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
-  const float rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * rest + 1.3981999507e-3f;
-  p = p * rest + 8.3334519073e-3f;
-  p = p * rest + 4.1665795894e-2f;
-  p = p * rest + 1.6666665459e-1f;
-  p = p * rest + 5.0000001201e-1f;
-  p = p * rest * rest + rest + 1.0f;
-  return x < -87.0f ? 0.0f : p * as_float(uint32_t(int32_t(whole) + 127) << 23);
-}
+// e^x for x <= 0; 0 below -87.
+inline float exp_negative(float x) { return x < -87.0f ? 0.0f : exp_within(x < -87.0f ? -87.0f : x); }
 
 inline float dot(const float *a, const float *b, int64_t width) {
   float lanes[LANES] = {};

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "exponential.h"
 #include "step_values.h"
 
 namespace {
@@ -11,19 +12,9 @@ namespace {
 enum Unary { COPY, NEG, RSQRT, SQRT, SQUARE, RECIPROCAL, ABS, EXP, SIGMOID, SILU, RELU, TANH, GELU, GELU_TANH };
 enum Binary { ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM };
 
-// exp(x) to 2 ulp without a call, so that loops over it become vectors; NaN stays.
+// e^x for any x; NaN stays.
 INLINE float exponential(float x) {
-    const float least = x < -87.0f ? -87.0f : x, bounded = least > 88.0f ? 88.0f : least;
-    const float whole = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
-    const float rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * rest + 1.3981999507e-3f;
-    p = p * rest + 8.3334519073e-3f;
-    p = p * rest + 4.1665795894e-2f;
-    p = p * rest + 1.6666665459e-1f;
-    p = p * rest + 5.0000001201e-1f;
-    p = p * rest * rest + rest + 1.0f;
-    const float y = p * bits<float>(uint32_t(int32_t(whole) + 127) << 23);
+    const float least = x < -87.0f ? -87.0f : x, y = exp_within(least > 88.0f ? 88.0f : least);
     return x < -87.0f ? 0.0f : x > 88.0f ? std::numeric_limits<float>::infinity() : y;
 }
 

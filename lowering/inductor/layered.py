@@ -119,10 +119,8 @@ class Layered:
         born = {
             s for n in nodes for s in n.meta.get("unbacked_bindings") or ()
         }  # only here do data decide them
-        for symbol in named - born:
-            self._sizes.slot(symbol)
         slots = []
-        for symbol in self._sizes.symbols:  # all of them: compiling may find two to be one, and write either
+        for symbol in sorted(named - born, key=str):  # shapes that no input spells out must still have a name
             slot, known = self._sizes.slot(symbol)
             place = graph.placeholder(f"size_{symbol}")
             place.meta["val"] = known

@@ -111,12 +111,13 @@ def _prepared(named: dict[str, Any]) -> dict[str, Any]:
             given[name] = {kind: _mask_of_cache(mask) for kind, mask in tensor.items()}
         if not isinstance(tensor, torch.Tensor):
             continue
+        mask = name.endswith("attention_mask")
+        if mask and tensor.dim() == 4:
+            given[name] = _mask_of_cache(tensor)
+            continue
         if not tensor.is_floating_point():
             given[name] = tensor = alike(tensor)
-        mask = name.endswith("attention_mask")
-        if mask and tensor.dim() == 4:  # of a static cache: [batch, 1, queries, slots]
-            _mark(tensor, 0, 3, *_tokens(tensor, 2))
-        elif tensor.dim() >= 2:
+        if tensor.dim() >= 2:
             first = tensor.dim() - 2 if name.endswith("position_ids") else 0
             _mark(tensor, first, *((1,) if mask else _tokens(tensor, first + 1)))
     for layer in _layers(cache_of(named)):
@@ -125,7 +126,7 @@ def _prepared(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mask_of_cache(mask: Any) -> Any:
-    """A mask [batch, 1, queries, slots], laid out and marked; anything else as it is."""
+    """A mask [batch, 1, queries, slots], as of a static cache, laid out and marked; anything else as it is."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return mask
     mask = mask if mask.is_floating_point() else alike(mask)

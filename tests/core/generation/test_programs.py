@@ -63,23 +63,29 @@ def windowed(name: str):
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, layer_types=kinds)).eval()
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("mistral", marks=pytest.mark.thorough)])
-def test_windows_add_no_programs(name):
-    """Prompts shorter and longer than the window, steps before it is full and behind, in each kind of cache."""
-    model = windowed(name)
+def programs_made(model, calls):
+    """How many programs each call made, all of which give the model's own tokens."""
     example = dict(
         input_ids=torch.randint(1, 96, (4, 20)), attention_mask=torch.ones(4, 20, dtype=torch.long)
     )
     example["attention_mask"][1, :7] = 0
     fast = thresher.compile(model, example, "exact", target="reference")
     made = []
-    for number, given in enumerate(mixed(12)):
-        given = {**given, "max_new_tokens": 7 if number == 1 else 3}
+    for number, given in enumerate(calls):
         torch.manual_seed(number)
         found = fast.generate(**given)
         made.append(fast.last_call.programs)
         torch.manual_seed(number)
         assert torch.equal(found, model.generate(**given)), given
+    return made
+
+
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("mistral", marks=pytest.mark.thorough)])
+def test_windows_add_no_programs(name):
+    """Prompts shorter and longer than the window, steps before it is full and behind, in each kind of cache."""
+    model = windowed(name)
+    calls = [{**given, "max_new_tokens": 7 if number == 1 else 3} for number, given in enumerate(mixed(12))]
+    made = programs_made(model, calls)
     assert sum(made) <= 4 and not any(made[10:]), made
 
 
@@ -103,16 +109,5 @@ def test_a_window_is_kept_where_all_would_be_much_more(monkeypatch):
 def test_mixed_calls_share_four_programs(count):
     """Prompts of one row, all other prompts, and the steps of each of two kinds of cache."""
     model = make(num_hidden_layers=1)
-    example = dict(
-        input_ids=torch.randint(1, 96, (4, 20)), attention_mask=torch.ones(4, 20, dtype=torch.long)
-    )
-    example["attention_mask"][1, :7] = 0
-    fast = thresher.compile(model, example, "exact", target="reference")
-    made = []
-    for number, given in enumerate(mixed(count)):
-        torch.manual_seed(number)
-        found = fast.generate(**given)
-        made.append(fast.last_call.programs)
-        torch.manual_seed(number)
-        assert torch.equal(found, model.generate(**given)), given
+    made = programs_made(model, mixed(count))
     assert sum(made) <= 4 and not any(made[10:]), made
