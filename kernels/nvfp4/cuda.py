@@ -28,7 +28,7 @@ GEMV_ROWS = 4
 
 def gemv_tile() -> dict[str, int]:
     """Tile and launch options of the GEMV."""
-    return {"BN": 8, "BK": 256, "num_warps": 4}
+    return {"BN": 8, "BK": 512, "num_warps": 4}
 
 
 def gemm_tile(rows: int, capability: int) -> dict[str, int]:

@@ -51,14 +51,22 @@ if MISSING is None:
         Grid (ceil(N / BN), M). x [M, K] fp16, bf16 or fp32; codes uint8 [N, 8 * blocks]; scales uint8.
         """
         rows = tl.program_id(0) * BN + tl.arange(0, BN)
+        in_n = rows[:, None] < N
+        row = rows[:, None].to(tl.int64)  # a large head has more than 2^31 bytes of codes
         line = tl.program_id(1).to(tl.int64)
         x += line * stride_x
-        total = tl.zeros((BN, BK), tl.float32)
+        # a block's sum lies in one thread and takes its scale once
+        total = tl.zeros((BN, BK // 16), tl.float32)
         for k in range(0, K, BK):
             column = k + tl.arange(0, BK)
-            weights = _weight_tile(codes, scales, rows, k, N, blocks, BN, BK)
+            byte = k // 2 + tl.arange(0, BK // 2)[None, :]
+            block = k // 16 + tl.arange(0, BK // 16)[None, :]
+            packed = tl.load(codes + row * (blocks * 8) + byte, mask=in_n & (byte < blocks * 8), other=0)
+            scale = tl.load(scales + row * blocks + block, mask=in_n & (block < blocks), other=0)
             value = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
-            total += weights.to(tl.float32) * value[None, :]
+            product = _decode_codes(packed).to(tl.float32) * value[None, :]
+            sums = tl.sum(tl.reshape(product, [BN, BK // 16, 16]), axis=2)
+            total += sums * _decode_scales(scale).to(tl.float32)
         result = tl.sum(total, axis=1) * (tl.load(global_scale) * 256.0)
         if HAS_BIAS:
             result += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
