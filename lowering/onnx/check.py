@@ -79,7 +79,7 @@ def _opened(path: Path) -> Any:
 def _runner(path: Path) -> tuple[str, Callable[[Mapping[str, torch.Tensor]], Any]] | str:
     session = _opened(path)
     if not isinstance(session, str):
-        return "onnxruntime", lambda inputs: session.run(None, {k: _array(v) for k, v in inputs.items()})
+        return "onnxruntime", lambda inputs: _in_onnxruntime(session, inputs)
     reasons = [session]
     if path.stat().st_size > _MOST:
         return f"{'; '.join(reasons)}; onnx.reference: the model is too large to be run in Python"
@@ -90,6 +90,25 @@ def _runner(path: Path) -> tuple[str, Callable[[Mapping[str, torch.Tensor]], Any
     except Exception as reason:
         return f"{'; '.join(reasons)}; onnx.reference: {reason}"
     return "onnx.reference", lambda inputs: evaluator.run(None, {k: _array(v) for k, v in inputs.items()})
+
+
+def _in_onnxruntime(session: Any, inputs: Mapping[str, torch.Tensor]) -> list[Any]:
+    """The results of a call as arrays, those in bf16 as tensors: NumPy has no bf16."""
+    import onnx
+    from onnxruntime import OrtValue
+
+    def given(tensor: torch.Tensor) -> Any:
+        if tensor.dtype != torch.bfloat16:
+            return OrtValue.ortvalue_from_numpy(_array(tensor))
+        bits = tensor.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+
+    found = session.run_with_ort_values(None, {name: given(tensor) for name, tensor in inputs.items()})
+    half = onnx.TensorProto.BFLOAT16
+    return [
+        v.numpy() if not v.is_tensor() or v.element_type() != half else torch.from_dlpack(v).clone()
+        for v in found
+    ]
 
 
 def lacks(path: Path) -> str | None:
@@ -127,7 +146,7 @@ def compare(
         worst = (0.0, 0.0)
         for a, e in zip(actual, expected, strict=True):
             if isinstance(e, torch.Tensor) and e.numel():
-                worst = max(worst, difference(_tensor(np.asarray(a)), e, real), key=lambda w: w[1])
+                worst = max(worst, difference(_tensor(a), e, real), key=lambda w: w[1])
         records.append({"engine": engine, "sizes": sizes, "absolute": worst[0], "relative": worst[1]})
     return records, []
 
@@ -159,7 +178,10 @@ def difference(
     return worst, float(gap.max() / largest)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def _tensor(found: Any) -> torch.Tensor:
+    if isinstance(found, torch.Tensor):
+        return found
+    array = np.asarray(found)
     if array.dtype.name == "bfloat16":  # of ml_dtypes, which torch does not know
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -17,6 +17,7 @@ from thresher.errors import ArgumentError, MissingDependencyError, unknown_key
 from thresher.graph.packed_layout import PackedLayout
 from thresher.graph.program import Program
 
+from ..target import Runtime
 from .convert import Parts
 from .runtimes import BY_WORD
 from .write import Exported, write
@@ -31,6 +32,22 @@ def require_onnx() -> None:
             __import__(package)
         except ImportError:
             raise MissingDependencyError(package, "onnx", "ONNX export") from None
+
+
+def reader_of(runtime: str, accuracy_level: int = 0, table_bits: int = 0) -> Runtime:
+    """What will read the file, by its word; raises ArgumentError for an unknown one or options that it has no form for."""
+    if runtime not in BY_WORD:
+        raise unknown_key("runtime", runtime, BY_WORD)
+    reader = BY_WORD[runtime]
+    if accuracy_level not in (0, 1, 2, 3, 4):
+        raise ArgumentError(
+            "accuracy_level", accuracy_level, "0 to 4", "4 is fastest, 0 and 1 compute in fp32."
+        )
+    if table_bits not in (0, 8) or (table_bits and "nbits" not in reader.low_bit):
+        raise ArgumentError(
+            "table_bits", f"{table_bits} for {runtime}", "0, or 8 for ort and ort-cuda", "Leave it out."
+        )
+    return reader
 
 
 def export(
@@ -59,17 +76,7 @@ def export(
     Raises ArgumentError for an unknown runtime, ThresherError for what cannot be exported.
     """
     require_onnx()
-    if runtime not in BY_WORD:
-        raise unknown_key("runtime", runtime, BY_WORD)
-    reader = BY_WORD[runtime]
-    if accuracy_level not in (0, 1, 2, 3, 4):
-        raise ArgumentError(
-            "accuracy_level", accuracy_level, "0 to 4", "4 is fastest, 0 and 1 compute in fp32."
-        )
-    if table_bits not in (0, 8) or (table_bits and "nbits" not in reader.low_bit):
-        raise ArgumentError(
-            "table_bits", f"{table_bits} for {runtime}", "0, or 8 for ort and ort-cuda", "Leave it out."
-        )
+    reader = reader_of(runtime, accuracy_level, table_bits)
     layout: PackedLayout | None = program.packing
     if reader.outside and layout is not None and not body_only:
         raise ArgumentError(

@@ -8,10 +8,23 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from onnxscript import optimizer
-from onnxscript.rewriter import rewrite
-from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_ruleset
+from onnxscript.rewriter import RewriteRuleSet, rewrite
+from onnxscript.rewriter.rules.fusion._rms_normalization import RmsNormFusion
 
 from .weights import Stored
+
+
+class _RmsNorm(RmsNormFusion):
+    """The fusion of RMS norms, for scales of another type than the input too: ONNX's inference of types gives the result
+    the input's type, and the model's the scale's, so the input takes the scale's before."""
+
+    def rewrite(self, op: Any, x: Any, scale: Any, epsilon: Any, **rest: Any) -> Any:
+        if x.dtype != scale.dtype:
+            x = op.Cast(x, to=scale.dtype)
+        return super().rewrite(op, x, scale, epsilon, **rest)
+
+
+_RMS_NORMS = RewriteRuleSet([_RmsNorm.rule(f"rms_norm_{order}", mul_order=order) for order in (True, False)])
 
 
 def restore_types(model: ir.Model, stored: Mapping[str, Stored]) -> None:
@@ -30,7 +43,7 @@ def tidy(model: ir.Model) -> None:
     operator wants tables as long as the batch, and models give one for all rows."""
     optimizer.optimize_ir(model, onnx_shape_inference=True)
     if model.opset_imports.get("", 0) >= 23:
-        rewrite(model, pattern_rewrite_rules=rms_normalization_ruleset)
+        rewrite(model, pattern_rewrite_rules=_RMS_NORMS)
     model.graph.sort()
 
 

@@ -73,6 +73,7 @@ def build(
     if not parser.parse_from_file(str(onnx)):
         result.error = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         return result
+    _let_attention_decompose(trt, network)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if flavor == "tensorrt_rtx":
@@ -112,6 +113,16 @@ def _network_flags(trt: Any) -> int:
     """Strongly typed: the engine computes in the types the graph names, or fails."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None or trt.__name__ == "tensorrt_rtx" else 1 << int(flag)
+
+
+def _let_attention_decompose(trt: Any, network: Any) -> None:
+    """Allow attention without a fused kernel, as of heads of 8 values, to be products and a softmax instead of an error."""
+    boundary = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # older versions know no such layer
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if boundary is not None and layer.type == boundary:
+            layer.__class__ = trt.IAttentionInputLayer  # get_layer gives the base class
+            layer.attention.decomposable = True
 
 
 def _logger(trt: Any) -> Any:

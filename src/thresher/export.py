@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from thresher.lowering.onnx.check import compare
-from thresher.lowering.onnx.export import Exported, require_onnx
+from thresher.lowering.onnx.export import Exported, reader_of, require_onnx
 from thresher.lowering.onnx.export import export as onnx_export
 from thresher.lowering.onnx.stages import Stages
 from thresher.lowering.onnx.translate import NumberReadError
@@ -150,6 +150,7 @@ def export_onnx(
     if not isinstance(model, Program):
         check_model(model)
     require_onnx()
+    reader_of(runtime, accuracy_level, table_bits)
     check_writable("path", Path(path))
     positional, named = example(args)
     with Stages() as stage:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from thresher.lowering.onnx.check import lacks
 
 from .errors import CaptureError, ThresherError
+from .graph.capture import constant_inputs
 from .graph.program import Program
 from .model_capture import exported, without_cache
 
@@ -38,7 +39,10 @@ def captured(
         program, whole = exported(model, args, kwargs, shapes)
     spec = whole.call_spec.out_spec
     flat, _ = pytree.tree_flatten((args, kwargs))
-    return program, _flat_names(spec), [x for x in flat if isinstance(x, (torch.Tensor, int, float))]
+    kind, constants = torch.export.graph_signature.InputKind.USER_INPUT, constant_inputs(whole)
+    names = [s.arg.name for s in whole.graph_signature.input_specs if s.kind == kind]
+    read = [x for name, x in zip(names, flat, strict=True) if name not in constants]
+    return program, _flat_names(spec), read
 
 
 def _more_than_one(given: Any) -> Any:

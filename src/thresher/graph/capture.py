@@ -220,8 +220,16 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
+def constant_inputs(exported: torch.export.ExportedProgram) -> dict[str, Any]:
+    """What was passed where a program has a constant now: by name, numbers, truth values, text and None."""
+    constant = torch.export.graph_signature.ConstantArgument
+    specs = [s.arg for s in exported.graph_signature.input_specs if isinstance(s.arg, constant)]
+    return {arg.name: arg.value for arg in specs}
+
+
 def from_export(exported: torch.export.ExportedProgram) -> Program:
-    """Capture an ExportedProgram. Its user inputs become the placeholders, in order.
+    """Capture an ExportedProgram. Its user inputs become the placeholders, in order, without what export made a constant
+    (`constant_inputs`): use_cache=False, labels=None.
 
     Raises CaptureError when the program writes to its inputs or buffers: the dialect is functional.
     """
@@ -236,12 +244,21 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     }
     state = {**exported.state_dict, **exported.constants}
     names, weights, fakes = [], {}, []
-    for index, node in enumerate(n for n in exported.graph.nodes if n.op == "placeholder"):
+    constants = constant_inputs(exported)
+    places = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    for node in places:
+        if node.name in constants:
+            continue
+        if node.name in owners:
+            weights[len(names)] = (owners[node.name], state[owners[node.name]])
         names.append(node.name)
         fakes.append(node.meta["val"])
-        if node.name in owners:
-            weights[index] = (owners[node.name], state[owners[node.name]])
-    traced, changed = _trace(exported.graph_module, fakes, inliner=Unguarded)
+
+    def whole(given: Sequence[Any]) -> list[Any]:
+        rest = iter(given)
+        return [constants[n.name] if n.name in constants else next(rest) for n in places]
+
+    traced, changed = _trace(exported.graph_module, fakes, whole, inliner=Unguarded)
     program = assemble(traced, names, weights, [], changed)
     for number in program.updates.values():
         raise CaptureError(_WRITES.format(program.input_names[number]))

@@ -55,6 +55,49 @@ def test_an_example_of_one_row_is_exported_for_any_number(tmp_path, recipe):
     assert sizes == [["batch", "sequence"]] * 2
 
 
+def test_arguments_that_are_no_tensors_are_constants_of_the_file(tmp_path):
+    class Options(torch.nn.Module):
+        def forward(self, x, flag=True, labels=None, times=1, how="same"):
+            return x * times if flag and how == "same" else x - 1
+
+    for flag, wanted in ((True, 2.0), (False, 0.0)):
+        path = tmp_path / "m.onnx"
+        given = {"flag": flag, "labels": None, "x": torch.ones(3, 4), "times": 2, "how": "same"}
+        record = thresher.export_onnx(Options().eval(), given, path, "none")
+        assert record.differences and [i.name for i in onnx.load(path).graph.input] == ["x"]
+        assert (ort(path, {"x": torch.ones(5, 2)}) == wanted).all()
+
+
+class MixedNorm(torch.nn.Module):
+    """A norm whose scale is in fp32 behind a half input, as Gemma's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 32))
+
+    def forward(self, x):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight).type_as(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_norm_with_a_scale_of_another_type_is_fused(tmp_path, dtype):
+    torch.manual_seed(0)
+    path = tmp_path / "m.onnx"
+    record = thresher.export_onnx(
+        MixedNorm().eval(), (torch.randn(3, 5, 32, dtype=dtype),), path, "none", runtime="portable"
+    )
+    assert all(d["relative"] < 0.01 for d in record.differences)
+    assert "RMSNormalization" in {n.op_type for n in onnx.load(path).graph.node}
+
+
+def test_options_are_checked_before_anything_is_captured(tmp_path):
+    with pytest.raises(ArgumentError, match="runtime: got 'onnxruntime'"):
+        thresher.export_onnx(
+            torch.nn.Linear(2, 2).eval(), (object(),), tmp_path / "m.onnx", runtime="onnxruntime"
+        )
+
+
 def test_what_stays_fixed_is_said(tmp_path):
     class Double(torch.nn.Module):
         def forward(self, x):

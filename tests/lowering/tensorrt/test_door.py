@@ -56,7 +56,7 @@ def nothing(monkeypatch):
 def model_and_inputs(method="prepack"):
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
     if method == "deft":
-        sizes["hidden_act"] = "relu"
+        sizes.update(hidden_act="relu", num_attention_heads=8)  # heads of 8 values: no fused kernel has them
     model = make(**sizes)
     model.config.use_cache = False
     model = model.to(torch.bfloat16 if method == "deft" else torch.float16)
