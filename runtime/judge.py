@@ -5,7 +5,8 @@ bf16. So the captured program is run in a higher precision, and a rewritten one 
 the captured one itself is, plus a floor. What rounding would hide, one key too many among hundreds, shows where both
 programs are run in the higher precision: there they must be the same.
 
-    other lengths     few short rows of 1, 2, 3, half and all columns; as written, and both in the higher precision
+    other lengths     few short rows of 1, 2, 3, half and all columns; as written, and both in the higher precision: a
+                      result further off by chance is then kept below the program's own error in any result
     example           as given; the rewritten program against the captured one, and where that leaves a doubt, both
                       against the higher precision
     permuted, scaled  like the example
@@ -205,13 +206,39 @@ class Judge:
         for place, (o, t, a) in comparison.parts(low, true, made).items():
             own, error = errors(t, o, a)
             told = max(own, self._expected(batch, inputs, place)) if t.numel() < FEW else own
-            found = _Found(self.agree(error), self.agree(FACTOR * told + FLOOR[self.dtype]), self.agree(own))
+            found = self._found(error, told, own)
             worst = found if found.share >= worst.share else worst
-        if first and worst.holds:
-            return self._unlike(base, packed, inputs, comparison, low, true) or worst
-        return worst
+        doubted = not worst.holds and worst.error == worst.error and anchored
+        if not doubted and not (first and worst.holds):
+            return worst
+        wide = self._in_wide(base, packed, inputs, comparison, low, true)
+        if worst.holds:
+            return worst if wide is None or wide.holds else wide
+        if wide is None or not wide.holds:
+            return worst
+        return self._found(worst.error, self.noise, worst.own or 0.0)
 
-    def _unlike(
+    def _found(self, error: float, told: float, own: float) -> _Found:
+        return _Found(self.agree(error), self.agree(FACTOR * told + FLOOR[self.dtype]), self.agree(own))
+
+    @cached_property
+    def noise(self) -> float:
+        """The captured program's own error, the largest of all results and batches.
+
+        What one result of one batch shows is a single draw: a step adds one token a row to each of its results, and where
+        one layer amplifies what an earlier one rounded, all behind it differ. Two programs that are the same in the higher
+        precision, and round alike, were seen three times apart there.
+        """
+        most = [self.rounding]
+        for batch in self.small or self.all:
+            captured, inputs = self._at(batch, self.captured), batch.inputs
+            low, true = self._low(captured, batch, inputs), self._true(batch, inputs)
+            if true is not None:
+                parts = self._runs.comparison(captured, captured, inputs).parts(low, true)
+                most += [errors(t, o, o)[0] for o, t in parts.values()]
+        return self._most(most)
+
+    def _in_wide(
         self,
         base: Program,
         after: Program,
@@ -220,7 +247,7 @@ class Judge:
         low: Outcome,
         true: Outcome,
     ) -> _Found | None:
-        """What is wrong with the rewritten program in the higher precision, or None."""
+        """The rewritten program in the higher precision, where it must be the same; None where it does not run so."""
         try:
             made = self._runs.outcome(after, inputs, self.raised)
         except CANNOT:  # an operator that takes no such precision: what is written down was compared already
@@ -232,7 +259,7 @@ class Judge:
         )  # made in the narrow dtype
         limit = FLOOR[self.dtype] if rounded else SAME[self.dtype]
         shown = f"both programs were computed in {_name(self.wide)}"
-        return None if error <= limit else _Found(error, limit, 0.0, why=shown)
+        return _Found(error, limit, 0.0, why=shown)
 
     def _low(self, program: Program, batch: Batch, inputs: Sequence[Any]) -> Outcome:
         """A program's results as it is written; the captured one's are kept."""

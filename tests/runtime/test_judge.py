@@ -247,3 +247,43 @@ def test_autocast_is_off_while_passes_are_judged():
         with autocast.suspended():
             account = backend.run_pipeline(program, Recipe.of(prepack=True), inputs)[1].passes[0]
     assert account.rewritten and account.error < 1e-5
+
+
+class Chances:
+    """Runs programs plainly, each further off in one number than it is: the captured one by a fiftieth of the largest
+    where a row has one token, and by a tenth elsewhere; one with a node more by `other` everywhere."""
+
+    def __init__(self, other, nodes):
+        from thresher.lowering.reference import Reference
+
+        self.plain, self.other, self.nodes = Reference(), other, nodes
+        self.name, self.fakes = self.plain.name, self.plain.fakes
+
+    def lower(self, program):
+        lowered, more = self.plain.lower(program), len(program.nodes()) > self.nodes
+        run, mask = lowered.run, program.placeholders.index(program.padding_mask)
+
+        def off(inputs, weights):
+            results = [r.clone() for r in run(inputs, weights)]
+            size = self.other if more else 0.02 if int(inputs[mask].sum(1).min()) == 1 else 0.1
+            results[0][(0,) * results[0].dim()] += size * results[0].abs().max()
+            return results
+
+        lowered.run = off
+        return lowered
+
+
+@pytest.mark.parametrize(
+    ("other", "by", "holds"),
+    [(0.13, 0.0, True), (0.13, 2e-2, False), (0.4, 0.0, False)],
+    ids=["chance", "another program", "further off than any result of its own"],
+)
+def test_a_result_that_is_further_off_by_chance_is_kept(other, by, holds):
+    from thresher.runtime.judge import Judge
+
+    program, inputs = case("llama", "bf16")
+    after = program.copy()
+    node = next(iter(after.nodes(aten.scaled_dot_product_attention.default)))
+    node.update_arg(1, after.insert(node, aten.mul.Tensor, node.args[1], 1 + by))
+    verdict = Judge(program, inputs, Chances(other, len(program.nodes()))).exact(program, after, 1e-2)
+    assert verdict.holds == holds and (verdict.error > 0.1 or by)
