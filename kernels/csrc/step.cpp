@@ -157,7 +157,7 @@ class Run {
             }
             case WNA16: {
                 const Value x = ordered(in(op, 0), work_.asked);
-                const LowBit how{size(op, 0), size(op, 1), size(op, 2), size(op, 3), size(op, 4)};
+                const LowBit how{size(op, 0), size(op, 1), size(op, 2), size(op, 3), size(op, 4), size(op, 5)};
                 return wna16(projected(op, x, in(op, 1).shape[0]), x, in(op, 1), in(op, 2), maybe(op, 3), maybe(op, 4),
                              how, work_.scratch, threads_);
             }

@@ -15,6 +15,8 @@ struct Functions {
                              int64_t, int, int, int);
     void (*wna16_bf16)(const void*, const void*, const float*, const float*, const void*, void*, int64_t, int64_t,
                        int64_t, int64_t, int64_t, int);
+    void (*wna16_few)(const void*, const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t,
+                      int64_t, int64_t, int, int, int);
     void (*nvfp4)(const void*, const void*, const void*, const void*, const void*, void*, int, int64_t, int64_t, int64_t,
                   int64_t, int, int);
     void (*nvfp4_bf16)(const void*, const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t,
@@ -88,7 +90,7 @@ void linear(const Value& out, const Value& x, const Value& weight, const Value* 
 
 // Rows at which another form takes over, and how many bytes carry an activation: see kernels/wna16/cpu.py.
 struct LowBit {
-    int64_t bits, few_bf16, fused, planes, slab;
+    int64_t bits, pairs, few_bf16, fused, planes, slab;
 };
 
 void wna16(const Value& out, const Value& x, const Value& codes, const Value& scales, const Value* zeros,
@@ -97,6 +99,9 @@ void wna16(const Value& out, const Value& x, const Value& codes, const Value& sc
     const int64_t groups = scales.shape[1];
     const void* zero = zeros ? zeros->data : nullptr;
     if (m == 0) return;
+    if (m <= how.pairs)
+        return functions.wna16_few(x.data, codes.data, scales.data, zero, bias ? bias->data : nullptr, out.data, m, n, k,
+                                   4 * words, groups, int(how.bits), scales.type, n * k < 1 << 18 ? 1 : threads);
     if (how.few_bf16 >= 0 && m > how.few_bf16) {
         const int64_t count = scales.count();
         float* const wide = reinterpret_cast<float*>(scratch.scales.of(count * 8));

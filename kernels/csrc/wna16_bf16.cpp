@@ -3,6 +3,7 @@
 // many rows of NVFP4 are. A weight, (code - zero) * scale, is rounded to bf16 once.
 #include "nvfp4_bf16.h"
 #include "nvfp4_bf16_gemm.h"
+#include "wna16_few_bf16.h"
 
 #if NVFP4_BF16
 namespace {
@@ -66,6 +67,28 @@ void decode(const FourBits& w, int64_t n, int64_t pairs, int64_t first, uint16_t
 #endif
 
 extern "C" {
+
+// Whether `wna16_bf16_few` takes codes of so many bits, in so many groups of k columns, on the CPU it was built for.
+int wna16_bf16_few_takes(int bits, int64_t k, int64_t groups) {
+#if WNA16_FEW_BF16
+  return few::takes(bits, k, groups);
+#else
+  return 0;
+#endif
+}
+
+// y [m, n] = x [m, k] W^T + bias in bf16 for few rows; W from codes [n, row_bytes] of `bits`, scales of `kind` [n, groups].
+void wna16_bf16_few(const uint16_t* x, const uint8_t* codes, const void* scales, const uint8_t* zeros,
+                    const uint16_t* bias, uint16_t* y, int64_t m, int64_t n, int64_t k, int64_t row_bytes,
+                    int64_t groups, int bits, int kind, int threads) {
+#if WNA16_FEW_BF16
+  const few::Weight w{codes, scales, zeros, kind, n, k, row_bytes, groups};
+  if (bits == 4 && groups == 1) few::linear<4, true>(w, x, m, bias, y, threads);
+  if (bits == 4 && groups != 1) few::linear<4, false>(w, x, m, bias, y, threads);
+  if (bits == 8 && groups == 1) few::linear<8, true>(w, x, m, bias, y, threads);
+  if (bits == 8 && groups != 1) few::linear<8, false>(w, x, m, bias, y, threads);
+#endif
+}
 
 // 1 when this library was built for a CPU that has the instructions.
 int wna16_bf16_built() { return NVFP4_BF16; }

@@ -14,6 +14,7 @@ import torch
 from .. import native
 from . import linear as defs
 
+_PAIR_ROWS = 16  # of bf16 by codes of 4 or 8 bits, decoded for eight rows at a time
 _FUSED_ROWS = 16  # beyond it, one dequantisation costs less than decoding again for every eight rows
 _FEW_BF16_ROWS = 8  # the same, of bf16 by four bits in strips
 _SLAB = 1 << 20  # weights dequantised at a time: 4 MiB, small beside the weight, large enough for a matmul
@@ -63,6 +64,41 @@ def _bf16_kernel():
     function.argtypes = [_POINTER] * 6 + [_SIZE] * 5 + [_INT]
     function.restype = None
     return function
+
+
+@functools.cache
+def _few():
+    """The product of few bf16 rows by weights of 4 or 8 bits, and what tells which groups it takes; None as above."""
+    if _bf16_kernel() is None:
+        return None
+    library = native.load("wna16_bf16")
+    function, takes = library.wna16_bf16_few, library.wna16_bf16_few_takes
+    function.argtypes = [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 3
+    function.restype = None
+    takes.argtypes, takes.restype = [_INT, _SIZE, _SIZE], _INT
+    return function, takes
+
+
+@functools.cache
+def pair_rows(bits: int, inputs: int, groups: int) -> int:
+    """Up to how many rows of bf16 that product is the fastest; 0 where the CPU, or the groups, are not for it."""
+    found = _few()
+    if found is None or not found[1](bits, inputs, groups):
+        return 0
+    return _PAIR_ROWS if groups == 1 or bits != 4 else _FEW_BF16_ROWS
+
+
+def _few_bf16(x, codes, scales, zeros, bias, bits):
+    """x [..., K] of bf16, few rows, by codes of 4 or 8 bits."""
+    (outputs, words), inputs = codes.shape, x.shape[-1]
+    x, bias = x.contiguous(), None if bias is None else bias.to(x.dtype).contiguous()
+    out = x.new_empty(*x.shape[:-1], outputs)
+    _few()[0](
+        x.data_ptr(), codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
+        None if bias is None else bias.data_ptr(), out.data_ptr(), x.numel() // inputs, outputs, inputs, 4 * words,
+        scales.shape[1], bits, _SCALE_KINDS[scales.dtype], torch.get_num_threads() if outputs * inputs >= _MIN_WORK else 1,
+    )  # fmt: skip
+    return out
 
 
 def _bf16(x, codes, scales, zeros, bias):
@@ -120,6 +156,8 @@ def run(x, codes, scales, zeros, bias, bits, group_size):
     rows = x.numel() // inputs
     codes, scales = codes.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
+    if x.dtype == torch.bfloat16 and 0 < rows <= pair_rows(bits, inputs, scales.shape[1]):
+        return _few_bf16(x, codes, scales, zeros, bias, bits)
     if rows > _FEW_BF16_ROWS and bits == 4 and x.dtype == torch.bfloat16 and _bf16_kernel() is not None:
         return _bf16(x.reshape(rows, inputs), codes, scales, zeros, bias).reshape(*x.shape[:-1], outputs)
     if rows > _FUSED_ROWS:

@@ -218,8 +218,10 @@ def _wna16(node: fx.Node) -> Operation:
     _few_rows(x)
     kind = value(x).dtype
     strips = kind == torch.bfloat16 and bits == 4 and wna16._bf16_kernel() is not None
-    few = wna16._FEW_BF16_ROWS if strips and (bias is None or value(bias).dtype == kind) else -1
-    sizes = [bits, few, wna16._FUSED_ROWS, wna16._PLANES[kind], wna16._SLAB]
+    plain = kind == torch.bfloat16 and (bias is None or value(bias).dtype == kind)
+    few = wna16._FEW_BF16_ROWS if strips and plain else -1
+    pairs = wna16.pair_rows(bits, value(x).shape[-1], value(scales).shape[1]) if plain else 0
+    sizes = [bits, pairs, few, wna16._FUSED_ROWS, wna16._PLANES[kind], wna16._SLAB]
     return Operation(WNA16, [x, codes, scales, zeros, bias], sizes=sizes, product=True)
 
 

@@ -24,6 +24,7 @@ from .tape import build
 _log = logging.getLogger(__name__)
 _KERNELS = (
     ("wna16", "wna16_linear_f32"), ("wna16", "wna16_dequantize_f32"), ("wna16_bf16", "wna16_bf16_linear"),
+    ("wna16_bf16", "wna16_bf16_few"),
     ("nvfp4_linear", "nvfp4_linear"), ("nvfp4_bf16", "nvfp4_bf16_linear"), ("nvfp4_quantize", "nvfp4_dequantize"),
     ("kv_attention", "kv_attention"), ("hadamard", "hadamard_f32"),
 )  # fmt: skip

@@ -244,3 +244,29 @@ def test_a_row_that_is_not_finite_spoils_no_other():
     spoiled = torch.ops.thresher.wna16_linear(x, codes, scales, None, None, 4, -1)
     others = [i for i in range(20) if i != 3]
     assert torch.equal(whole[others], spoiled[others]) and spoiled[3].isnan().all()
+
+
+@pytest.mark.skipif(wna16_cpu.pair_rows(4, 128, 1) == 0, reason="needs AVX512-BF16")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group"),
+    [(48, 128, -1), (33, 576, 64), (13, 77, -1), (50, 192, 32), (17, 256, 128), (17, 64, 8), (1, 3, -1)],
+)
+def test_few_rows_of_bf16_are_rounded_once(bits, outputs, inputs, group):
+    groups = 1 if group < 0 else inputs // group
+    if not (rows := wna16_cpu.pair_rows(bits, inputs, groups)):
+        assert bits == 8 and group < 64
+        return
+    make = torch.Generator().manual_seed(1)
+    for m, zeros, kind in ((1, True, torch.float32), (2, False, torch.bfloat16), (3, True, torch.float16),
+                           (7, False, torch.float32), (rows, True, torch.bfloat16)):  # fmt: skip
+        codes, scales, zero = weight(outputs, inputs, bits, group, zeros, kind)
+        packed = bitpack.pack(codes, bits)
+        x = torch.randn(m, inputs, generator=make).bfloat16()
+        bias = torch.randn(outputs, generator=make).bfloat16() if zeros else None
+        dense = defs.dequantize(packed, scales, zero, bits, inputs, torch.float64)
+        exact = x.double() @ dense.t() + (0 if bias is None else bias.double())
+        actual = wna16_cpu.run(x, packed, scales, zero, bias, bits, group)
+        most = exact.abs() * 2**-8 + 1e-5 * exact.abs().max()
+        assert bool(((actual.double() - exact).abs() <= most).all()), (m, zeros, kind)
+        assert torch.equal(actual[:1], wna16_cpu.run(x[:1], packed, scales, zero, bias, bits, group)) or m > 8
