@@ -10,6 +10,10 @@ from typing import Any
 
 from .convert import Parts
 
+WIDENED = (
+    "ONNX Runtime on a CPU multiplies no bf16: the file holds weights in bf16 and computes in fp32, also its inputs and "
+    "outputs. It is nearer to exact than the model in bf16 is."
+)
 _LARGE = 1 << 28  # bytes of weights from which they go into a file of their own
 
 
@@ -20,6 +24,7 @@ class Exported:
     products: the weight that a matrix product multiplies by, by the product's node.
     differences: one entry for each input size and runtime: the largest difference of any result, absolute and
     relative to that result's largest value. notes: what a reader of the file should know.
+    widened: the Program computes in bf16 and the file in fp32; differences are then from the Program run in fp32.
     """
 
     path: str
@@ -33,6 +38,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
     differences: list[dict[str, Any]] = field(default_factory=list)
     products: dict[str, str] = field(default_factory=dict)
+    widened: bool = False
 
     @property
     def worst(self) -> float:
@@ -65,10 +71,14 @@ def write(model: Any, path: Path, names: list[str] | None, parts: Parts, started
 
     from .functions import add_functions
     from .graph import tidy
+    from .widen import widen
 
     parts.stage("folding constants")
     shapes = [out.shape for out in model.graph.outputs]
     tidy(model)
+    widened = not parts.runtime.gpu and parts.runtime.segments and widen(model)
+    if widened:
+        parts.notes.append(WIDENED)
     for out, known in zip(model.graph.outputs, shapes):
         if known is not None:  # folding gives an output another value, whose sizes are less well known
             out.shape = known
@@ -112,4 +122,5 @@ def write(model: Any, path: Path, names: list[str] | None, parts: Parts, started
         dict(sorted(counts.items())),
         list(parts.notes),
         products=dict(parts.products),
+        widened=widened,
     )

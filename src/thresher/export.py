@@ -15,8 +15,9 @@ from thresher.lowering.onnx.export import Exported, reader_of, require_onnx
 from thresher.lowering.onnx.export import export as onnx_export
 from thresher.lowering.onnx.stages import Stages
 from thresher.lowering.onnx.translate import NumberReadError
+from thresher.lowering.raised import Raised
 from thresher.lowering.reference import Reference
-from thresher.lowering.target import Lowered
+from thresher.lowering.target import Lowered, Target
 from thresher.runtime.artifact import file as artifact
 from thresher.runtime.artifact.loaded import Loaded
 from thresher.runtime.call_session import WHOLE, CallSession
@@ -26,7 +27,7 @@ from thresher.runtime.session import Session
 
 from . import backend, sessions
 from .errors import ArgumentError, ThresherError
-from .export_example import captured, fixed, refuse_half
+from .export_example import captured, fixed
 from .files import check_writable
 from .graph.call_plan import refuse_to_keep
 from .graph.program import Program
@@ -199,7 +200,6 @@ def export_onnx(
             )
         if check and inputs:
             stage("running the file and the program")
-            refuse_half(program, Path(path), runtime)
             record.differences, notes = compare(Path(path), _calls(program, inputs, record, body_only))
             record.notes += notes
         record.notes += fixed(program)
@@ -221,15 +221,16 @@ def _calls(program: Program, inputs: Sequence[Any], record: Exported, body_only:
     """The example inputs at three sizes, with the Program's results."""
     layout = program.packing
     outside = layout.padded if layout is not None else program
+    plain = Raised(torch.float32) if record.widened else Reference()
     calls = []
     for sized in _sizes(outside, inputs):
         mask = sized[layout.mask] != 0 if layout is not None else None
         if layout is not None and body_only:
-            fields, results = packed_call(program, sized)
+            fields, results = packed_call(program, sized, plain)
             calls.append(({n: fields[n] for n in record.inputs}, results, None))
             continue
         with torch.no_grad():
-            results = run_with_extras(program, sized, Reference())
+            results = run_with_extras(program, sized, plain)
         calls.append((dict(zip(outside.input_names, sized, strict=True)), results, mask))
     return calls
 
@@ -246,13 +247,13 @@ def _with_extras(program: Program, names: list[str] | None) -> list[str]:
     return [*(names or (f"output_{i}" for i in range(own))), *extra]
 
 
-def packed_call(program: Program, inputs: Sequence[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """What a packed program's body is given for a padded call, by name, and its results."""
+def packed_call(program: Program, inputs: Sequence[Any], plain: Target) -> tuple[dict[str, Any], list[Any]]:
+    """What a packed program's body is given for a padded call, by name, and its results by a plain target."""
     seen: list[Any] = []
 
     class Watched(Reference):
         def lower(self, part: Program) -> Lowered:
-            lowered = super().lower(part)
+            lowered = plain.lower(part)
             if part is not program:
                 return lowered
 
@@ -263,7 +264,7 @@ def packed_call(program: Program, inputs: Sequence[Any]) -> tuple[dict[str, Any]
 
             return dataclasses.replace(lowered, run=run)
 
-    Session(program, Watched(), Reference(), Report("none"))(inputs, {})
+    Session(program, Watched(), plain, Report("none"))(inputs, {})
     if not seen:
         raise ThresherError(
             "The example call cannot be packed, so there is nothing to compare the body with."

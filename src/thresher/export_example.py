@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from thresher.lowering.onnx.check import lacks
-
-from .errors import CaptureError, ThresherError
+from .errors import CaptureError
 from .graph.capture import constant_inputs
 from .graph.program import Program
 from .model_capture import exported, without_cache
@@ -82,14 +79,3 @@ def fixed(program: Program) -> list[str]:
             fixed = [f"dimension {d} at {n}" for d, n in enumerate(known.shape[:2]) if isinstance(n, int)]
             said += [f"{name} keeps {' and '.join(fixed)} in the file."] if fixed else []
     return said
-
-
-def refuse_half(program: Program, path: Path, runtime: str) -> None:
-    """Raise for a model in bf16 that ONNX Runtime on a CPU cannot take, naming the operator that it lacks."""
-    bf16 = any(w.tensor.dtype == torch.bfloat16 for w in program.weights.values())
-    lacking = lacks(path) if bf16 and runtime == "ort" else None
-    if lacking is not None:
-        raise ThresherError(
-            f"ONNX Runtime on a CPU does not run this model in bf16: {lacking} "
-            f'Export model.float() or model.half(), or say runtime="ort-cuda". The file is left at {path}.'
-        )
