@@ -7,7 +7,8 @@ st.encode(texts)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from ..compiled import Compiled
 from ..errors import ArgumentError
+from ..progress import progress
 from ..recipe import Recipe
 from ..strict import compile_strictly
 from .batches import groups, token_counts
@@ -43,8 +45,9 @@ def optimize(
         for all lengths and numbers of texts above one; a single text is another program, made when it is met.
     texts: what it is compiled and verified on, at least two; by default sentences of mixed lengths.
     tokens_per_batch: batches of up to so many tokens, in the order of the texts: packing makes sorting by length
-        needless, and batches of few texts wasteful. It holds for `encode` or `predict` without a `batch_size`, a
-        pool or a precision. None leaves batches as the library makes them.
+        needless, and batches of few texts wasteful. It holds for `encode`, `encode_query`, `encode_document`, `predict`
+        and `rank` without a pool, a precision or a `batch_size` other than the library's own (32). None leaves batches as
+        the library makes them.
 
     Raises ArgumentError for a model without a transformer inside, or with one that is compiled already.
     """
@@ -92,22 +95,32 @@ class _ByTokens:
     def __init__(self, model: Any, method: str, tokens: int):
         self.model, self.method, self.tokens = model, method, tokens
 
-    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = getattr(type(self.model), self.method)
-        asked = (
-            args or kwargs.get("batch_size") or kwargs.get("pool") or isinstance(kwargs.get("device"), list)
-        )
-        if asked or kwargs.get("precision", "float32") != "float32" or not _is_texts(inputs):
-            return own(self.model, inputs, *args, **kwargs)
-        kwargs.pop("batch_size", None)
+        inputs = args[0] if args else kwargs.get("inputs")
+        if len(args) > 1 or not _is_texts(inputs) or not self._left_open(own, kwargs):
+            return own(self.model, *args, **kwargs)
+        more = {k: v for k, v in kwargs.items() if k not in ("inputs", "batch_size", "show_progress_bar")}
+        several: Any = list(self._groups(list(inputs)))
+        if kwargs.get("show_progress_bar"):
+            several = progress(several, "batches", len(several))
         parts = [
-            own(self.model, group, batch_size=len(group), **kwargs) for group in self._groups(list(inputs))
+            own(self.model, group, batch_size=len(group), show_progress_bar=False, **more)
+            for group in several
         ]
         if isinstance(parts[0], torch.Tensor):
             return torch.cat(parts)
         return (
             np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [row for p in parts for row in p]
         )
+
+    @staticmethod
+    def _left_open(own: Any, given: Mapping[str, Any]) -> bool:
+        """Whether a call says nothing of batches, processes and codes. The library's `encode_query`, `encode_document` and
+        `rank` hand its own batch size on: that is none of the caller's."""
+        size, usual = given.get("batch_size"), inspect.signature(own).parameters["batch_size"].default
+        elsewhere = given.get("pool") or isinstance(given.get("device"), (list, tuple))
+        return size in (None, usual) and not elsewhere and given.get("precision", "float32") == "float32"
 
     def _groups(self, inputs: list[Any]) -> Iterator[list[Any]]:
         """Texts, or pairs of them, in their order, in groups of up to `tokens` tokens and of one text at least."""

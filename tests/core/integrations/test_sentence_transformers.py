@@ -82,6 +82,21 @@ def test_batches_hold_up_to_the_budget_of_tokens(embedder):
     assert [len(g) for g in type(fast.encode)(fast, "encode", 1)._groups(TEXTS)] == [1] * len(TEXTS)
 
 
+@pytest.mark.parametrize("method", ["encode_query", "encode_document", "encode"])
+def test_what_passes_the_librarys_own_batch_size_on_goes_by_tokens_too(embedder, method, monkeypatch):
+    plain, fast = embedder
+    seen = []
+    own = type(fast.encode)._groups
+    monkeypatch.setattr(
+        type(fast.encode), "_groups", lambda self, texts: seen.append(len(texts)) or own(self, texts)
+    )
+    more = {"batch_size": 32} if method == "encode" else {}
+    found = getattr(fast, method)(inputs=TEXTS, show_progress_bar=True, **more)
+    np.testing.assert_allclose(found, getattr(plain, method)(TEXTS), atol=1e-5)
+    assert seen == [len(TEXTS)]
+    assert len(getattr(fast, method)(TEXTS, batch_size=4)) == len(TEXTS) and len(seen) == 1
+
+
 def test_a_copy_in_another_process_is_compiled_too(embedder):
     plain, fast = embedder
     other = pickle.loads(pickle.dumps(fast))
@@ -96,6 +111,13 @@ def test_a_cross_encoder(folders):
     before = packed(fast)
     np.testing.assert_allclose(fast.predict(PAIRS), plain.predict(PAIRS), atol=1e-5)
     assert packed(fast) > before
+    batches = sum(c.packed for c in fast[0].model.counters)
+    fast.rank("a question", TEXTS)
+    assert (
+        sum(c.packed for c in fast[0].model.counters)
+        == batches + len(list(fast.predict._groups(PAIRS)))
+        > batches + 1
+    )
     ranks = [[r["corpus_id"] for r in m.rank("a question", TEXTS[:3])] for m in (plain, fast)]
     assert ranks[0] == ranks[1]
 
