@@ -50,6 +50,9 @@ class Freshness:
 
         live: the model's tensors by FQN. Raises StaleWeightsError for a stale weight that cannot be recomputed.
         """
+        if not self._derived:  # a decoding step asks for hundreds
+            weights = map(self._weights.__getitem__, names)
+            return [live.get(w.fqn, w.tensor) for w in weights], 0
         result, repacked = [], 0
         seen: dict[Any, tuple[Any, ...]] = {}  # by sources: a linear's codes and scales have the same
         if self.mode == "sample" and self._derived and time.perf_counter() >= self._due:

@@ -93,7 +93,7 @@ class Step:
 
     def __call__(self, *given: Any) -> list[Any]:
         tape = self._tape
-        early = tape.prelude(*[given[i] for i in tape.reads])
+        early = tape.prelude.forward(*[given[i] for i in tape.reads])
         shapes = self._rooms(*self._sizes.of(given))
         made = [torch.empty(shape, dtype=kind) for shape, (kind, _) in zip(shapes, self._types)]
         sources = {"place": given, "early": early, "result": made}

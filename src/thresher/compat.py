@@ -112,6 +112,20 @@ def uncollected() -> Iterator[None]:
                 gc.enable()
 
 
+@contextlib.contextmanager
+def settings(module: Any, **values: Any) -> Iterator[None]:
+    """Within the context one of torch's modules of settings has these. Its own `patch` makes a class at every use, which a
+    decoding step feels."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, given in values.items():
+            setattr(module, name, given)
+        yield
+    finally:
+        for name, given in before.items():
+            setattr(module, name, given)
+
+
 _MOST_GRAPHS = 1024
 
 
@@ -131,7 +145,8 @@ def room_for_graphs() -> contextlib.AbstractContextManager[Any]:
 
     Dynamo's usual limit is eight, behind which it runs calls as they are, unsaid.
     """
-    return torch._dynamo.config.patch(
+    return settings(
+        torch._dynamo.config,
         recompile_limit=_MOST_GRAPHS,
         accumulated_recompile_limit=_MOST_GRAPHS,
         fail_on_recompile_limit_hit=True,
@@ -142,21 +157,38 @@ def free_sizes(apart: bool) -> contextlib.AbstractContextManager[Any]:
     """Within the context a size of one may be one that changes. apart: sizes equal in one call may differ in the next."""
     from torch.fx.experimental import _config
 
-    return _config.patch(backed_size_oblivious=True, use_duck_shape=not apart)  # type: ignore[attr-defined]
+    return settings(_config, backed_size_oblivious=True, use_duck_shape=not apart)
 
 
-def changing_size(tensor: torch.Tensor, dim: int) -> None:
-    """Say that a tensor's size changes from call to call; a program that needs it fixed may still fix it."""
-    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+def mark_sizes(tensor: torch.Tensor, changing: tuple[int, ...]) -> None:
+    """Say which of a tensor's sizes change from call to call (a program that needs one fixed may still fix it), and let
+    Dynamo take the others for constants, also where it makes these symbols."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        marks = _marks(tensor.dim(), changing)
+        vars(tensor).update({k: set(v) if isinstance(v, set) else v for k, v in marks.items()})
+        return
+    _mark(tensor, changing)
 
 
-def constant_size(tensor: torch.Tensor, dim: int) -> None:
-    """Let Dynamo take this size of a tensor for a constant, also where it makes the others symbols."""
-    torch._dynamo.mark_static(tensor, dim)
+def _mark(tensor: torch.Tensor, changing: tuple[int, ...]) -> None:
+    for dim in range(tensor.dim()):
+        if dim in changing:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        else:
+            torch._dynamo.mark_static(tensor, dim)
+
+
+@functools.cache
+def _marks(dims: int, changing: tuple[int, ...]) -> dict[str, Any]:
+    """What torch notes on a tensor marked so. A step marks two tensors a layer, for which torch's functions take as long as
+    a layer's products."""
+    plain = torch.empty((2,) * dims)
+    _mark(plain, changing)
+    return dict(vars(plain))
 
 
 def own_symbols() -> contextlib.AbstractContextManager[Any]:
     """Within the context sizes that happen to be equal get a symbol each, not one together."""
-    import torch.fx.experimental._config as settings
+    from torch.fx.experimental import _config
 
-    return settings.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    return settings(_config, use_duck_shape=False)

@@ -11,7 +11,7 @@ from torch import fx
 
 from thresher.passes.calibrate import Calibration
 
-from .compat import isolated, without_fake_mode
+from .compat import isolated, settings, without_fake_mode
 from .errors import ArgumentError, CaptureError, ThresherError
 from .graph import autocast, capture
 from .graph.program import Program
@@ -40,7 +40,7 @@ def unwrapped() -> Iterator[None]:
 
 def specialized_floats() -> Any:
     """Norm epsilons and attention scales are constants, also with dynamic=True."""
-    return torch._dynamo.config.patch(specialize_float=True)
+    return settings(torch._dynamo.config, specialize_float=True)
 
 
 @contextlib.contextmanager

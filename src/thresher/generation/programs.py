@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from thresher.compat import changing_size, constant_size, free_sizes
+from thresher.compat import free_sizes, mark_sizes
 
 # A model's inputs by name: [batch, tokens, ...], whatever stands before in models with positions on several axes.
 _PER_TOKEN = tuple(
@@ -168,16 +168,12 @@ def _lay_out(layer: Any) -> None:
 
 def _mark(tensor: torch.Tensor, *dims: int) -> None:
     """Mark sizes that change; all others are constant, which Dynamo might else doubt after calls of another kind."""
-    for dim in range(tensor.dim()):
-        (changing_size if dim in dims else constant_size)(tensor, dim)
+    mark_sizes(tensor, dims)
 
 
 def _tokens(tensor: torch.Tensor, dim: int) -> tuple[int, ...]:
     """The dimension of tokens, if it changes: a step of one is a program of its own, which needs no causal mask."""
-    if tensor.shape[dim] == 1:
-        constant_size(tensor, dim)
-        return ()
-    return (dim,)
+    return () if tensor.shape[dim] == 1 else (dim,)
 
 
 def alike(tensor: torch.Tensor) -> torch.Tensor:
