@@ -120,13 +120,14 @@ def ours(
     half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
     half.generation_config.eos_token_id = None
     example = padded(prompts(model.config.vocab_size))
-    config = thresher.RSQ(bits=4, method="nearest", rotate_down=False)  # speed does not depend on the codes
+    # speed does not depend on the codes
+    config = thresher.RSQ(bits=4, head_bits=8, method="nearest", rotate_down=False)
     made: dict[str, Callable[[], Any]] = {
         "eager fp32": lambda: model,
         "eager bf16": lambda: half,
         "thresher exact, fp32": lambda: thresher.compile(model, example, "exact"),
         "thresher exact, bf16": lambda: thresher.compile(half, example, "exact"),
-        "thresher RSQ 4 bits, bf16": lambda: thresher.compile(
+        "thresher RSQ 4 bits, head 8, bf16": lambda: thresher.compile(
             thresher.quantize(model, [example], config).as_model().to(torch.bfloat16), example, "exact"
         ),
     }

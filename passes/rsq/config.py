@@ -48,6 +48,8 @@ class RSQConfig(PassConfig):
         the activations.
     average_bits: above 0, each layer gets 2, 3, 4 or 8 bits by its sensitivity so that the mean over all
         weights stays at or below this; `bits` is then not used.
+    head_bits: above 0, the head gets so many bits, 8 for example, though `keep` names it: at one row its product reads as
+        many bytes as all others of four bits together.
     keep: linears to leave as they are: "head", "router", "embedding", "first:N", "last:N", or a glob on the name.
     seed: of the rotations' signs.
     budget: largest accepted difference of any output on the example, relative to its largest value. What
@@ -77,6 +79,7 @@ class RSQConfig(PassConfig):
     scale_dtype: str = "float32"
     follow_original: float = 0.0
     average_bits: float = 0.0
+    head_bits: int = 0
     keep: tuple[str, ...] = ("head", "router")
     seed: int = 0
     budget: float = 1.0
@@ -90,6 +93,10 @@ class RSQConfig(PassConfig):
             if getattr(self, field) not in widths:
                 raise ArgumentError(f"rsq option {field}", getattr(self, field),
                                     ", ".join(map(str, widths)), "Choose one of those.")  # fmt: skip
+        if self.head_bits not in (0, *BITS) or (self.head_bits and self.grid != "integer"):
+            raise ArgumentError("rsq option head_bits", f"{self.head_bits} with grid={self.grid!r}",
+                                "0 (as `keep` and `bits` say), or 2, 3, 4 or 8 with grid='integer'",
+                                "NVFP4 has one width.")  # fmt: skip
         check_keep("rsq", self.keep)
         if not 0 < self.r_min <= self.r_max:
             raise ArgumentError("rsq option r_min", self.r_min, f"0 < r_min <= r_max = {self.r_max}",
@@ -112,6 +119,7 @@ class RSQConfig(PassConfig):
     def from_json(cls, text: str) -> RSQConfig:
         fields: dict[str, Any] = json.loads(text)
         fields.setdefault("rotate_inputs", False)  # files from before there was such an option
+        fields.setdefault("head_bits", 0)
         options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return cls(**options)
 

@@ -138,7 +138,8 @@ def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Rota
                 )
                 continue
             plan.edit(mlp.down).online = rotation(mlp.width, config.seed + DOWN_SEED, kind)
-    kept = kept_layers(structure, config.keep, plan.notes)
+    words = [w for w in config.keep if w != "head"] if config.head_bits else config.keep
+    kept = kept_layers(structure, words, plan.notes)
     for linear in structure.linears:
         reason = kept.get(linear) or unfit(program, linear, config)
         if reason is not None:

@@ -145,8 +145,15 @@ class Driver:
 
     def _choose_bits(self) -> None:
         names = {s.fqn: piece for piece in self.pieces for g in piece.groups for s in g}
+        head = self.structure.head
+        alone = {p.name for p in self.pieces if self.config.head_bits and [[head]] == p.groups}
+        apart = dict.fromkeys(alone, self.config.head_bits)
+        if self.config.head_bits and not apart:
+            self.outcome.plan.notes.append(
+                "head_bits: no linear stands alone as the head, so it changes nothing."
+            )
         if not self.config.average_bits:
-            self.outcome.bits = {p.name: self.config.bits for p in self.pieces}
+            self.outcome.bits = {p.name: self.config.bits for p in self.pieces} | apart
             return
         saved = self.files.read("sensitivity")
         if saved is not None:
@@ -154,13 +161,15 @@ class Driver:
         else:
             sensitivity = rsq_bits.sensitivities(self.sweep, self.pieces, self.batches, self.config)
             self.files.write("sensitivity", {k: torch.tensor(v) for k, v in sensitivity.items()}, {})
-        sizes = dict.fromkeys((p.name for p in self.pieces), 0)
+        sizes = dict.fromkeys((p.name for p in self.pieces if p.name not in apart), 0)
         for site in self.outcome.plan.quantise:
+            if names[site.fqn].name in apart:
+                continue
             sizes[names[site.fqn].name] += site.in_features * site.out_features
         for mixture in self.outcome.plan.experts:
             sizes[names[mixture.fqn].name] += mixture.count * mixture.in_features * mixture.out_features
         self.outcome.sensitivity = sensitivity
-        self.outcome.bits = rsq_bits.allocate(sensitivity, sizes, self.config.average_bits)
+        self.outcome.bits = rsq_bits.allocate(sensitivity, sizes, self.config.average_bits) | apart
 
     def _quantise(self, step: Step) -> None:
         x, scorer, piece = step.x, step.scorer, step.piece

@@ -279,3 +279,21 @@ def test_a_mask_of_minus_infinity_is_no_broken_weight():
         else:
             with pytest.raises(ThresherError, match="mask has 6 NaN or infinite"):
                 check_weights(program, {})
+
+
+def test_the_head_has_a_width_of_its_own():
+    found = run(bits=4, head_bits=8, method="nearest")
+    widths = {site: int(tensors["bits"]) for site, tensors in found.linears.items()}
+    assert widths.pop("lm_head") == 8 and set(widths.values()) == {4} and len(widths) == 14
+    assert "lm_head" not in run(bits=4, method="nearest").linears
+    mixed = run(average_bits=3.0, head_bits=8)
+    assert int(mixed.linears["lm_head"]["bits"]) == 8 == mixed.bits["lm_head"]
+    assert "lm_head" not in mixed.sensitivity or mixed.bits["lm_head"] == 8
+    none = run("bert", head_bits=8, method="nearest")
+    assert any("changes nothing" in note for note in none.plan.notes)
+
+
+@pytest.mark.parametrize("options", [dict(head_bits=5), dict(head_bits=8, grid="nvfp4")])
+def test_widths_of_a_head_are_checked(options):
+    with pytest.raises(ArgumentError, match="rsq option head_bits"):
+        RSQConfig(**options).validate()
