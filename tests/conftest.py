@@ -1,6 +1,7 @@
 """Keeps the checkout's root off sys.path: transformers would import our `kernels/` as its own package."""
 
 import gc
+import logging
 import os
 import sys
 from pathlib import Path
@@ -51,6 +52,10 @@ def pytest_collection_modifyitems(config, items):
     # once for each compiled frame, for a log: it empties the processor's caches first, which takes 40 ms
     if hasattr(torch._dynamo.guards, "profile_guard_manager"):
         torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
+    # pytest hands its handlers to every logger that stands alone, this one too, and each step of a trace is then written
+    # out for it; this one it does not know
+    if hasattr(torch._logging._internal, "trace_log"):
+        torch._logging._internal.trace_log = logging.Logger("torch.__trace")
     if not config.getoption("--thorough"):
         left_out = [item for item in items if item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)

@@ -42,11 +42,14 @@ def has_values(tensor: torch.Tensor) -> bool:
     return not tensor.is_meta and not is_fake(tensor)
 
 
-def lazy_module(graph: fx.Graph) -> fx.GraphModule:
-    """A module whose Python is written when it first runs: most programs are rewritten again before that."""
+def lazy_module(graph: fx.Graph, root: torch.nn.Module | None = None) -> fx.GraphModule:
+    """A module whose Python is written when it first runs: most programs are rewritten again before that.
+
+    root: the module that holds what the graph's get_attr nodes name; None where it names nothing.
+    """
     from torch.fx._lazy_graph_module import _LazyGraphModule
 
-    return _LazyGraphModule(torch.nn.Module(), graph)
+    return _LazyGraphModule(torch.nn.Module() if root is None else root, graph)
 
 
 def any_autocast() -> bool:

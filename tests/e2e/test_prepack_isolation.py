@@ -5,9 +5,11 @@ import pytest
 import torch
 import transformers as hf
 import zoo
+from sampled import sampled
 
 import thresher
 
+NAMES = ("llama", "t5_encoder", "bert", "mistral")
 KINDS = ("llama", "t5_encoder", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "mistral")))
 MASK = masks.mixed((5, 9, 12))
 
@@ -73,7 +75,7 @@ def poisoned(model, token, ids):
     return thresher.compile(model, inputs, target="reference", verify=False)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", sampled(["llama", "t5_encoder"], NAMES))
 def test_nan_at_pads_reaches_no_real_token(name):
     """The padded model itself lets it through: a mask multiplies NaN by zero."""
     model, _ = zoo.ZOO[name].build()
@@ -87,7 +89,7 @@ def test_nan_at_pads_reaches_no_real_token(name):
     torch.testing.assert_close(result(ours, ids)[real], expected[real], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", sampled(["bert", "mistral"], NAMES))
 def test_nan_in_one_row_stays_there(name):
     model, _ = zoo.ZOO[name].build()
     ids = zoo.tokens(MASK)["input_ids"]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from sampled import sampled
 
 import thresher
 from thresher.runtime.packing.binpack import best_capacity, pack_dataset
@@ -47,7 +48,7 @@ class TestLadder:
         assert bucket(limit + 1) >= limit + 1
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+@pytest.mark.parametrize("name", sampled(["mistral", "bert"], ["llama", "mistral", "bert"]))
 def test_rows_equal_the_padded_model(name):
     model, inputs = zoo.ZOO[name].build()
     torch._dynamo.reset()

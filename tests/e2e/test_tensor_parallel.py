@@ -24,14 +24,15 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 model, inputs = zoo.ZOO["llama_reglu"].build()
-model.config.use_cache = False
+model.config.use_cache, model.config.num_hidden_layers = False, 1
+model.model.layers = model.model.layers[:1]
 with torch.no_grad():
     expected = model(**inputs).logits
 batches = [{{k: v[i : i + 2] for k, v in inputs.items()}} for i in (0, 1)]
 look = {{"nvfp4": {{"min_weights": 0, "sensitive": 1}}}}
 alone = thresher.calibrate(model, batches, look)
 shared = thresher.calibrate(model, [batches[dist.get_rank()]], look, group=dist.group.WORLD)
-assert alone.fingerprint == shared.fingerprint and len(alone["nvfp4"]) == len(shared["nvfp4"]) > 10
+assert alone.fingerprint == shared.fingerprint and len(alone["nvfp4"]) == len(shared["nvfp4"]) >= 7
 for site, known in alone["nvfp4"].items():
     torch.testing.assert_close(dict(shared["nvfp4"][site]), dict(known))
 said_by_me = open(os.path.join(sys.argv[1], f"rank{{dist.get_rank()}}"), "w")
@@ -63,7 +64,7 @@ for layer in model.model.layers:
 with torch.no_grad():
     actual = torch.compile(model, backend="thresher", options=recipe)(**inputs).logits
 session = thresher.sessions.recent()[-1]
-assert session.counters.packed == 1 and len(session.report["nvfp4"].rewritten) == 14, str(session.report)
+assert session.counters.packed == 1 and len(session.report["nvfp4"].rewritten) == 7, str(session.report)
 assert "one rank's part" in session.report["zipvl"].missed[0].reason
 torch.testing.assert_close(actual[real], expected[real], atol=1e-4, rtol=1e-4)
 assert (actual - exact)[real].abs().max() > 0.01

@@ -64,9 +64,10 @@ BATCHES = fuzz.batches((2, 4), (1, 9), wide=2)
 @fuzz.chunks
 def test_as_near_to_the_truth_as_eager_or_refused(chunk):
     seen = {"rewritten": 0, "refused": 0, "exact": 0}
+    models, examples = fuzz.size(chunk, MODELS, EXAMPLES)
 
-    @fuzz.examples(EXAMPLES, chunk)
-    @given(st.integers(0, MODELS - 1), random_recipes.recipes(), BATCHES, BATCHES)
+    @fuzz.examples(examples, chunk)
+    @given(st.integers(0, models - 1), random_recipes.recipes(), BATCHES, BATCHES)
     def judge(index, recipe, shown, other):
         model, true, program = captured(MODELS * chunk + index)
         try:
@@ -97,10 +98,10 @@ def test_as_near_to_the_truth_as_eager_or_refused(chunk):
                 fuzz.assert_as_good(got, got, again, real, torch.float32, 0.05)
 
     judge()
-    assert seen["rewritten"] > EXAMPLES // 2 and seen["exact"] > EXAMPLES // 6, (
+    assert seen["rewritten"] > examples // 2 and seen["exact"] > examples // 6, (
         seen
     )  # most recipes must do something
-    assert seen["refused"] < EXAMPLES // 4, seen
+    assert seen["refused"] < examples // 4, seen
 
 
 def run(rewritten, program, given_):

@@ -49,7 +49,10 @@ def adapted(base, adapter):
     return captures.dynamo(model, inputs), inputs
 
 
-@pytest.mark.parametrize("base, adapter", [(BF16, FP32), (FP16, BF16), (FP32, BF16)], ids=str)
+@pytest.mark.parametrize(
+    "base, adapter",
+    [(BF16, FP32), *(pytest.param(*d, marks=pytest.mark.thorough) for d in ((FP16, BF16), (FP32, BF16)))],
+)
 def test_a_model_with_adapters_in_another_dtype_packs(base, adapter):
     account = run_captured(*adapted(base, adapter), prepack=True)[0].passes[0]
     assert account.rewritten and account.rolled_back is None and account.error <= account.budget < 0.3

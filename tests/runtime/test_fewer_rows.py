@@ -6,6 +6,7 @@ import captures
 import pytest
 import torch
 import zoo
+from sampled import sampled
 
 from thresher import backend
 from thresher.graph import capture
@@ -28,7 +29,7 @@ def many_rows(name, dtype=torch.float32):
     return program, captures.arguments(program, inputs)
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "gemma3"])
+@pytest.mark.parametrize("name", sampled(["bert", "gemma3"], ["bert", "modernbert", "llama", "gemma3"]))
 def test_fewer_rows_give_what_the_whole_gives_for_them(name):
     program, inputs = many_rows(name)
     assert rows_of(program) == ROWS

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compat import is_fake, source_name
+from ..compat import is_fake, lazy_module, source_name
 from ..errors import CaptureError
 from . import autocast, names, sharded
 from .dialect import canonicalise, verify
@@ -79,7 +79,7 @@ def assemble(
     for index in written:
         if index in weights:
             raise CaptureError(_WRITES.format(weights[index][0]))
-    module = fx.GraphModule(traced, traced.graph)
+    module = lazy_module(traced.graph, traced)
     program = Program(module, {}, [], notes=notes)
     attributes: dict[int, str] = {}
     for index, node in enumerate([n for n in module.graph.nodes if n.op == "placeholder"]):

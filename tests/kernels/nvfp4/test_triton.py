@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton: pip install --no-deps triton==3.7.1")
 
 import triton_aot as aot
+from sampled import sampled
 
 from thresher.kernels.nvfp4 import cuda as nvfp4_cuda
 from thresher.kernels.nvfp4 import triton_kernels as nvfp4_triton
@@ -41,18 +42,17 @@ def private_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("capability", aot.TARGETS)
+@pytest.mark.parametrize("capability", sampled([120], aot.CAPABILITIES))
 def test_gemv_fits_in_registers(capability):
     found = aot.resources(compiled(capability, nvfp4_triton.gemv, nvfp4_cuda.gemv_tile(), SIGNATURE))
     found.require_fit(capability)
     assert found.registers <= 80, found
 
 
-SLOW = pytest.mark.slow
+GEMMS = [(90, 64), (120, 16), (120, 4096)]
 
 
-@pytest.mark.parametrize("rows", [pytest.param(16, marks=SLOW), 64, pytest.param(4096, marks=SLOW)])
-@pytest.mark.parametrize("capability", aot.TARGETS)
+@pytest.mark.parametrize("capability, rows", sampled(GEMMS, aot.CAPABILITIES, [16, 64, 4096]))
 def test_gemm_fits_and_uses_tensor_cores(capability, rows):
     tile = nvfp4_cuda.gemm_tile(rows, capability)
     found = aot.resources(compiled(capability, nvfp4_triton.gemm, tile, SIGNATURE))

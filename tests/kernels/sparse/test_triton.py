@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install --no-deps triton
 
 import triton.language as tl
 import triton_aot as aot
+from sampled import sampled
 
 from thresher.kernels.sparse import cuda as sparse_cuda
 from thresher.kernels.sparse import triton_kernels as sparse_triton
@@ -52,8 +53,9 @@ def found(capability, kernel, tile, constants, **pointers):
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("capability", aot.TARGETS)
+@pytest.mark.parametrize(
+    "capability, tokens", sampled([(90, 1), (120, 1), (120, 2)], aot.CAPABILITIES, [1, 2])
+)
 def test_gemv_fits_and_loads_wide(capability, tokens):
     constants = {"THRESHOLD": 2, "SCALED": False, "CHUNK": sparse_cuda.CHUNK, "BT": tokens, "scale": None}
     report = found(capability, sparse_triton.gemv, sparse_cuda.GEMV, constants)
@@ -61,8 +63,10 @@ def test_gemv_fits_and_loads_wide(capability, tokens):
     assert report.count(r"LDG\.E\S*\.128"), report.sass
 
 
-@pytest.mark.parametrize("weight", ["*bf16", "*i8"])
-@pytest.mark.parametrize("capability", aot.TARGETS)
+@pytest.mark.parametrize(
+    "capability, weight",
+    sampled([(90, "*i8"), (120, "*bf16"), (120, "*i8")], aot.CAPABILITIES, ["*bf16", "*i8"]),
+)
 def test_down_of_listed_neurons_uses_tensor_cores(capability, weight):
     scaled = weight == "*i8"
     constants = {"SCALED": scaled, "PRECISION": "tf32", "DTYPE": tl.bfloat16, "CHUNK": sparse_cuda.CHUNK}
@@ -71,8 +75,9 @@ def test_down_of_listed_neurons_uses_tensor_cores(capability, weight):
     report.require_fit(capability, tensor_cores=True)
 
 
-@pytest.mark.parametrize("tokens", [1, 16])
-@pytest.mark.parametrize("capability", aot.TARGETS)
+@pytest.mark.parametrize(
+    "capability, tokens", sampled([(90, 16), (120, 1), (120, 16)], aot.CAPABILITIES, [1, 16])
+)
 def test_up_of_listed_neurons_fits(capability, tokens):
     constants = {"SCALED": False, "HAS_BIAS": True, "RELU": True, "PRECISION": "tf32", "scale": None}
     constants |= {"CHUNK": sparse_cuda.CHUNK, "BT": tokens}
@@ -80,7 +85,7 @@ def test_up_of_listed_neurons_fits(capability, tokens):
     report.require_fit(capability, tensor_cores=tokens == 16)
 
 
-@pytest.mark.parametrize("capability", aot.TARGETS)
+@pytest.mark.parametrize("capability", sampled([120], aot.CAPABILITIES))
 def test_compact_and_reduce_fit(capability):
     constants = {"THRESHOLD": 1, "CHUNK": sparse_cuda.CHUNK, "BT": 16}
     found(capability, sparse_triton.compact, {"num_warps": 4}, constants).require_fit(capability)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_aot import TARGETS, compile_for, resources
+from sampled import sampled
+from triton_aot import CAPABILITIES, compile_for, resources
 
 from thresher.kernels.varlen import cuda as varlen_cuda
 from thresher.kernels.varlen import triton_kernels as varlen_triton
@@ -72,18 +73,24 @@ def test_fits_a_hopper_gpu():
     build(90, torch.float16, 64).require_fit(90, tensor_cores=True)
 
 
+TILES = ((torch.float16, 64), (torch.bfloat16, 128), (torch.float16, 256))
+# Every variant where most registers and shared memory are taken, and every tile.
+PLAIN = [
+    *((120, (torch.float16, 256), variant) for variant in VARIANTS),
+    (90, (torch.bfloat16, 128), "window and soft cap"),
+    (120, (torch.float16, 64), "bidirectional with a float mask"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    "dtype, width", [(torch.float16, 64), (torch.bfloat16, 128), (torch.float16, 256)], ids=str
-)
-@pytest.mark.parametrize("capability", TARGETS)
-def test_nothing_spills_and_tensor_cores_are_used(capability, dtype, width, variant):
+@pytest.mark.parametrize("capability, tile, variant", sampled(PLAIN, CAPABILITIES, TILES, VARIANTS))
+def test_nothing_spills_and_tensor_cores_are_used(capability, tile, variant):
+    dtype, width = tile
     build(capability, dtype, width, **VARIANTS[variant]).require_fit(capability, tensor_cores=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", sampled([120], CAPABILITIES))
 def test_float32_runs_on_tensor_cores_too(capability):
     build(capability, torch.float32, 64).require_fit(capability, tensor_cores=True)
 

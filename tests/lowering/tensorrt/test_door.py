@@ -53,8 +53,9 @@ def nothing(monkeypatch):
     monkeypatch.setattr(options, "has_gpu", lambda: False)
 
 
-def model_and_inputs(method="prepack"):
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+def model_and_inputs(method=""):
+    layers = 2 if method == "transprune" else 1  # tokens are left out behind a first layer
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2)
     if method == "deft":
         sizes.update(hidden_act="relu", num_attention_heads=8)  # heads of 8 values: no fused kernel has them
     model = make(**sizes)
@@ -102,12 +103,11 @@ def test_every_method_becomes_engines(method, builds, tmp_path):
     if method == "rsq":
         assert sum("int4" in s for s in sites.values()) == len(report["rsq"].rewritten)
     if method == "prepack":  # attention over packed tokens is a kernel of ours, between engines
-        assert len(report.engines) == 3 and len(named) == 15
+        assert len(report.engines) == 2 and len(named) == 8
     assert f"for {SM}" in str(report) and json.loads(report.to_json())["engines"]
     assert type(report).from_dict(report.to_dict()).engines == report.engines
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_sizes_become_profiles_and_a_changed_weight_another_engine(builds, tmp_path):
     model, inputs = model_and_inputs()
@@ -268,12 +268,12 @@ def test_engines_run_with_our_kernels_between_them(gpu):
     model, inputs = model_and_inputs()
     model = model.float()
     made = thresher.compile(model, inputs, "exact", target="tensorrt", dynamic=True)
-    assert [e.runs for e in made.report.engines] == [True] * 3
+    assert [e.runs for e in made.report.engines] == [True] * 2
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         calls = ops.get("varlen_attention").calls.total()
         expected, actual = model(**inputs).logits, made(**inputs).logits
-        assert ops.get("varlen_attention").calls.total() == calls + 2
+        assert ops.get("varlen_attention").calls.total() == calls + 1
         torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-4)
         fewer = {n: t[:2, :9].contiguous() for n, t in inputs.items()}
         torch.testing.assert_close(

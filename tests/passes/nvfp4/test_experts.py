@@ -3,6 +3,7 @@
 import mixtures
 import pytest
 import torch
+from sampled import sampled
 
 import thresher
 from thresher.formats.nvfp4 import dequantized
@@ -17,7 +18,9 @@ def rounded(matrix):
     return dequantized(codes, scales, g)[:, : matrix.shape[1]]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "deepseek_v3", "llama4"])
+@pytest.mark.parametrize(
+    "kind", sampled(["gpt_oss", "llama4"], ["mixtral", "gpt_oss", "deepseek_v3", "llama4"])
+)
 def test_all_but_head_and_router_is_rewritten(kind):
     torch._dynamo.reset()
     model, given = mixtures.build(kind), mixtures.batch()

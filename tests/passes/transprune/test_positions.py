@@ -78,7 +78,10 @@ class ThreeAxes(torch.nn.Module):
         return self.inner(input_ids, position_ids=position_ids[0], use_cache=False)
 
 
-@pytest.mark.parametrize("policy, said", [("iga", True), ("fastv", True), ("uniform", False)])
+@pytest.mark.parametrize(
+    "policy, said",
+    [pytest.param("iga", True, marks=pytest.mark.thorough), ("fastv", True), ("uniform", False)],
+)
 def test_a_window_that_may_not_reach_the_image_is_said_where_attention_is_scored(policy, said):
     model, inputs = zoo.ZOO["mistral"].build()
     inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}

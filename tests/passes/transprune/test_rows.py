@@ -41,11 +41,10 @@ def run(model, inputs, **options):
     "policy, side",
     [
         ("transprune", "left"),
-        ("transprune", None),
-        ("fastv", "right"),
+        ("fastv", None),
         *(
             pytest.param(*case, marks=pytest.mark.thorough)
-            for case in (("transprune", "right"), ("fastv", "left"), ("fastv", None))
+            for case in (("transprune", "right"), ("transprune", None), ("fastv", "left"), ("fastv", "right"))
         ),
     ],
 )
