@@ -175,7 +175,15 @@ def saved(fast):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("act", [copy.deepcopy, copy.copy, pickled, saved])
+@pytest.mark.parametrize(
+    "act",
+    [
+        copy.deepcopy,
+        pytest.param(copy.copy, marks=pytest.mark.thorough),
+        pickled,
+        pytest.param(saved, marks=pytest.mark.thorough),
+    ],
+)
 def test_copies_are_compiled_models_that_compile_when_called(made, act):
     _, batch, fast = made
     handle = fast.register_forward_hook(print)

@@ -30,8 +30,8 @@ def plain(reason):
 
 # One of each kind of graph; their neighbours run with --thorough.
 PLAIN = (
-    "Llama4ForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "BloomForCausalLM", "FalconForCausalLM",
-    "Gemma3ForConditionalGeneration", "WhisperForConditionalGeneration", "GptOssForCausalLM", "MambaForCausalLM",
+    "Llama4ForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "BloomForCausalLM",
+    "FalconForCausalLM", "Gemma3ForConditionalGeneration", "WhisperForConditionalGeneration", "GptOssForCausalLM",
     "Qwen3NextForCausalLM", "BertModel", "ModernBertModel", "DebertaV2Model", "XLNetModel", "EsmModel",
     "BartForConditionalGeneration", "CLIPModel", "DINOv3ViTModel",
 )  # fmt: skip

@@ -35,7 +35,7 @@ def positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.thorough), "gpt2"])
 def test_twenty_steps_after_a_packed_prefill_equal_the_padded_model(name):
     model, _ = zoo.ZOO[name].build()
     torch._dynamo.reset()

@@ -10,11 +10,10 @@ from sampled import sampled
 import thresher
 
 NAMES = ("llama", "t5_encoder", "bert", "mistral")
-KINDS = ("llama", "t5_encoder", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "mistral")))
 MASK = masks.mixed((5, 9, 12))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=sampled(["t5_encoder", "mistral"], NAMES))
 def packed(request):
     model, _ = zoo.ZOO[request.param].build()
     torch._dynamo.reset()

@@ -28,7 +28,7 @@ def difference(model, call, inputs):
     "name, cache",
     [
         pytest.param("llama", False, marks=pytest.mark.thorough),
-        ("llama", True),
+        pytest.param("llama", True, marks=pytest.mark.thorough),
         ("gpt2", False),
         pytest.param("qwen2", False, marks=pytest.mark.thorough),
     ],

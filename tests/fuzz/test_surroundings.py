@@ -3,11 +3,11 @@
 import os
 import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from forked import Forks
 from own_cache import own_cache
 
 pytestmark = pytest.mark.slow  # each case is a process of its own
@@ -29,16 +29,26 @@ def check(fast):
 """
 
 
-def run(code: str, code_wanted: int = 0, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
-    assert done.returncode == code_wanted, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def forks():
+    made = Forks.of(PRELUDE, {**os.environ, "OMP_NUM_THREADS": "1"})
+    yield made
+    made.close()
 
 
-def test_a_compiler_that_fails_leaves_the_references_and_says_so(tmp_path):
+@pytest.fixture
+def run(forks, tmp_path_factory):
+    """Run code in a process of its own, which has to end with `code_wanted`."""
+
+    def run(code: str, code_wanted: int = 0, **environment: str) -> None:
+        said = tmp_path_factory.mktemp("said") / "said"
+        found = forks.run(textwrap.dedent(code), str(said), environment)
+        assert found == code_wanted, said.read_text()[-3000:]
+
+    return run
+
+
+def test_a_compiler_that_fails_leaves_the_references_and_says_so(run, tmp_path):
     run(
         """
         from thresher.tools import doctor
@@ -52,17 +62,27 @@ def test_a_compiler_that_fails_leaves_the_references_and_says_so(tmp_path):
     )
 
 
-def test_a_cache_directory_that_cannot_be_written(tmp_path):
+def test_a_cache_directory_that_cannot_be_written(run, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("a file, where a directory is wanted")
     run("check(compiled(prepack=True))", THRESHER_CACHE_DIR=str(blocked))
-    done = subprocess.run(
-        [sys.executable, "-c", "from thresher import cli; from thresher.machine import device_rates, devices\n"
-         "device_rates.measure_cpu = lambda: devices.guessed_cpu()\n"
-         "import sys; sys.argv = ['thresher', 'doctor', '--calibrate']; cli.main()"],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "THRESHER_CACHE_DIR": str(blocked)},
-    )  # fmt: skip
-    assert done.returncode == 2 and "THRESHER_CACHE_DIR" in done.stderr and "Traceback" not in done.stderr
+    calibrate = """
+        import io, contextlib
+        from thresher import cli
+        from thresher.machine import device_rates, devices
+        device_rates.measure_cpu = lambda: devices.guessed_cpu()
+        sys.argv = ["thresher", "doctor", "--calibrate"]
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                cli.main()
+        except SystemExit as stopped:
+            said = errors.getvalue()
+            assert stopped.code == 2 and "THRESHER_CACHE_DIR" in said and "Traceback" not in said, said
+        else:
+            raise SystemExit("it calibrated")
+    """
+    run(calibrate, THRESHER_CACHE_DIR=str(blocked))
 
 
 # no file may grow beyond 20,000 bytes
@@ -87,7 +107,7 @@ thresher.save(fast, "m.thresher", example_inputs=inputs)
 """
 
 
-def test_the_old_artifact_survives_saves_that_fail(tmp_path):
+def test_the_old_artifact_survives_saves_that_fail(run, tmp_path):
     make = f"os.chdir({str(tmp_path)!r})\nfast = compiled(prepack=True)\n"
     save = "thresher.save(fast, 'm.thresher', example_inputs=inputs)\n"
     keep = "import shutil; shutil.copy('m.thresher', 'before')\n"
@@ -130,7 +150,7 @@ for size in (4096, 64):
 }
 
 
-def test_a_disk_that_takes_nothing_more(spoiled_disk, tmp_path):
+def test_a_disk_that_takes_nothing_more(run, spoiled_disk, tmp_path):
     """Compiling needs no disk, what stood on it stays whole, and a save that fails says so and leaves nothing behind."""
     disk, how = spoiled_disk
     code = f"disk = {str(disk)!r}\n" + """

@@ -41,15 +41,16 @@ def check_registration(op, sample):
     )
 
 
-@pytest.mark.parametrize("op, dtype", CASES, ids=_id)
-def test_opcheck(op, dtype):
+@pytest.mark.parametrize("op", {op.name: op for op, _ in CASES}.values(), ids=lambda op: op.name)
+def test_opcheck(op):
+    dtype = next(dtype for other, dtype in CASES if other is op)
     check_registration(op, op.inputs(torch.device("cpu"), dtype)[0])
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("op, dtype", CASES, ids=_id)
 def test_opcheck_of_every_sample(op, dtype):
-    for sample in op.inputs(torch.device("cpu"), dtype)[1:]:
+    for sample in op.inputs(torch.device("cpu"), dtype):
         check_registration(op, sample)
 
 

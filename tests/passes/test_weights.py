@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from sampled import sampled
 
 import thresher
 from thresher.errors import CoverageError
@@ -35,7 +36,7 @@ def covered(name, method="nvfp4", **options):
     return model, thresher.compile(model, batch(), recipe, target="reference").report[method]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(["gpt_oss", "mamba", "opt"], list(MODELS)))
 def test_every_matrix_is_rewritten_or_in_a_miss(name):
     model, account = covered(name)
     sites = [*account.rewritten, *(m.site for m in account.missed), *(m.site for m in account.apart)]

@@ -1,6 +1,6 @@
 """What the fuzz tests share: how many examples run, random batches, and the oracle, which is eager in higher precision.
 
-A plain run is the first chunk of each test, half as long, the same examples every time. `--thorough` runs all CHUNKS,
+A plain run is the first chunk of each test, a third as long, the same examples every time. `--thorough` runs all CHUNKS,
 with models of its own in each and new examples every time; a failing example is kept under THRESHER_FUZZ_DATABASE (else in
 .hypothesis/fuzz) and tried first from then on. One chunk alone: pytest --thorough "tests/fuzz/test_programs.py::...[17]".
 """
@@ -23,7 +23,7 @@ CHUNKS = 100
 chunks = pytest.mark.parametrize(
     "chunk", [0, *(pytest.param(n, marks=pytest.mark.thorough) for n in range(1, CHUNKS))]
 )
-PLAIN = 2  # a plain run's chunk has so many times fewer models and examples
+PLAIN = 3  # a plain run's chunk has so many times fewer models and examples
 
 
 def size(chunk: int, models: int, examples: int) -> tuple[int, int]:

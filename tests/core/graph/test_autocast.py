@@ -63,7 +63,7 @@ def test_a_value_is_cast_once_for_all_its_readers():
         assert {t.dtype for t in tensors if t.is_floating_point()} == {node.meta["val"].dtype}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.thorough)])
 def test_a_model_under_autocast_is_packed_and_right(dtype):
     model, inputs = zoo.ZOO["llama"].build()
     mask = torch.ones_like(inputs["input_ids"])

@@ -33,7 +33,7 @@ def test_the_formula():
     assert soft_density(h.bfloat16(), None, 1e-7).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["bert", "llama_reglu"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama_reglu", marks=pytest.mark.thorough)])
 def test_pads_count_neither_in_the_loss_nor_in_the_metrics(name):
     model, batch = zoo.ZOO[name].build()
     real = batch["attention_mask"].bool()
@@ -170,7 +170,7 @@ def test_gradient_checkpointing_counts_once():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("bert", marks=pytest.mark.thorough), "gpt2"])
 def test_relufy_swaps_every_mlp_and_survives_saving(name, tmp_path):
     model, batch = zoo.ZOO[name].build()
     assert thresher.relufy(model) is model

@@ -13,7 +13,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, StaticCache
 import thresher
 from thresher.lowering.inductor import inductor, repeats
 
-LAYERS = 5
+LAYERS = repeats.LEAST + 1
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def same(fast, model, call, tolerance=1e-4):
         torch.testing.assert_close(*keys, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("recipe", ["exact", {}])
+@pytest.mark.parametrize("recipe", ["exact", pytest.param({}, marks=pytest.mark.thorough)])
 def test_a_decoder_is_three_pieces_at_any_size(pieces, recipe):
     model = tiny_llama.make(num_hidden_layers=LAYERS)
     fast = thresher.compile(model, next(calls()), recipe, dynamic=True)
@@ -74,9 +74,9 @@ def test_low_bit_weights_are_each_layers_own(pieces):
 def test_layers_of_two_kinds_in_turn_are_compiled_as_one_stretch(pieces):
     torch.manual_seed(0)
     config = Gemma3TextConfig(
-        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=10, num_attention_heads=4,
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2 * repeats.LEAST, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, sliding_window=4, pad_token_id=0, bos_token_id=None, eos_token_id=None,
-        layer_types=["sliding_attention", "full_attention"] * 5,
+        layer_types=["sliding_attention", "full_attention"] * repeats.LEAST,
     )  # fmt: skip
     model = Gemma3ForCausalLM(config).eval()
     fast = thresher.compile(model, next(calls()), "exact", dynamic=True)
@@ -109,7 +109,7 @@ def test_each_layer_writes_its_own_static_cache_in_place(pieces):
     assert len(pieces) == 3 and len(written) >= 2, "a layer's piece writes its keys and values itself"
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [pytest.param(None, marks=pytest.mark.thorough), "static"])
 def test_a_prompt_is_three_pieces_and_a_step_of_free_sizes_one(pieces, cache):
     """Steps that C++ does not run: Inductor mixes up sizes that it finds to be one while it compiles a piece."""
     model = tiny_llama.make(num_hidden_layers=LAYERS)

@@ -40,7 +40,7 @@ def test_a_mask_of_one_row_for_all_queries(tmp_path):
         torch.testing.assert_close(ort(path, batch)[real], model(**batch)[real], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["none", "exact"])
+@pytest.mark.parametrize("recipe", [pytest.param("none", marks=pytest.mark.thorough), "exact"])
 def test_an_example_of_one_row_is_exported_for_any_number(tmp_path, recipe):
     model, batch = tiny_model()
     path = tmp_path / "m.onnx"

@@ -85,7 +85,7 @@ BATCHES = [
     [
         "llama",
         pytest.param("mistral", marks=pytest.mark.thorough),
-        pytest.param("bert", marks=pytest.mark.slow),
+        pytest.param("bert", marks=pytest.mark.thorough),
     ],
 )
 def test_a_packed_model_takes_and_gives_padded_tensors(name, tmp_path):

@@ -425,7 +425,7 @@ def calibrated(model, batches, tmp_path, **options):
     )
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_approximate_mode_keeps_its_error_budget(name, tmp_path):
     model, batch = zoo.ZOO[name].build()
     done = calibrated(model, [batch], tmp_path, error=0.1, budget=0.5, bmax=64)

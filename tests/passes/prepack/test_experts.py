@@ -10,7 +10,7 @@ import thresher
 @pytest.mark.parametrize(
     "kind, experts, dynamic",
     [
-        ("mixtral", None, None),
+        pytest.param("mixtral", None, None, marks=pytest.mark.thorough),
         ("qwen3_moe", "batched_mm", True),
         ("deepseek_v3", None, True),
         ("llama4", None, None),

@@ -23,7 +23,7 @@ def batch(rows, columns):
     return {"input_ids": torch.randint(1, 97, mask.shape), "attention_mask": mask}
 
 
-@pytest.fixture(params=["bert", "llama"])
+@pytest.fixture(params=[pytest.param("bert", marks=pytest.mark.thorough), "llama"])
 def model(request):
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ from thresher.quantization import _capture
 @pytest.mark.parametrize(
     "kind, options",
     [
-        ("mixtral", dict(bits=4, group_size=32)),
+        pytest.param("mixtral", dict(bits=4, group_size=32), marks=pytest.mark.thorough),
         ("gpt_oss", dict(grid="nvfp4")),
         ("llama4", dict(bits=3, group_size=32)),
     ],

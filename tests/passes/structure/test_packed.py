@@ -12,13 +12,13 @@ from thresher.passes.structure.recover import recover
 from thresher.recipe import Recipe
 
 
-def test_thirty_layers():
+def test_twelve_layers():
     config = hf.LlamaConfig(
         vocab_size=96, hidden_size=36, intermediate_size=48, num_attention_heads=9, num_key_value_heads=3,
-        num_hidden_layers=30, max_position_embeddings=64, tie_word_embeddings=True,
+        num_hidden_layers=12, max_position_embeddings=64, tie_word_embeddings=True,
     )  # fmt: skip
     structure = recover(captures.export(hf.LlamaForCausalLM(config).eval(), zoo.tokens()))
-    assert len(structure.layers) == 30 and structure.missed == [] and structure.head.tied
+    assert len(structure.layers) == 12 and structure.missed == [] and structure.head.tied
 
 
 @pytest.mark.parametrize("name", sampled(["llama", "bert"], ["llama", "gpt2", "bert"]))

@@ -48,7 +48,7 @@ def rows(inputs):
         yield row, real, inputs["input_ids"][row : row + 1, real]
 
 
-@pytest.mark.parametrize("gather", ["projections", "attention"])
+@pytest.mark.parametrize("gather", ["projections", pytest.param("attention", marks=pytest.mark.thorough)])
 @torch.no_grad()
 def test_each_packed_sequence_is_treated_as_alone(model, padded, gather):
     inputs = dict(padded, use_cache=True)

@@ -45,7 +45,7 @@ def test_it_is_the_method_as_written(model, gather):
     assert list(account.predicted) == account.rewritten and 0.2 < account.predicted[account.rewritten[0]] < 5
 
 
-@pytest.mark.parametrize("gather", ["projections", "attention"])
+@pytest.mark.parametrize("gather", ["projections", pytest.param("attention", marks=pytest.mark.thorough)])
 @torch.no_grad()
 def test_all_tokens_important_is_dense(model, gather):
     ids = prompt()
