@@ -29,6 +29,11 @@ def dynamo(model: torch.nn.Module, inputs: zoo.Inputs, dynamic: bool = False) ->
     return program
 
 
+def of_module(module: torch.nn.Module, **inputs: torch.Tensor) -> Program:
+    """`dynamo` of a module as it is when it infers, at fixed sizes."""
+    return dynamo(module.eval(), inputs)
+
+
 def export(model: torch.nn.Module, inputs: zoo.Inputs, dynamic: bool = False) -> Program:
     """Without a KV cache among the outputs, which export would need to be told about."""
     model.config.use_cache = False

@@ -27,3 +27,19 @@ def pruned(
     assert report["transprune"].rewritten, report
     (result, *_), extras = run_built(built(after, Reference(), report), given)
     return result, extras
+
+
+def by_hand(model, ids, cuts):
+    """The same layers called one by one. cuts: layer -> kept tokens [B, L] of the whole prompt."""
+    inner = model.model
+    hidden = inner.embed_tokens(ids)
+    at = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
+    rotary = inner.rotary_emb(hidden, at)
+    rows = torch.arange(ids.shape[0])[:, None]
+    for number, layer in enumerate(inner.layers):
+        if number in cuts:
+            index = torch.searchsorted(at.contiguous(), cuts[number])
+            hidden, at = hidden[rows, index], cuts[number]
+            rotary = inner.rotary_emb(hidden, at)
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+    return model.lm_head(inner.norm(hidden)), at

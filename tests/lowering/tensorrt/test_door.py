@@ -8,17 +8,16 @@ import pytest
 import rtx
 import torch
 import zoo
+from engine_models import SM, model_and_inputs
 from own_cache import own_cache
-from tiny_llama import make, prompt
 
 import thresher
 from thresher import ops
-from thresher.errors import ArgumentError, MissingDependencyError, ThresherError
+from thresher.errors import ArgumentError, ThresherError
 from thresher.lowering.coverage import coverage
 from thresher.lowering.tensorrt import door, engine, kept, options
 from thresher.lowering.tensorrt.options import Options
 
-SM = "SM120"
 # Options at which the methods find something to do in a model of width 64.
 METHODS = {
     "prepack": {"prepack": True},
@@ -42,32 +41,6 @@ def builds(monkeypatch, tmp_path):
     """Engines can be built, and are kept in a folder of the test's own."""
     rtx.use(monkeypatch)
     monkeypatch.setenv("THRESHER_CACHE_DIR", own_cache(tmp_path / "cache"))
-
-
-@pytest.fixture
-def nothing(monkeypatch):
-    """No TensorRT of any kind, and no GPU."""
-    monkeypatch.delenv(engine.PYTHON, raising=False)
-    monkeypatch.setattr(engine.tensorrt_build, "FLAVORS", ("no_such_tensorrt",))
-    monkeypatch.setattr(options, "installed", lambda name: False)
-    monkeypatch.setattr(options, "has_gpu", lambda: False)
-
-
-def model_and_inputs(method=""):
-    layers = 2 if method == "transprune" else 1  # tokens are left out behind a first layer
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2)
-    if method == "deft":
-        sizes.update(hidden_act="relu", num_attention_heads=8)  # heads of 8 values: no fused kernel has them
-    model = make(**sizes)
-    model.config.use_cache = False
-    model = model.to(torch.bfloat16 if method == "deft" else torch.float16)
-    ids = prompt(3, 16, span=None)
-    if method in ("transprune", "zipvl"):
-        ids[:, 1:6] = zoo.IMAGE_TOKEN
-        return model, {"input_ids": ids}
-    mask = torch.ones_like(ids)
-    mask[0, 9:] = mask[1, 5:] = 0
-    return model, {"input_ids": ids, "attention_mask": mask}
 
 
 def recipe(method, model, inputs, folder):
@@ -155,73 +128,6 @@ def test_torch_compile_and_the_decorator_take_it(builds):
 
     with torch.no_grad():
         torch.testing.assert_close(function(*inputs.values()), expected, rtol=1e-2, atol=1e-2)
-
-
-def test_without_a_builder_or_a_gpu_it_is_an_error_that_names_the_extra(nothing):
-    model, inputs = model_and_inputs()
-    with pytest.raises(MissingDependencyError, match=r"thresher\[tensorrt\]") as error:
-        thresher.compile(model, inputs, "none", target="tensorrt")
-    assert "build_only='SM120'" in str(error.value) and "thresher[tensorrt-rtx]" in str(error.value)
-    with pytest.raises(ThresherError, match=r"thresher\[tensorrt-rtx\]"):
-        thresher.compile(model, inputs, "none", target="tensorrt", build_only=SM)
-    with pytest.raises(Exception, match=r"thresher\[tensorrt\]"):  # torch wraps what a backend raises
-        torch.compile(model, backend="thresher", options={"target": "tensorrt"})(**inputs)
-
-
-def test_with_a_builder_and_no_gpu_it_says_what_can_be_done(monkeypatch):
-    monkeypatch.setattr(options, "installed", lambda name: name == "torch_tensorrt")
-    monkeypatch.setattr(options, "has_gpu", lambda: False)
-    with pytest.raises(ThresherError, match=r"torch sees none\. build_only='SM120'"):
-        Options.of({}).way()
-
-
-@pytest.mark.parametrize(
-    "there, builder, way",
-    [
-        ({"torch_tensorrt"}, "auto", "torch-tensorrt"),
-        ({"torch_tensorrt", "tensorrt"}, "auto", "torch-tensorrt"),
-        ({"torch_tensorrt", "tensorrt"}, "onnx", "onnx"),
-        ({"tensorrt_rtx"}, "auto", "onnx"),
-        ({"torch_tensorrt"}, "onnx", MissingDependencyError),
-        ({"tensorrt"}, "torch-tensorrt", MissingDependencyError),
-        (set(), "auto", MissingDependencyError),
-    ],
-)
-def test_who_builds_on_a_gpu(there, builder, way, monkeypatch):
-    monkeypatch.setattr(options, "installed", lambda name: name in there)
-    monkeypatch.setattr(options, "has_gpu", lambda: True)
-    if isinstance(way, str):
-        assert Options.of({"builder": builder}).way() == way
-    else:
-        with pytest.raises(way):
-            Options.of({"builder": builder}).way()
-
-
-@pytest.mark.parametrize(
-    "given, argument",
-    [
-        ({"build_only": "sm120"}, "build_only"),
-        ({"build_only": 120}, "build_only"),
-        ({"builder": "tensorrt"}, "builder"),
-        ({"profiles": [1]}, "profiles"),
-        ({"profiles": {"x": [(1, 2), (1, 2)]}}, r"profiles\['x'\]"),
-        ({"profiles": {"x": [(1, 4), (1, 2), (1, 8)]}}, r"profiles\['x'\]"),
-        ({"max_autotune": True}, "max_autotune"),
-    ],
-)
-def test_options_are_checked(given, argument):
-    with pytest.raises(ArgumentError, match=argument):
-        Options.of(given)
-    with pytest.raises(ArgumentError, match="mode"):
-        Options.of({}, "reduce-overhead")
-
-
-def test_an_option_of_another_target_is_not_ignored():
-    model, inputs = model_and_inputs()
-    with pytest.raises(ArgumentError, match=r"build_only.*target='tensorrt'"):
-        thresher.compile(model, inputs, "none", build_only=SM)
-    with pytest.raises(ArgumentError, match=r"profiles.*target='tensorrt'"):
-        thresher.optimize("none", profiles={})
 
 
 def test_what_cannot_become_engines_is_an_error_and_runs_by_nothing_else(monkeypatch):

@@ -4,15 +4,13 @@ import masks
 import pytest
 import torch
 import zoo
-from captures import dynamo, of_zoo
+from captures import of_module, of_zoo
 
 import thresher
 from thresher import testing
-from thresher.graph.nodes import value
 from thresher.graph.packed_layout import Gather, Packing, PlanField, Scatter
 from thresher.kernels import catalog
 from thresher.passes.base import Context, Miss
-from thresher.passes.prepack.early_gather import gather_early
 from thresher.passes.prepack.prepack import Prepack, PrepackConfig
 from thresher.passes.structure.recover import recover
 from thresher.recipe import Recipe
@@ -33,10 +31,6 @@ def matched(program, **options):
     return site, program, context
 
 
-def capture(module, **inputs):
-    return dynamo(module.eval(), inputs)
-
-
 class Attends(torch.nn.Module):
     """Embedding, one attention with a mask of one's choosing, a linear."""
 
@@ -54,7 +48,7 @@ class Attends(torch.nn.Module):
 
 class TestDeclines:
     def reason(self, module, **inputs):
-        site, program, _ = matched(capture(module, **inputs))
+        site, program, _ = matched(of_module(module, **inputs))
         assert isinstance(site, Miss) and site.reason.endswith("."), site
         assert program.packing is None
         return site.reason
@@ -132,7 +126,7 @@ class TestKinds:
             seen = (position[:, None] >= position) | (position < 4)
             return seen & mask[:, None, None].bool()
 
-        program = capture(Attends(prefix), **zoo_inputs())
+        program = of_module(Attends(prefix), **zoo_inputs())
         _, packed, _ = matched(program)
         (seen,) = packed.packing.visibilities.values()
         assert seen.kind == "generic" and packed.packing.masks
@@ -203,57 +197,14 @@ class Grouped(torch.nn.Module):
 
 
 def test_heads_repeated_one_by_one_are_shared_too():
-    _, program, _ = matched(capture(Grouped(), **zoo_inputs()))
+    _, program, _ = matched(of_module(Grouped(), **zoo_inputs()))
     call = next(n for n in program.nodes() if "varlen_attention" in str(n.target))
     assert [n.meta["val"].shape[1] for n in call.args[:3]] == [4, 2, 2]
 
 
 def test_tokens_repeated_one_by_one_stop_the_flow():
-    site, _, _ = matched(capture(Grouped(along=2), **zoo_inputs()))
+    site, _, _ = matched(of_module(Grouped(along=2), **zoo_inputs()))
     assert "repeats the sequence dimension" in site.reason
-
-
-class TestEarlyGather:
-    def test_a_selection_passes_the_head_and_a_soft_cap(self):
-        class Head(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.head = torch.nn.Linear(8, 30)
-
-            def forward(self, x):
-                return (torch.tanh(self.head(x) / 3.0) * 3.0)[:, -1]
-
-        module, x = Head().eval(), torch.randn(3, 5, 8)
-        program = capture(module, x=x)
-        assert gather_early(program) == 1
-        program.clean()
-        (head,) = program.nodes(aten.linear.default)
-        assert tuple(head.meta["val"].shape) == (3, 30)
-        torch.testing.assert_close(program.run(x)[0], module(x))
-
-    def test_what_is_read_whole_as_well_stays(self):
-        class Both(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.head = torch.nn.Linear(8, 30)
-
-            def forward(self, x):
-                y = self.head(x)
-                return y, y[:, -1]
-
-        program = capture(Both().eval(), x=torch.randn(3, 5, 8))
-        assert gather_early(program) == 0
-
-    def test_a_selection_of_features_stays(self):
-        class Part(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.head = torch.nn.Linear(8, 30)
-
-            def forward(self, x):
-                return self.head(x)[:, :, 3]
-
-        assert gather_early(capture(Part().eval(), x=torch.randn(3, 5, 8))) == 0
 
 
 def test_the_mask_may_have_another_name():
@@ -262,7 +213,7 @@ def test_the_mask_may_have_another_name():
             return super().forward(input_ids, keep)
 
     inputs = zoo_inputs()
-    program = capture(
+    program = of_module(
         Named(lambda m: m[:, None, None].bool()), input_ids=inputs["input_ids"], keep=masks.left((5, 8, 12))
     )
     assert isinstance(matched(program)[0], Miss)
@@ -290,16 +241,3 @@ def test_a_head_that_reads_one_position_counts_by_it_however_large_it_is():
     inputs = {"input_ids": inputs["input_ids"], "attention_mask": masks.left((5, 8, 12)), "logits_to_keep": 1}
     found = thresher.explain(model, inputs, prepack=True)
     assert found.report["prepack"].rewritten, found.report["prepack"].missed
-
-
-def test_what_is_selected_early_is_said_where_it_was_done_though_nothing_is_packed():
-    class Last(testing.TinyTransformer):
-        def forward(self, input_ids, attention_mask):
-            return super().forward(input_ids, attention_mask)[:, -1]
-
-    one = {k: v[:1] for k, v in testing.tiny_model()[1].items()}  # one row: packing declines
-    found = thresher.explain(Last().eval(), one, prepack=True)
-    assert not found.report["prepack"].rewritten and not found.report["prepack"].notes
-    heads = [p.nodes(aten.linear.default)[-1] for p in (found.before[0], found.after[0])]
-    assert [value(h).dim() for h in heads] == [3, 2]
-    assert any("selected before the LM head" in note for note in found.report.notes)

@@ -1,16 +1,13 @@
 """Token pruning on small random decoders: what is kept, what stays exact, and what is refused."""
 
-import itertools
-
 import leniently
 import pytest
 import torch
-from pruned import pruned
+from pruned import by_hand, pruned
 from sampled import sampled
 from tiny_llama import IMAGE, SPAN, TOKENS, make, prompt
 
 import thresher
-from thresher.errors import ArgumentError
 from thresher.passes.transprune.scores import POLICIES
 
 OPTIONS = dict(image_token_id=IMAGE, min_image_tokens=8, bucket=1, min_saving=0.0)
@@ -35,22 +32,6 @@ def run(call, ids, **more):
 
 def kept(call):
     return call.sessions[-1].extras
-
-
-def by_hand(model, ids, cuts):
-    """The same layers called one by one. cuts: layer -> kept tokens [B, L] of the whole prompt."""
-    inner = model.model
-    hidden = inner.embed_tokens(ids)
-    at = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
-    rotary = inner.rotary_emb(hidden, at)
-    rows = torch.arange(ids.shape[0])[:, None]
-    for number, layer in enumerate(inner.layers):
-        if number in cuts:
-            index = torch.searchsorted(at.contiguous(), cuts[number])
-            hidden, at = hidden[rows, index], cuts[number]
-            rotary = inner.rotary_emb(hidden, at)
-        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
-    return model.lm_head(inner.norm(hidden)), at
 
 
 @pytest.fixture(scope="module")
@@ -271,38 +252,6 @@ def test_no_layer_is_pruned_beyond_one_that_cannot_be_followed():
     assert not report.rewritten and "cannot be run on fewer tokens" in report.missed[0].reason
 
 
-@pytest.mark.parametrize(
-    "options, argument",
-    [
-        (dict(policy="best"), "transprune policy"),
-        (dict(mode="code"), "transprune mode"),
-        (dict(restore="all"), "transprune restore"),
-        (dict(position="lost"), "transprune position"),
-        (dict(stages=((1, 0.0),)), "stages"),
-        (dict(stages=((1, 1.5),)), "stages"),
-        (dict(stages=((0, 0.5),)), "stages"),
-        (dict(stages=((2, 0.5), (1, 0.4))), "stages"),
-        (dict(stages=((1, 0.5), (2, 0.6))), "stages"),
-        (dict(reserve=1.5), "reserve"),
-        (dict(bucket=0), "bucket"),
-    ],
-)
-def test_options_that_make_no_sense_are_named(options, argument):
-    with pytest.raises(ArgumentError) as error:
-        thresher.Recipe.of(None, transprune=options)
-    assert argument in str(error.value)
-
-
-def test_wrong_token_types_are_named():
-    with pytest.raises(ArgumentError, match="types"), thresher.token_types(torch.zeros(3)):
-        pass
-    with (
-        pytest.raises(ArgumentError, match="scores"),
-        thresher.token_types(torch.zeros(2, 4, dtype=torch.int8), torch.zeros(2, 5)),
-    ):
-        pass
-
-
 def test_types_of_another_shape_than_the_call_are_named(model):
     ids = prompt()
     with thresher.token_types(torch.ones(2, 10, dtype=torch.int8)):
@@ -335,10 +284,3 @@ def test_fifty_calls_with_other_spans_need_one_program_a_bucket(model):
     session = call.sessions[0]
     assert len(call.sessions) == compiled_before == 1
     assert len(session.variants) + 1 <= len(drops | {16})
-
-
-def test_the_schedule_of_the_paper_scales_with_depth():
-    from thresher.passes.transprune.transprune import HIGH
-
-    assert [(round(s * 32), k) for s, k in HIGH] == [(7, 0.875), (9, 0.625), (12, 0.125)]
-    assert all(b > a for (a, _), (b, _) in itertools.pairwise(HIGH))

@@ -1,16 +1,12 @@
 """Saved models: the same bits after loading, in a process without the model's code; and damaged files refused."""
 
-import functools
-import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import masks
 import pytest
@@ -18,32 +14,13 @@ import safetensors.torch
 import torch
 import zoo
 from sampled import sampled
+from saved_models import compiled, with_manifest
 
 import thresher
-from thresher.errors import ArgumentError, ThresherError
 from thresher.graph.program import Program, Weight
 from thresher.runtime.artifact import file as artifact
 from thresher.runtime.artifact import tensor_file
 from thresher.runtime.artifact.program_json import ArtifactError
-
-
-@functools.cache
-def compiled(name, recipe="exact", dynamic=True):
-    model, inputs = zoo.ZOO[name].build()
-    return thresher.compile(model, inputs, recipe, target="reference", dynamic=dynamic), inputs
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    model, inputs = compiled("llama")
-    path = tmp_path_factory.mktemp("saved") / "model.thresher"
-    return thresher.save(model, path, example_inputs=inputs, longest=64), inputs
-
-
-@pytest.fixture
-def saved(written, tmp_path):
-    """A copy that a test may damage."""
-    return Path(shutil.copy(written[0], tmp_path)), written[1]
 
 
 @pytest.mark.parametrize("name", sampled(["bert", "mistral"], ["llama", "bert", "mistral"]))
@@ -114,91 +91,6 @@ def test_no_member_is_a_pickle_and_safetensors_reads_the_weights(saved):
     assert shared["tensor"] == entry["tensor"]  # stored once for the packed and the padded program
 
 
-def test_a_truncated_file_is_refused(saved):
-    path, _ = saved
-    whole = path.read_bytes()
-    for share in (0, 0.3, 0.9, 0.999):
-        path.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(ArtifactError, match=r"truncated|damaged|no readable manifest"):
-            thresher.load(path)
-
-
-def test_an_altered_byte_anywhere_is_refused(saved):
-    path, _ = saved
-    whole = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        spots = [i.header_offset + 40 + i.file_size // 2 for i in archive.infolist()]
-    for spot in [*spots, len(whole) - 5]:  # the last lies in the manifest's checksum
-        path.write_bytes(whole[:spot] + bytes([whole[spot] ^ 1]) + whole[spot + 1 :])
-        with pytest.raises(ArtifactError, match=r"altered|damaged|truncated"):
-            thresher.load(path)
-
-
-def _with_manifest(path, **changes):
-    """Rewrite the manifest, checksum and all: what a newer writer would have written."""
-    with zipfile.ZipFile(path) as archive:
-        members = {n: archive.read(n) for n in archive.namelist()}
-    text = json.dumps({**json.loads(members.pop("manifest.json")), **changes}).encode()
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in {**members, "manifest.json": text}.items():
-            archive.writestr(name, data)
-        archive.comment = hashlib.sha256(text).hexdigest().encode()
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"format": 99}, "format 99"),
-        ({"operators": {"aten.no_such_operator.default": ""}}, "aten.no_such_operator.default"),
-        ({"operators": {"thresher.hadamard.default": "thresher::hadamard(Tensor x) -> Tensor"}}, "Save the model again"),
-        ({"machine": {"devices": ["cpu", "cuda"], "byte_order": sys.byteorder}}, "GPU"),
-        ({"machine": {"devices": ["cpu"], "byte_order": "big"}}, "endian"),
-    ],
-)  # fmt: skip
-def test_another_version_or_machine_is_refused(saved, changes, message):
-    path, _ = saved
-    if "GPU" in message and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    _with_manifest(path, **changes)
-    with pytest.raises(ArtifactError, match=message):
-        thresher.load(path)
-
-
-def test_a_member_the_manifest_does_not_list_is_refused(saved):
-    path, _ = saved
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("extra.py", "print('never')")
-    with pytest.raises(ArtifactError, match="altered"):
-        thresher.load(path)
-
-
-def test_a_graph_may_call_operators_only(saved):
-    path, _ = saved
-    with zipfile.ZipFile(path) as archive:
-        members = {n: archive.read(n) for n in archive.namelist()}
-    programs = members["programs.json"].replace(b'"aten.silu.default"', b'"os.system"')
-    manifest = json.loads(members["manifest.json"])
-    manifest["sha256"]["programs.json"] = hashlib.sha256(programs).hexdigest()
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("weights.safetensors", members["weights.safetensors"])
-        archive.writestr("programs.json", programs)
-        text = json.dumps(manifest).encode()
-        archive.writestr("manifest.json", text)
-        archive.comment = hashlib.sha256(text).hexdigest().encode()
-    with pytest.raises(ArtifactError, match=r"operator 'os\.system'"):
-        thresher.load(path)
-
-
-def test_code_runs_only_when_allowed_by_name(saved):
-    path, _ = saved
-    with pytest.raises(ArgumentError, match="allow_compiled=True"):
-        thresher.load(path, target="compiled")
-    with pytest.raises(ArtifactError, match="holds no machine code"):
-        thresher.load(path, target="compiled", allow_compiled=True)
-    with pytest.raises(ArgumentError, match="compiled, inductor, reference"):
-        thresher.load(path, target="onnx")
-
-
 def test_an_interrupted_save_leaves_the_old_file(saved):
     path, inputs = saved
     before = path.read_bytes()
@@ -242,53 +134,6 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(saved):
     assert "was not written" in ran.stdout and "unchanged" in ran.stdout, ran
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize(
-    "call, named",
-    [
-        (lambda i: {}, "input_ids"),
-        (lambda i: {**i, "labels": i["input_ids"]}, "labels"),
-        (lambda i: {**i, "input_ids": i["input_ids"].int()}, "int64"),
-        (lambda i: {**i, "input_ids": i["input_ids"].tolist()}, "list"),
-        (lambda i: {**i, "attention_mask": i["attention_mask"][:, :-1]}, "sizes"),
-    ],
-)
-def test_wrong_inputs_are_named(saved, call, named):
-    path, inputs = saved
-    loaded = thresher.load(path, target="reference")
-    with pytest.raises(ArgumentError, match=named):
-        loaded(**call(inputs))
-
-
-def test_what_cannot_be_saved_is_said(tmp_path):
-    with pytest.raises(ArgumentError, match=r"thresher\.compile"):
-        thresher.save(torch.nn.Linear(2, 2), tmp_path / "m")
-    model, _ = compiled("llama")
-    with pytest.raises(ArgumentError, match="example_inputs"):
-        thresher.save(model, tmp_path / "m")
-
-    class Broken(torch.nn.Module):
-        def forward(self, x):
-            x = x + 1
-            torch._dynamo.graph_break()
-            return x * 2
-
-    made = thresher.compile(Broken().eval(), (torch.ones(3, 4),), "none", target="reference")
-    with pytest.raises(ThresherError, match="2 graphs"):
-        thresher.save(made, tmp_path / "m", example_inputs=(torch.ones(3, 4),))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    model, inputs = compiled("llama")
-    monkeypatch.setattr(type(model), "__call__", lambda *_, **__: pytest.fail("the model was run first"))
-    for path in (tmp_path, tmp_path / "file" / "model"):
-        with pytest.raises(ArgumentError, match="path"):
-            thresher.save(model, path, example_inputs=inputs)
-        with pytest.raises(ArgumentError, match="path"):
-            thresher.export_onnx(model.model, inputs, path)
 
 
 def test_every_dtype_layout_and_argument_survives(tmp_path):
@@ -352,7 +197,7 @@ def test_machine_code_runs_without_compiling(tmp_path):
     torch.testing.assert_close(
         actual.last_hidden_state, model(**inputs).last_hidden_state, rtol=1e-4, atol=1e-4
     )
-    _with_manifest(path, compiled={**loaded.manifest["compiled"], "instructions": "AVX1024"})
+    with_manifest(path, compiled={**loaded.manifest["compiled"], "instructions": "AVX1024"})
     with pytest.raises(ArtifactError, match="AVX1024"):
         thresher.load(path, target="compiled", allow_compiled=True)
     assert torch.equal(
@@ -366,18 +211,3 @@ def test_files_are_readable_by_others_as_any_new_file(saved):
     os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
     assert artifact.FORMATS[0] == 1
-
-
-@pytest.mark.parametrize(
-    ("current", "serves"),
-    [
-        ("t::f(Tensor q, int n) -> Tensor", True),
-        ("t::f(Tensor q, int n, Tensor? s=None, bool b=True) -> Tensor", True),
-        ("t::f(Tensor q, int n, Tensor s) -> Tensor", False),
-        ("t::f(Tensor q, int number) -> Tensor", False),
-        ("t::f(Tensor q) -> Tensor", False),
-        ("t::f(Tensor q, int n) -> (Tensor, Tensor)", False),
-    ],
-)
-def test_an_operator_that_gained_what_may_be_left_out_still_serves(current, serves):
-    assert artifact._serves(current, "t::f(Tensor q, int n) -> Tensor") == serves
