@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 
 import captures
@@ -11,6 +10,7 @@ import pytest
 import torch
 import zoo
 from sampled import sampled
+from wrong_attention import next_segment_too, other_scale, read_as_fp32
 
 from thresher import backend, ops
 from thresher.compiled import specialized_floats
@@ -67,43 +67,6 @@ def test_packing_is_kept_in_half_precision(name, dtype):
     assert account.own > 1e-5 and account.error <= account.budget
     assert account.budget < 0.3, "so wide a budget finds nothing"
     assert [c.split(" (")[0] for c in account.checked] == ["other lengths", "the example", "permuted"]
-
-
-def next_segment_too(op):
-    """One key too many: each token but the last segment's sees the first token of the next segment."""
-
-    def run(q, k, v, cu, max_len, scale, causal, window, softcap):
-        out = op.reference(q, k, v, cu, max_len, scale, causal, window, softcap).clone()
-        ends = cu.tolist()
-        for begin, end in itertools.pairwise(ends):
-            if begin == end or end == q.shape[2]:
-                continue
-            seen = torch.ones(end - begin, end - begin + 1, dtype=torch.bool)
-            if causal:
-                seen = seen.tril()
-                seen[:, -1] = True
-            parts = q[:, :, begin:end], k[:, :, begin : end + 1], v[:, :, begin : end + 1]
-            out[:, :, begin:end] = attend(*parts, scale, softcap, seen)
-        return out
-
-    from thresher.kernels.varlen.attention import attend
-
-    return run
-
-
-def other_scale(op):
-    return lambda q, k, v, cu, max_len, scale, *rest: op.reference(q, k, v, cu, max_len, scale * 1.25, *rest)
-
-
-def read_as_fp32(op):
-    """What a kernel does that takes any pointer for one to fp32 numbers."""
-
-    def run(q, k, v, *rest):
-        words = v.contiguous().view(torch.int16).flatten()
-        wide = torch.cat([words, words])[: 2 * words.numel()].view(torch.float32).reshape(v.shape)
-        return op.reference(q, k, wide.nan_to_num(0.0).clamp(-8, 8).to(v.dtype), *rest)
-
-    return run
 
 
 FAULTS = [next_segment_too, other_scale, read_as_fp32]
