@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 _PARENT = """
 import json, os, sys
-exec(sys.argv[1])
+names = {}
+exec(sys.argv[1], names)
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 for line in sys.stdin:
     asked = json.loads(line)
@@ -25,7 +26,7 @@ for line in sys.stdin:
         os.environ.update(asked["environment"])
         left = 0
         try:
-            exec(compile(asked["code"], "<forked>", "exec"), globals())
+            exec(compile(asked["code"], "<forked>", "exec"), names)
         except SystemExit as stopped:
             left = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
             print(stopped.code)
