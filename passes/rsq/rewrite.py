@@ -148,6 +148,23 @@ def _signs(
 
 
 @dataclasses.dataclass(frozen=True)
+class RowWise:
+    """A derivation whose every row comes from the same row of what it is made from, so that a large head can be computed
+    in parts. cut: which of its tensors have such rows; the others are read whole."""
+
+    make: Callable[..., torch.Tensor]
+    cut: tuple[bool, ...]
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.make(*tensors)
+
+    def rows(self, tensors: Sequence[torch.Tensor], chosen: slice, dtype: torch.dtype) -> torch.Tensor:
+        """The chosen rows, computed in `dtype`."""
+        parts = (t[chosen] if cut else t for t, cut in zip(tensors, self.cut, strict=True))
+        return self.make(*(t.to(dtype) for t in parts))
+
+
+@dataclasses.dataclass(frozen=True)
 class Derivation:
     """Weights of the model, and how a new one is computed from their tensors."""
 
@@ -175,7 +192,9 @@ def edited_weights(program: Program, edit: Edit) -> tuple[Derivation, Derivation
         return made
 
     has_bias = present[1] or present[3]
-    return Derivation(held, weight), Derivation(held, bias) if has_bias else None
+    cut = tuple(rows for rows, there in zip((True, True, False, False), present) if there)
+    make = weight if edit.transposed or edit.writes or edit.heads_out else RowWise(weight, cut)
+    return Derivation(held, make), Derivation(held, bias) if has_bias else None
 
 
 def derived(

@@ -17,7 +17,7 @@ from thresher import tensor_files
 from thresher.errors import ArgumentError
 from thresher.graph.program import Program
 
-from ..rewrite import materialise
+from ..rewrite import RowWise, materialise
 
 aten = torch.ops.aten
 Values = dict[fx.Node, Any]
@@ -182,23 +182,23 @@ class Sweep:
         return table[place]
 
     def _wide_linear(self, node: fx.Node, env: Values) -> torch.Tensor:
-        """A linear whose weight is converted in parts, where it is a head's."""
+        """A linear whose weight is converted in parts, where it is large and its rows do not depend on each other."""
         x, read = self._value(node.args[0], env), node.args[1]  # type: ignore[arg-type]
         bias = self._value(node.args[2], env) if len(node.args) > 2 and node.args[2] is not None else None  # type: ignore[arg-type]
         held = self.program.weights.get(str(read.target)) if read.op == "get_attr" else None  # type: ignore[union-attr]
-        if held is None or held.tensor.numel() <= _CHUNK or (held.derive is None and held.source):
+        by_rows = held is not None and (isinstance(held.derive, RowWise) or not held.source)
+        if held is None or not by_rows or str(read.target) in self.overrides or held.tensor.numel() <= _CHUNK:  # type: ignore[union-attr]
             return torch.nn.functional.linear(x, self._value(read, env), bias)  # type: ignore[arg-type]
-        rows = held.tensor.shape[0]
-        step = max(1, _CHUNK // held.tensor.shape[1])
+        assert self.dtype is not None
+        rows, columns = held.tensor.shape
+        step = max(1, _CHUNK // columns)
         parts = []
         for first in range(0, rows, step):
             chosen = slice(first, first + step)
-            if held.derive is None:
-                part = held.tensor[chosen].to(self.dtype)
+            if isinstance(held.derive, RowWise):
+                part = held.derive.rows(held.made_from, chosen, self.dtype)
             else:
-                # Only a head is this large, and it is a reader: its rows are computed apart.
-                cut = [t[chosen] if t.dim() == 2 or t.shape[0] == rows else t for t in held.made_from]
-                part = held.derive(*(t.to(self.dtype) for t in cut))
+                part = held.tensor[chosen].to(self.dtype)
             parts.append(torch.nn.functional.linear(x, part))
         out = torch.cat(parts, -1)
         return out if bias is None else out + bias

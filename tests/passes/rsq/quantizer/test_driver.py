@@ -76,6 +76,22 @@ def test_rotation_is_exact_in_fp64(name):
     assert plan.quantise, "a model that is not rotated is still quantised"
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_large_weights_are_proven_in_parts_only_where_rows_do_not_mix(name, monkeypatch):
+    """Every weight of these models is large here: square ones, those that write to the stream, transposed ones, the head."""
+    from thresher.passes.rsq.quantizer import sweep
+
+    program = captures.of_zoo(name)
+    inputs = captures.arguments(program, zoo.ZOO[name].build()[1])
+    after, _ = rotated(program, RSQConfig())
+    whole = exactness(program, after, inputs)
+    monkeypatch.setattr(sweep, "_CHUNK", 5 * max(w.tensor.shape[-1] for w in program.weights.values()))
+    counted, rows = [], sweep.RowWise.rows
+    monkeypatch.setattr(sweep.RowWise, "rows", lambda *given: counted.append(1) or rows(*given))
+    assert exactness(program, after, inputs) == pytest.approx(whole, rel=1, abs=1e-12)
+    assert len(counted) > 10 or name == "gpt2"  # whose weights are stored transposed
+
+
 def test_an_inexact_rotation_is_noticed(monkeypatch):
     from thresher.passes.rsq import plan as rsq_plan
 
