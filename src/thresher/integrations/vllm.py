@@ -35,6 +35,7 @@ from thresher.formats import bitpack, nvfp4
 from thresher.kernels import catalog
 
 from ..errors import ThresherError
+from . import vllm_deft
 
 NAME = "thresher"
 _BITS = (2, 3, 4, 8)
@@ -45,6 +46,7 @@ def register() -> None:
     """What vLLM calls in each of its processes (entry point `vllm.general_plugins`)."""
     catalog.load()
     register_quantization_config(NAME)(ThresherQuantization)
+    register_quantization_config(vllm_deft.NAME)(vllm_deft.ThresherDeft)
 
 
 class ThresherQuantization(CompressedTensorsConfig):

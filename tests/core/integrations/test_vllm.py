@@ -36,9 +36,9 @@ if __name__ == "__main__":
 """
 
 
-def run(folder, prompts, tmp_path, **more):
+def run(folder, prompts, tmp_path, code=RUN, **more):
     script = tmp_path / "run.py"
-    script.write_text(RUN)
+    script.write_text(code)
     env = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -75,3 +75,38 @@ def test_vllm_computes_what_the_model_in_memory_does(small, kind, tmp_path):
     for row, (found, logprob) in enumerate(run(folder, prompts.tolist(), tmp_path, quantization="thresher")):
         assert found == tokens[row, 12:].tolist()
         assert abs(logprob - float(first[row])) < 1e-3
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_deft_leaves_out_the_neurons_that_are_zero(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(vocab_size=512, hidden_size=256, ffn_dim=4096, num_hidden_layers=2,
+                                    num_attention_heads=4, word_embed_proj_dim=256, init_std=0.1,
+                                    eos_token_id=None)  # fmt: skip
+    model, prompts = transformers.OPTForCausalLM(config).eval(), IDS[:2, :12]
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.fc1.bias.sub_(3.0)  # few neurons are not zero
+        tokens = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, do_sample=False
+        )
+    model.save_pretrained(tmp_path / "opt")
+    count = """
+    from thresher import site_counts
+    sites = [site_counts.site(f"model.decoder.layers.{i}.fc2") for i in range(2)]
+    with open(folder + ".sites", "w") as file:
+        json.dump([[s.sparse, s.union_density] for s in sites], file)
+"""
+    found = run(tmp_path / "opt", prompts.tolist(), tmp_path, RUN + count, quantization="thresher-deft")
+    assert [got for got, _ in found] == tokens[:, 12:].tolist()
+    for sparse, density in json.loads((tmp_path / "opt.sites").read_text()):
+        assert sparse >= 5 and density < 0.3  # the steps behind the prefill
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_deft_refuses_a_model_whose_neurons_are_never_zero(small, tmp_path):
+    small.save_pretrained(tmp_path / "llama")
+    with pytest.raises(AssertionError, match="exactly zero, and the MLPs of this model use silu"):
+        run(tmp_path / "llama", IDS[:1, :4].tolist(), tmp_path, quantization="thresher-deft")
