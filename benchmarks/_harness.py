@@ -32,7 +32,8 @@ from _machine import machine, versions
 from rich.console import Console
 from rich.table import Table
 
-_PLACES = ("json", "lock", "log", "more", "openvino", "state")  # options that name files
+# options that name files
+_PLACES = ("json", "llama", "lock", "log", "more", "openvino", "ray", "state", "vllm")
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
