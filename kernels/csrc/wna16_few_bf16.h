@@ -6,6 +6,8 @@
 // to each group's. Zero points apply to the sums of x, as in the other kernels.
 #pragma once
 
+#include <type_traits>
+
 #include "step_dense.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__)
@@ -39,13 +41,17 @@ struct Form {
     // Column of the block that word i of part j has.
     static int64_t column(int j, int i) { return kBits == 4 ? 4 * i + j : 32 * j + i; }
 
+    // What a block is read as: a vector, or for 8 bits the place, which conversions load from.
+    using Block = std::conditional_t<kBits == 4, __m512i, const uint8_t*>;
+
     template <int J>
-    static INLINE __m512bh part(__m512i packed, __m512i table) {
+    static INLINE __m512bh part(Block block, __m512i table) {
         if constexpr (kBits == 4) {
-            return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4 * J), table);
+            return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(block, 4 * J), table);
         } else {
-            const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(packed, 2 * J)));
-            const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(packed, 2 * J + 1)));
+            const __m128i* const p = reinterpret_cast<const __m128i*>(block) + 2 * J;
+            const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p)));
+            const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p + 1)));
             return _mm512_cvtne2ps_pbh(high, low);
         }
     }
@@ -61,9 +67,9 @@ inline __m512i table_of_codes() {
 
 // sums[t][r] += codes of part J . x, and of the parts behind it; chain: which of several sums that do not wait for each other.
 template <int kBits, int R, int M, int C, int J = 0>
-INLINE void parts(const __m512i* packed, const uint16_t* x, int64_t apart, __m512i table, __m512 (*sums)[R * C]) {
+INLINE void parts(const typename Form<kBits>::Block* block, const uint16_t* x, int64_t apart, __m512i table, __m512 (*sums)[R * C]) {
     __m512bh w[R];
-    UNROLL for (int r = 0; r < R; ++r) w[r] = Form<kBits>::template part<J>(packed[r], table);
+    UNROLL for (int r = 0; r < R; ++r) w[r] = Form<kBits>::template part<J>(block[r], table);
     UNROLL for (int t = 0; t < M; ++t) {
         const __m512bh v = (__m512bh)_mm512_load_si512(x + t * apart + J * 32);
         UNROLL for (int r = 0; r < R; ++r) {
@@ -71,7 +77,7 @@ INLINE void parts(const __m512i* packed, const uint16_t* x, int64_t apart, __m51
             sum = _mm512_dpbf16_ps(sum, w[r], v);
         }
     }
-    if constexpr (J + 1 < Form<kBits>::kParts) parts<kBits, R, M, C, J + 1>(packed, x, apart, table, sums);
+    if constexpr (J + 1 < Form<kBits>::kParts) parts<kBits, R, M, C, J + 1>(block, x, apart, table, sums);
 }
 
 // out[t * 16 + r]: R rows of the weight by M of x [M, apart]. sums: of x over each group [M, groups].
@@ -87,21 +93,28 @@ INLINE void tile(const Weight& w, const int64_t* row, const uint16_t* x, int64_t
     __m512 total[M][R * C];
     _Pragma("GCC unroll 16") for (int t = 0; t < M; ++t) UNROLL for (int r = 0; r < R * C; ++r) total[t][r] = _mm512_setzero_ps();
     for (int64_t b = 0; b < blocks; ++b) {
-        __m512i packed[R];
+        typename F::Block block[R];
+        alignas(64) uint8_t rest_of_row[R][64];
         const int64_t left = w.row_bytes - b * 64;
         UNROLL for (int r = 0; r < R; ++r) {
             const uint8_t* p = w.codes + row[r] * w.row_bytes + b * 64;
-            packed[r] = left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((1ull << left) - 1, p);
+            const __mmask64 there = left >= 64 ? ~0ull : (1ull << left) - 1;
+            if constexpr (kBits == 4) {
+                block[r] = left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(there, p);
+            } else {
+                block[r] = left >= 64 ? p : rest_of_row[r];
+                if (left < 64) _mm512_store_si512(rest_of_row[r], _mm512_maskz_loadu_epi8(there, p));
+            }
             __builtin_prefetch(p + 4096, 0, 2);
         }
         const uint16_t* const at = x + b * F::kCodes;
         if constexpr (kAlone) {
-            parts<kBits, R, M, C>(packed, at, apart, table, total);
+            parts<kBits, R, M, C>(block, at, apart, table, total);
             continue;
         }
         __m512 here[M][R * C];
         UNROLL for (int t = 0; t < M; ++t) UNROLL for (int r = 0; r < R; ++r) here[t][r] = _mm512_setzero_ps();
-        parts<kBits, R, M, C>(packed, at, apart, table, here);
+        parts<kBits, R, M, C>(block, at, apart, table, here);
         const int64_t g = b * F::kCodes / group, rest = w.groups - g;
         const __mmask16 there = rest >= 16 ? 0xFFFF : (__mmask16)((1u << rest) - 1);
         UNROLL for (int r = 0; r < R; ++r) {

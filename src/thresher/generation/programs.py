@@ -40,7 +40,7 @@ class Sizes:
 
     def __init__(self, dynamic: bool | None):
         self.dynamic = dynamic
-        self._first: list[Any] | None = None
+        self._first: tuple[dict[str, Any], list[tuple[int, ...]]] | None = None
         self._usual = False
 
     def give_up(self) -> bool:
@@ -57,15 +57,23 @@ class Sizes:
     @contextlib.contextmanager
     def prepared(self, args: tuple[Any, ...], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Within the context these arguments may be given to programs made for other sizes; gives the keyword ones."""
-        mine = _signature(args, named)
-        if self._first is None:
-            self._first = mine
-        alone = mine is None or (self.dynamic is None and mine == self._first)
-        if self.dynamic is False or self._usual or alone:
+        mine = _shapes(args, named)
+        if self._first is None and mine is not None:
+            self._first = mine, list(_held(named))
+        if (
+            self.dynamic is False
+            or self._usual
+            or mine is None
+            or (self.dynamic is None and self._is_first(mine, named))
+        ):
             yield named
             return
         with free_sizes(apart=_differ(named)):
             yield _prepared(named)
+
+    def _is_first(self, mine: dict[str, Any], named: dict[str, Any]) -> bool:
+        """Whether a call, of these shapes, is like the first; what its cache holds is only then looked at."""
+        return self._first is not None and mine == self._first[0] and list(_held(named)) == self._first[1]
 
 
 def _differ(named: Mapping[str, Any]) -> bool:
@@ -78,21 +86,21 @@ def _differ(named: Mapping[str, Any]) -> bool:
     masks = mask.values() if isinstance(mask, Mapping) else (mask,)
     if any(isinstance(m, torch.Tensor) and m.dim() == 4 for m in masks):
         return False
-    return any(_held(named))
+    return any(True for _ in _held(named))
 
 
-def _held(named: Mapping[str, Any]) -> list[tuple[int, ...]]:
+def _held(named: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
     """Shapes of the keys that a call's cache holds; empty for a prompt's."""
     found = (getattr(layer, "keys", None) for layer in _layers(cache_of(named)))
-    return [tuple(keys.shape) for keys in found if keys is not None]
+    return (tuple(keys.shape) for keys in found if keys is not None)
 
 
-def _signature(args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any] | None:
-    """What a call's programs may depend on; None for a call that is not a transformer's, by names."""
+def _shapes(args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a call's programs may depend on, beside what its cache holds; None for a call that is not a transformer's, by
+    names."""
     if args or not any(isinstance(named.get(name), torch.Tensor) for name in _PER_TOKEN):
         return None
-    shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else type(v) for k, v in named.items()}
-    return [shapes, _held(named)]
+    return {k: tuple(v.shape) if isinstance(v, torch.Tensor) else type(v) for k, v in named.items()}
 
 
 def _layers(cache: Any) -> list[Any]:

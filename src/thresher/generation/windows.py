@@ -23,11 +23,13 @@ def keep_whole(cache: Any, model: Any, tokens: int) -> bool:
 
     sliding = getattr(kinds, "DynamicSlidingWindowLayer", None)
     static = getattr(kinds, "StaticSlidingWindowLayer", None)
-    config = model.config.get_text_config(decoder=True)
-    if type(cache) not in (kinds.DynamicCache, kinds.StaticCache) or not _by_mask_alone(config):
+    if type(cache) not in (kinds.DynamicCache, kinds.StaticCache):
+        return False
+    if any(layer.is_initialized for layer in cache.layers):  # first, since every step asks
         return False
     windows = [layer for layer in cache.layers if type(layer) in (sliding, static)]
-    if not windows or any(layer.is_initialized for layer in cache.layers):
+    config = model.config.get_text_config(decoder=True)
+    if not windows or not _by_mask_alone(config):
         return False
     if type(cache) is kinds.StaticCache:
         known = [layer.max_cache_len for layer in cache.layers if type(layer) is kinds.StaticLayer]
