@@ -27,6 +27,7 @@ import torch
 from thresher.graph.program import Program
 from thresher.lowering.raised import Raised, narrowest, wider
 from thresher.lowering.target import Target
+from thresher.phases import VERIFICATION, phase
 from thresher.verdict import FACTOR, FLOOR, SAME, Verdict
 
 from . import batches
@@ -134,6 +135,10 @@ class Judge:
         anchored: every pass before it was exact too, so that the captured program says what is right; else the program
         before does. budget: what may change under `fixed`, or where nothing can be run in the higher precision.
         """
+        with phase(VERIFICATION):
+            return self._exact(before, after, budget, anchored)
+
+    def _exact(self, before: Program, after: Program, budget: float, anchored: bool) -> Verdict:
         if self.fixed or after.calls is not None or before.calls is not None:
             return self.within(before, after, budget)
         self._runs.keep_only(self.captured, before)
@@ -159,6 +164,10 @@ class Judge:
     def within(self, before: Program, after: Program, budget: float) -> Verdict:
         """Judge a pass by how far it moved the program's results on the example: no further than its budget, beside
         which the rounding of both programs is allowed."""
+        with phase(VERIFICATION):
+            return self._within(before, after, budget)
+
+    def _within(self, before: Program, after: Program, budget: float) -> Verdict:
         batch = self.example
         self._runs.keep_only(self.captured, before)
         packed, inputs = self._runs.packed(before, after, batch.inputs)

@@ -19,6 +19,7 @@ from thresher.graph.program import Program
 from thresher.graph.tracing import compiling
 from thresher.lowering.target import Lowered, Target
 from thresher.notices import warn
+from thresher.phases import LOWERING, phase
 from thresher.report import Report
 
 from .freshness import Freshness
@@ -279,7 +280,8 @@ class Session:
 
     def _lower(self, program: Program) -> Lowered:
         self.counters.lowered += 1
-        lowered = self.target.lower(program)
+        with phase(LOWERING, self.report.phases):
+            lowered = self.target.lower(program)
         self.report.engines += lowered.engines
         return lowered
 

@@ -32,10 +32,14 @@ from thresher.runtime.judge import Judge
 from thresher.runtime.session import Session
 
 from . import sessions, side_graphs
+from .alike import depth
+from .alike.further import Further
+from .alike.proof import proven_on_few
 from .cache.rewrite_cache import Entry, Kept, later_masks
 from .compat import without_fake_mode
 from .errors import ThresherError
 from .graph import autocast, capture, sharded
+from .graph.deepen import Unlike
 from .graph.nodes import value
 from .graph.program import Program
 from .graph.tracing import compiling
@@ -43,6 +47,7 @@ from .left_alone import as_fault, cannot_rewrite, leave_alone
 from .machine import memory
 from .notices import disabled, logger, name_of, warn
 from .op_checks import watch
+from .phases import CAPTURE, PASSES, phase, recorded
 from .recipe import Recipe
 from .records.certificate import certify
 from .report import Report
@@ -95,7 +100,7 @@ def compile_graph(
         refuse = cannot_rewrite(gm)
         if refuse is not None:
             raise ThresherError(refuse)
-        session, roles = build(gm, example_inputs, recipe, lowering, contain=not strict)
+        session, roles, further = build(gm, example_inputs, recipe, lowering, contain=not strict)
     except ThresherError as reason:
         if raises:
             raise
@@ -109,7 +114,7 @@ def compile_graph(
         return leave_alone(gm, example_inputs, target, said)
     if not strict:
         _say_what_is_undone(gm, session.report)
-    return _entry(session, roles)
+    return _entry(session, roles, further)
 
 
 def _say_what_is_undone(gm: fx.GraphModule, report: Report) -> None:
@@ -125,40 +130,68 @@ def _say_what_is_undone(gm: fx.GraphModule, report: Report) -> None:
 
 def build(
     gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe, target: Target, contain: bool = False
-) -> tuple[Session, list[str]]:
-    """Capture, rewrite and lower one Dynamo graph; `contain` as in `run_pipeline`."""
-    places = capture.places_of(gm, example_inputs)
-    inputs = real_inputs(gm, places.roles)
-    with without_fake_mode(), torch.no_grad():
-        apart = any(map(sharded.is_sharded, places.fakes))  # ranks must check together, or none of them
-        entry = None if apart else Entry.of(gm, places, inputs, recipe, target.name)
-        kept = entry.find() if entry is not None else None
-    if kept is not None:
-        with autocast.suspended():
-            session = _session_of(kept, recipe, target, inputs)
-    else:
-        given = list(places.roles)
-        program = capture.from_places(gm, places)
-        if places.roles != given:  # a buffer that the model writes to came to be an input
-            entry, inputs = None, real_inputs(gm, places.roles)
-        if inputs is not None and program.updates and not apart:
-            capture.refuse_shared_writes(program, inputs)
-        with without_fake_mode(), torch.no_grad(), autocast.suspended():
-            rewritten, report = run_pipeline(program, recipe, inputs, contain=contain)
-            report.target = target.name
-            report.notes += provider_notes(rewritten)
-            session = _session(rewritten, program, recipe, target, report)
-            session.certificate = certify(program, rewritten, recipe, report)
-            session.captured = program
-            if entry is not None and not any(p.dropped for p in report.passes):
-                entry.keep(program, rewritten, report, session.certificate)
+) -> tuple[Session, list[str], Further | None]:
+    """Capture, rewrite and lower one Dynamo graph; `contain` as in `run_pipeline`. Gives what runs it, what each of the
+    graph's arguments is, and what the layers bring that a short model lacks."""
+    seconds: dict[str, float] = {}
+    with recorded(seconds):
+        session, roles, further = _built(gm, example_inputs, recipe, target, contain, seconds)
     report = session.report
     _keep_memory(session.program, report)
     report.emit_trace()
     sessions.remember(session)
     logger.info("%s: %s", name_of(gm), report.summary())
     logger.debug("%s", report)
-    return session, places.roles
+    return session, roles, further
+
+
+def _built(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    recipe: Recipe,
+    target: Target,
+    contain: bool,
+    seconds: dict[str, float],
+) -> tuple[Session, list[str], Further | None]:
+    places = narrow = capture.places_of(gm, example_inputs)
+    inputs = few = real_inputs(gm, places.roles)
+    call = depth.current()
+    further = Further(gm, places, call) if call is not None else None
+    if further is not None:
+        places = further.widened(places)
+        inputs = [*few, *further.inputs()] if few is not None else None
+    with without_fake_mode(), torch.no_grad():
+        apart = any(map(sharded.is_sharded, places.fakes))  # ranks must check together, or none of them
+        entry = None if apart else Entry.of(gm, places, inputs, recipe, target.name)
+        kept = entry.find() if entry is not None else None
+    if kept is not None:
+        kept.report.phases = seconds
+        with autocast.suspended():
+            session = _session_of(kept, recipe, target, inputs)
+    else:
+        given = list(narrow.roles)
+        with phase(CAPTURE):
+            program = short = capture.from_places(gm, narrow)
+        if narrow.roles != given:  # a buffer that the model writes to came to be an input
+            entry, inputs = None, real_inputs(gm, narrow.roles)
+        if further is not None:
+            if narrow.roles != given:
+                raise Unlike("The model writes to a buffer of its own.")
+            program = further.program(short)
+        if inputs is not None and program.updates and not apart:
+            capture.refuse_shared_writes(program, inputs)
+        with without_fake_mode(), torch.no_grad(), autocast.suspended():
+            rewritten, report = proven_on_few(
+                functools.partial(run_pipeline, contain=contain), short, few, program, inputs, recipe
+            )
+            report.target, report.phases = target.name, seconds
+            report.notes += provider_notes(rewritten)
+            session = _session(rewritten, program, recipe, target, report)
+            session.certificate = certify(program, rewritten, recipe, report)
+            session.captured = program
+            if entry is not None and not any(p.dropped for p in report.passes):
+                entry.keep(program, rewritten, report, session.certificate)
+    return session, narrow.roles, further
 
 
 def _session(rewritten: Program, program: Program, recipe: Recipe, target: Target, report: Report) -> Session:
@@ -233,7 +266,7 @@ def run_pipeline(
         cost=CostModel(device_for(device, recipe, program), lengths or real_lengths(program, inputs)),
         faults=Containment(contain),
     )
-    with compiling(), watch() as checks:
+    with compiling(), watch() as checks, phase(PASSES):
         rewritten, report = pipeline.run(program)
     report.operators = checks
     return rewritten, report
@@ -277,7 +310,9 @@ def real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:
     return found
 
 
-def _entry(session: Session, roles: Sequence[str]) -> Callable[..., list[Any]]:
+def _entry(
+    session: Session, roles: Sequence[str], further: Further | None = None
+) -> Callable[..., list[Any]]:
     inputs = [i for i, role in enumerate(roles) if role.startswith("input:")]
     weights = [
         (i, role.removeprefix("weight:")) for i, role in enumerate(roles) if role.startswith("weight:")
@@ -288,8 +323,11 @@ def _entry(session: Session, roles: Sequence[str]) -> Callable[..., list[Any]]:
     def call(*arguments: Any) -> list[Any]:
         side_graphs.called()
         live = parts.of({fqn: arguments[i] for i, fqn in weights})
-        results = session([arguments[i] for i in inputs], live)
+        given = [arguments[i] for i in inputs]
+        if further is not None:
+            live, given = {**live, **further.live()}, [*given, *further.inputs()]
+        results = session(given, live)
         sessions.tell(session, results, live)
-        return results
+        return results if further is None else further.split(results)
 
     return call

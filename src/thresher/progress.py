@@ -20,7 +20,13 @@ def no_progress() -> None:
     _without = True
 
 
+def shown() -> bool:
+    """Whether progress is shown: stderr is a terminal, and nobody has said otherwise."""
+    return not _without and sys.stderr.isatty()
+
+
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Go through items with a progress bar on stderr; without one where stderr is no terminal."""
-    hidden = _without or not sys.stderr.isatty()
-    yield from track(items, label, total=total, console=Console(stderr=True), transient=True, disable=hidden)
+    yield from track(
+        items, label, total=total, console=Console(stderr=True), transient=True, disable=not shown()
+    )

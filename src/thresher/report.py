@@ -139,6 +139,8 @@ class Report:
     predicted, measured: time before over time after, by the cost model and by the clock; None without.
     operators: each operator of ours that ran while the passes were verified, against its reference on the example.
     engines: what a target built for a GPU to run parts of the program.
+    phases: seconds that compiling took, by phase (`phases`): "trace", "capture", "passes", "verification", "lowering". A
+        program that waits for its first call has its lowering added then.
     """
 
     recipe: str
@@ -155,6 +157,7 @@ class Report:
     against: str = "the program before"
     checked: list[str] = field(default_factory=list)
     engines: list[EngineReport] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, name: str) -> PassReport:
         return {p.name: p for p in reversed(self.passes)}[name]
@@ -222,6 +225,8 @@ class Report:
                 f"The cost model expects {self.predicted:.2f}x for the whole program{measured}."
             )
         parts: list[Any] = [overview, *(line for p in self.passes for line in _details(p))]
+        if self.phases:
+            parts.append(Text(f"compiled in {', '.join(f'{n} {s:.1f} s' for n, s in self.phases.items())}"))
         parts += [Text(f"engine {e}") for e in self.engines] + [Text(f"note: {n}") for n in self.notes]
         return Group(*parts)
 
