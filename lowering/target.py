@@ -26,13 +26,15 @@ class Lowered:
     in the order of `weights`, both as lists, and returns its results as a list.
 
     Weights stay arguments: whoever calls passes the live ones, so an edited weight is never stale.
-    engines: what was built for it, for the report.
+    engines: what was built for it, for the report. later: a program that runs plainly until its compiled form is ready
+        (`inductor.later.Later`); None where it is ready.
     """
 
     target: str
     weights: list[str]
     run: Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
     engines: list[EngineReport] = field(default_factory=list)
+    later: Any = None
 
 
 class Target(abc.ABC):

@@ -17,6 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test proves what it compiles, and not what an earlier run did.
 os.environ.setdefault("THRESHER_REWRITE_CACHE", "0")
+os.environ.setdefault(
+    "THRESHER_WAIT", "1"
+)  # what a test calls is compiled then, and not while the next one runs
 
 
 def pytest_collection_finish():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from thresher import waiting
 from thresher.errors import ThresherError
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
@@ -22,6 +24,7 @@ from .. import steps
 from ..target import Lowered, Target, fake_inputs, lift_weights
 from . import direct_calls, few_tokens, isa_probe
 from . import repeats as repeated
+from .later import Later
 from .layered import Layered
 
 _log = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ class Inductor(Target):
             with torch.no_grad():
                 return list(call(*inputs, *weights))
 
-        return Lowered(self.name, names, run)
+        return Lowered(self.name, names, run, later=call if isinstance(call, Later) else None)
 
     def _compile(self, module: fx.GraphModule, program: Program) -> Any:
         mode = program.fake_mode()
@@ -60,6 +63,12 @@ class Inductor(Target):
             step = steps.lower(module.graph)
             if step is not None:
                 return step
+            if waiting.is_at_once():
+                plain = fx.GraphModule(torch.nn.Module(), copy.deepcopy(module.graph)).forward
+                return Later(plain, lambda: self._compiled(module, program, mode, on_cpu))
+        return self._compiled(module, program, mode, on_cpu)
+
+    def _compiled(self, module: fx.GraphModule, program: Program, mode: Any, on_cpu: bool) -> Any:
         if on_cpu:
             few_tokens.rewrite(module.graph)
             direct_calls.install()

@@ -127,12 +127,14 @@ def read(
     *,
     allow_compiled: bool = False,
     options: Mapping[str, Any] | None = None,
+    wait: bool = False,
 ) -> Loaded:
     """Load a saved program. Nothing of the model's own code is needed, and none of the file's is run.
 
     target: "inductor", "reference" or another that lowers; "compiled" runs the machine code in the file and must be allowed.
     options: the target's own.
     allow_compiled: the caller trusts the file enough to execute the machine code in it.
+    wait: the first call waits for the compiler, instead of running the program node by node meanwhile.
 
     Raises ArtifactError for a file that is truncated, altered, of another version, or for another machine.
     """
@@ -173,7 +175,7 @@ def read(
         outside = program.packing.padded if program.packing is not None else program
         symbols = outside.graph_module.meta["symbols"]
         check_described(manifest, symbols, len(outside.placeholders) if whole is None else None)
-        return Loaded(program, manifest, target, machine_code, others, whole, path, own)
+        return Loaded(program, manifest, target, machine_code, others, whole, path, own, wait)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from thresher import waiting
 from thresher.errors import ThresherError
 from thresher.graph.program import Program
 from thresher.graph.tracing import compiling
 from thresher.lowering import catalog
-from thresher.lowering.inductor import aoti
+from thresher.lowering.inductor import aoti, later
 from thresher.lowering.reference import Reference
 from thresher.lowering.target import Lowered, Target
 from thresher.reading import reading
@@ -36,7 +37,8 @@ class Result(dict[str, Any]):
 
 
 class Loaded:
-    """Runs a saved program. The first call lowers it.
+    """Runs a saved program. The first call lowers it, and does not wait for a compiler unless `wait` says so: it runs the
+    program node by node, and the compiler works in the background.
 
     program: the graph and its weights. manifest: what the file says about itself. others, whole: see
         `runtime.artifact.write`. path: where it came from, for errors.
@@ -52,8 +54,9 @@ class Loaded:
         whole: Program | None = None,
         path: Any = "The file",
         options: Mapping[str, Any] | None = None,
+        wait: bool = False,
     ):
-        self.path = path
+        self.path, self._wait = path, wait
         self._others, self._whole = others, whole
         self.program, self.manifest, self.target = program, manifest, target
         self.report = (
@@ -97,8 +100,10 @@ class Loaded:
         """Run on the model's inputs, by name or in order."""
         inputs = bind(self.manifest["inputs"], self.manifest["relations"], self._symbols, args, kwargs)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), waiting.at_once(not self._wait):
                 results = self.session(inputs, {})
+            if self.session.early:
+                later.begin()
         except ThresherError:
             raise
         except Exception:

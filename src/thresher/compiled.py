@@ -193,7 +193,8 @@ class Compiled(torch.nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own `generate` (transformers), with each step compiled; see `generation.generate`.
 
-        Raises ArgumentError before the first token for what cannot work. `last_call` then says what it did.
+        wait=True compiles each program before it runs first; without, the first tokens do not wait for a compiler. Raises
+        ArgumentError before the first token for what cannot work. `last_call` then says what it did.
         """
         result, done = generate(self, self.model, *args, **kwargs)
         self.__dict__["last_call"] = done

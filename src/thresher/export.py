@@ -112,13 +112,20 @@ def save(
 
 
 def load(
-    path: str | os.PathLike[str], target: str = "inductor", *, allow_compiled: bool = False, **options: Any
+    path: str | os.PathLike[str],
+    target: str = "inductor",
+    *,
+    allow_compiled: bool = False,
+    wait: bool = False,
+    **options: Any,
 ) -> Loaded:
     """Load a saved model; call the result with the model's inputs. See `runtime.artifact.read`.
 
+    wait: have the first call wait for the compiler. Without, the program runs node by node until it is compiled in the
+        background, so that the first result is there at once.
     options: the target's own, as for `compile`: build_only, profiles and builder of "tensorrt".
     """
-    return artifact.read(path, target, allow_compiled=allow_compiled, options=options)
+    return artifact.read(path, target, allow_compiled=allow_compiled, options=options, wait=wait)
 
 
 def export_onnx(

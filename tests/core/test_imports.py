@@ -17,7 +17,7 @@ ROOMS = {
 FACE = {
     "__init__", "__main__", "api", "compiled", "strict", "model_capture", "backend", "cli", "export",
     "export_example", "calibration_data", "mapped_model", "saving",
-    "quantization", "low_bit", "generation", "testing",
+    "quantization", "low_bit", "generation", "alike", "testing",
     "records", "cache", "training", "tools", "integrations",
 }  # fmt: skip
 ALLOWED = {

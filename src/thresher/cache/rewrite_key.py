@@ -33,7 +33,7 @@ from ..recipe import Recipe
 from ..records.certificate import machine, versions
 
 SWITCH = "THRESHER_REWRITE_CACHE"
-_WHERE_ONLY = (SWITCH, "THRESHER_CACHE_DIR", "THRESHER_UPDATE_DOCS", "THRESHER_RTX_PYTHON")
+_WHERE_ONLY = (SWITCH, "THRESHER_WAIT", "THRESHER_CACHE_DIR", "THRESHER_UPDATE_DOCS", "THRESHER_RTX_PYTHON")
 _KNOWN_ROOTS = ("torch", "_operator", "operator", "builtins", "math", "thresher")
 
 

@@ -21,7 +21,8 @@ class LastCall:
         are not found by name.
     bytes, dense_bytes: of keys and values behind the prompt, held and as the whole prompt would need.
     prefill_seconds, step_seconds: measured, in the compiled model. seconds: in all.
-    steps: calls behind the prompt's. programs: made during the call.
+    steps: calls behind the prompt's. programs: made during the call. early: calls that ran a program node by node,
+        since it was not compiled yet.
     """
 
     tokens_in: list[int]
@@ -38,6 +39,7 @@ class LastCall:
     seconds: float = 0.0
     steps: int = 0
     programs: int = 0
+    early: int = 0
 
     def __str__(self) -> str:
         left = sum(map(sum, self.kept)) / max(1, sum(self.tokens_in) * len(self.kept))
@@ -52,6 +54,8 @@ class LastCall:
             parts.append(f"at least {min(self.tau):.3f} of attention held")
         parts.append(f"{self.prefill_seconds:.2f} s prompt, {self.step_seconds:.2f} s in {self.steps} steps")
         parts.append(f"{self.programs} programs made")
+        if self.early:
+            parts.append(f"{self.early} calls ran before their program was compiled")
         return "; ".join(parts)
 
     def prompt(self, model: Any, cache: Any, real: torch.Tensor, ran: Sequence[Any]) -> None:

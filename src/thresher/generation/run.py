@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from thresher import at_hand, given_tokens
+from thresher import at_hand, given_tokens, waiting
 from thresher.errors import ArgumentError
+from thresher.lowering.inductor.later import begin
 from thresher.notices import warn
 
 from . import windows
@@ -27,12 +28,17 @@ EAGER_PREFILL = (
 )
 
 
-def generate(compiled: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, LastCall]:
+def generate(
+    compiled: Any, model: Any, *args: Any, wait: bool = False, **kwargs: Any
+) -> tuple[Any, LastCall]:
     """Run `model.generate` with the compiled model in the model's place; its result, and what was done.
 
     A prompt runs compiled over a cache that it hands back, in which tokens may be packed or left out, and what it holds
     moves into the one to generate with: a static one, or, behind a recipe that leaves tokens out or rounds them, one of
     ours (see `request`).
+
+    wait: compile each program before it runs first. Without, what a compiler needs seconds for runs node by node until it is
+    compiled, in the background, once this call is done; `LastCall.early` counts such calls of the model.
 
     While it runs, other threads that call the model get the compiled one too.
 
@@ -41,18 +47,24 @@ def generate(compiled: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[Any,
     check_model(model, kwargs)
     request = Request(model, getattr(compiled, "recipe", None), kwargs)
     calls = _Calls(compiled, model, request)
-    began, programs = time.perf_counter(), _programs(compiled)
-    with calls.installed():
+    began, programs, early = time.perf_counter(), _programs(compiled), _early(compiled)
+    with calls.installed(), waiting.at_once(not wait):
         # on a GPU, transformers would have Inductor compile a decode step that calls the compiled model
         result = model.generate(*args, **{"disable_compile": True, **request.options})
     done = calls.done
     done.seconds = time.perf_counter() - began
-    done.programs = _programs(compiled) - programs
+    done.programs, done.early = _programs(compiled) - programs, _early(compiled) - early
+    if done.early:
+        begin()
     return result, done
 
 
 def _programs(compiled: Any) -> int:
     return sum(s.programs for s in getattr(compiled, "sessions", ()))
+
+
+def _early(compiled: Any) -> int:
+    return sum(s.early for s in getattr(compiled, "sessions", ()))
 
 
 class _Calls:

@@ -1,0 +1,100 @@
+"""First results do not wait for a compiler, unless they are told to; what then runs is the compiled form."""
+
+import threading
+
+import pytest
+import tiny_llama
+import torch
+
+import thresher
+from thresher import waiting
+from thresher.lowering.inductor import inductor, later
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Inductor's place is taken by what records the graphs; calls need not wait."""
+    made = []
+
+    def compile(module, *_):
+        made.append(threading.current_thread().name)
+        return module.forward
+
+    monkeypatch.setattr(inductor, "_compile", compile)
+    monkeypatch.setenv(waiting.SWITCH, "0")
+    later._PENDING.clear()
+    return made
+
+
+def test_it_runs_plainly_until_it_is_compiled(compiles):
+    one = later.Later(lambda x: x + 1, lambda: lambda x: x + 10)
+    with waiting.at_once():
+        assert one(1) == 2 and one.early == 1 and not one.ready
+        later.begin().join()
+        assert one(1) == 11 and one.early == 1 and one.ready and one.phases["lowering"] >= 0
+    assert later.begin() is None
+
+
+def test_calls_that_wait_compile_first(compiles, monkeypatch):
+    one = later.Later(lambda x: x + 1, lambda: lambda x: x + 10)
+    assert one(1) == 11 and one.early == 0
+    monkeypatch.setenv(waiting.SWITCH, "1")
+    with waiting.at_once():
+        assert not waiting.is_at_once()
+
+
+def test_what_cannot_be_compiled_goes_on_plainly_and_says_why(compiles, caplog):
+    def fails():
+        raise RuntimeError("no compiler")
+
+    one = later.Later(lambda x: x + 1, fails)
+    with waiting.at_once():
+        assert one(1) == 2
+        later.begin().join()
+        assert one(1) == 2 and one.failed == "RuntimeError: no compiler"
+    assert "no compiler" in caplog.text
+    with pytest.raises(RuntimeError, match="no compiler"):
+        later.Later(lambda x: x, fails)(1)
+
+
+def test_a_program_that_nobody_has_is_not_compiled(compiles):
+    ran = []
+    one = later.Later(lambda x: x, lambda: ran.append(1))
+    del one
+    thread = later.begin()
+    if thread is not None:
+        thread.join()
+    assert not ran
+
+
+def test_generate_makes_its_first_tokens_at_once_and_the_same_ones_compiled(compiles, tmp_path):
+    model = tiny_llama.make(num_hidden_layers=1)
+    ids = tiny_llama.prompt(span=None)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    fast = thresher.compile(model, batch, "exact")
+    assert compiles == [
+        threading.main_thread().name
+    ]  # what was asked to be compiled is compiled when that returns
+    expected = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert torch.equal(fast.generate(**batch, max_new_tokens=3, do_sample=False), expected)
+    assert fast.last_call.early == 1 and "before their program was compiled" in str(fast.last_call)
+    thread = later.begin()
+    if thread is not None:
+        thread.join()
+    assert compiles[1:] == ["thresher-compiles"]
+    assert any("did not wait" in note for report in fast.reports for note in report.notes)
+    assert torch.equal(fast.generate(**batch, max_new_tokens=3, do_sample=False), expected)
+    assert fast.last_call.early == 0 and len(compiles) == 2
+
+    path = thresher.save(fast, tmp_path / "model.thresher", example_inputs=batch)
+    real = mask.bool()
+    for wait in (False, True):
+        loaded, before = thresher.load(path, wait=wait), len(compiles)
+        made = loaded(**batch)["logits"]
+        torch.testing.assert_close(made[real], model(**batch).logits[real], rtol=1e-4, atol=1e-4)
+        if not wait:
+            assert loaded.session.early == 1
+            later.begin().join()
+        assert loaded.session.early == (not wait) and len(compiles) == before + 1
