@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from thresher.graph.capture import assemble
+from thresher.graph.deepen import Unlike
 from thresher.graph.dialect import unrepeated_both
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
@@ -22,18 +24,30 @@ from thresher.graph.token_labels import copied
 from thresher.graph.tracing import trace
 
 from ..tokens.axes import BATCH, SEQUENCE, TOKENS, Labels, Stop, TokenAxes
+from .alike import Twins, continued, twins
 from .frontier import Frontier, plan_fields
 from .island import as_rows, as_tokens, run_island
 
 aten = torch.ops.aten
+_log = logging.getLogger(__name__)
 
 
 def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node]) -> Program:
     """Trace the labelled nodes at one row of T tokens, or at rows of a capacity; all of these symbolic.
 
-    Returns the body as a Program.
+    Returns the body as a Program. Of layers that are alike few are traced.
     """
-    axes = frontier.axes
+    found = twins(program, frontier, leaving)
+    if found.of:
+        try:
+            return _traced(program, frontier, leaving, found)
+        except Unlike as reason:
+            _log.info("every layer of the body is traced: %s", reason)
+    return _traced(program, frontier, leaving, Twins())
+
+
+def _traced(program: Program, frontier: Frontier, leaving: Sequence[fx.Node], found: Twins) -> Program:
+    axes, further = frontier.axes, found.by_twin
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     tokens = symbol_of(mode, free_number(program, max(64, axes.batch * axes.sequence // 2)), "tokens")
     if frontier.rows:
@@ -48,7 +62,8 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
     weights = [
         n
         for n in program.graph.nodes
-        if n.op == "get_attr" and (n in sinks or any(u in axes or u in inside for u in n.users))
+        if n.op == "get_attr"
+        and (n in sinks or any((u in axes and u not in found.of) or u in inside for u in n.users))
     ]
     device = value(next(iter(frontier.entering))).device
     whole = (packed[BATCH], packed[SEQUENCE])
@@ -81,18 +96,21 @@ def trace_body(program: Program, frontier: Frontier, leaving: Sequence[fx.Node])
         env.update((n, v) for n, v in whole.items() if n not in env)
         env.update(zip(weights, arguments[len(names) :]))
         for node in program.graph.nodes:
-            if node in axes and node.op == "call_function":
+            if node in axes and node.op == "call_function" and node not in found.of:
                 with fx.traceback.set_current_meta(node):
                     if node in frontier.islands:
                         env[node] = _on_rows(frontier, node, {**env, **whole}, given)
                     else:
                         env[node] = _replay(node, env, axes, frontier, given, packed)
-        return tuple(env[n] for n in leaving)
+                env.update((twin, env[node]) for twin in further.get(node, ()))
+        return tuple(env[n] for n in leaving if n not in found.of)
 
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta():
         traced = trace(run, fakes)
     held = {len(names) + i: _held(program, n) for i, n in enumerate(weights)}
     body = assemble(traced, names, held, list(program.notes))
+    if found.of:
+        body = continued(body, program, found, list(frontier.entering), leaving)
     known = {w.fqn: w for w in program.weights.values()}  # computed ones keep how they are computed
     body.weights = {name: known.get(w.fqn, w) for name, w in body.weights.items()}
     return body

@@ -59,9 +59,9 @@ def deepen(
 ) -> Program:
     """The program of all layers.
 
-    places: for each input of `short`, the layer whose cache it is of, and what it is called there. tensor: a layer's weight
-    by its name in the layer. Inputs follow those of `short` layer by layer, and so do results, ahead of new values of
-    inputs (`Program.updates`). Raises Unlike.
+    places: for each input of `short`, the layer that it is of, as of its cache, and what it is called there; an input of a
+    further layer that is there already is taken. tensor: a layer's weight by its name in the layer. Inputs follow those of
+    `short` layer by layer, and so do results, ahead of new values of inputs (`Program.updates`). Raises Unlike.
     """
     program = short.copy()
     two = _Two(program, layers, places)
@@ -172,8 +172,12 @@ class _Two:
                if isinstance(n.meta.get("val"), torch.Tensor)):  # fmt: skip
             raise Unlike("A layer reads a tensor of its cache that has no name.")
         anchor, added = places[-1], dict[tuple[int, fx.Node], fx.Node]()
+        known = {at: node for node, at in self.inputs.items()}
         for index in self.layers.further:
             for node, name in mine:
+                if (index, name) in known:
+                    added[index, node] = known[index, name]
+                    continue
                 with graph.inserting_after(anchor):
                     anchor = graph.placeholder(f"{node.name}_layer_{index}")
                 anchor.meta = dict(node.meta)
@@ -206,6 +210,7 @@ class _Two:
         self._results(program, outputs, numbers, made, added, places)
         try:
             program.clean()
+            program.alike = self.layers
         except RuntimeError as reason:
             raise Unlike(f"The graph's order does not allow it: {reason}") from reason
         return program

@@ -73,6 +73,7 @@ class Program:
     updates: results that are not the caller's but new values of tensors the caller gave and the model writes to, such
         as a static cache: result -> placeholder, both by number. Whoever runs the program copies them there.
     mask_name: what the caller calls the input that marks real tokens.
+    alike: the model's layers, where all from the third on are alike (`deepen.Layers`); None where that is not known.
     """
 
     graph_module: fx.GraphModule
@@ -83,6 +84,7 @@ class Program:
     calls: Any = None
     updates: dict[int, int] = field(default_factory=dict)
     mask_name: str = MASK_NAME
+    alike: Any = None
 
     @property
     def graph(self) -> fx.Graph:

@@ -155,7 +155,7 @@ def test_a_short_model_follows_the_models_settings():
     short = ShortModel(model, stack_of(model))
     assert len(short.module.model.layers) == KEPT == short.module.config.num_hidden_layers
     assert short.module.lm_head is model.lm_head and short.current()
-    model.config.output_attentions = True
+    model.config.output_hidden_states = True
     assert not short.current()
     assert len(model.model.layers) == LAYERS == model.config.num_hidden_layers
 
