@@ -59,10 +59,11 @@ class Inductor(Target):
             raise ThresherError("The program has no fake tensors, so its shapes are unknown to Inductor.")
         on_cpu = all(w.tensor.device.type == "cpu" for w in program.weights.values())
         if on_cpu and not self._config():
-            _infer_values(module, mode)
-            step = steps.lower(module.graph)
-            if step is not None:
-                return step
+            if program.packing is None:  # a packed body is no step
+                _infer_values(module, mode)
+                step = steps.lower(module.graph)
+                if step is not None:
+                    return step
             if waiting.is_at_once():
                 plain = fx.GraphModule(torch.nn.Module(), copy.deepcopy(module.graph)).forward
                 return Later(plain, lambda: self._compiled(module, program, mode, on_cpu))

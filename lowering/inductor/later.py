@@ -37,8 +37,7 @@ class Later:
         self.early = 0
         self.ready, self.phases = False, dict[str, float]()
         self.failed: str | None = None
-        with _LOCK:
-            _PENDING.append(weakref.ref(self))
+        self._pending = False
 
     def __call__(self, *given: Any) -> Any:
         if not self.ready:
@@ -46,7 +45,15 @@ class Later:
                 self.finish(raises=True)
             else:
                 self.early += 1
+                self._ask()
         return self._call(*given)
+
+    def _ask(self) -> None:
+        """Have it compiled in the background, where the call wants that."""
+        with _LOCK:
+            if not self._pending and waiting.is_soon():
+                self._pending = True
+                _PENDING.append(weakref.ref(self))
 
     def finish(self, raises: bool = False) -> None:
         """Compile it, unless that is done. raises: hand on what the compiler raises, instead of running plainly."""

@@ -100,7 +100,7 @@ class Loaded:
         """Run on the model's inputs, by name or in order."""
         inputs = bind(self.manifest["inputs"], self.manifest["relations"], self._symbols, args, kwargs)
         try:
-            with torch.no_grad(), waiting.at_once(not self._wait):
+            with torch.no_grad(), waiting.at_once(waiting.NO if self._wait else waiting.SOON):
                 results = self.session(inputs, {})
             if self.session.early:
                 later.begin()

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from thresher.passes.keep import unnamed
 
-from . import given_tokens
+from . import given_tokens, waiting
 from .compat import own_symbols, uncollected
 from .compiled import Compiled
 from .errors import ArgumentError, NothingRewrittenError, ThresherError, did_you_mean
@@ -69,7 +69,9 @@ def compile_strictly(
     with uncollected(), warnings.catch_warnings(), own_symbols() if square else contextlib.nullcontext():
         if not may_do_nothing:  # raised below
             warnings.filterwarnings("ignore", "thresher rewrote nothing", ThresherWarning)
-        with given_tokens.reading_kept():  # its results are nobody's
+        # its results are nobody's, and who generates may never run this program again
+        how = waiting.LAZY if callable(getattr(model, "generate", None)) else waiting.NO
+        with given_tokens.reading_kept(), waiting.at_once(how):
             compiled(*args, **kwargs)
     if not compiled.sessions:
         raise ThresherError(

@@ -12,13 +12,18 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 SWITCH = "THRESHER_WAIT"
-_AT_ONCE: ContextVar[bool] = ContextVar("thresher_at_once", default=False)
+NO, LAZY, SOON = "no", "lazy", "soon"
+_AT_ONCE: ContextVar[str] = ContextVar("thresher_at_once", default=NO)
 
 
 @contextlib.contextmanager
-def at_once(wanted: bool = True) -> Iterator[None]:
-    """Within the context calls do not wait for compilers; `wanted` False, or the environment, has them wait."""
-    token = _AT_ONCE.set(wanted and os.environ.get(SWITCH, "0") in ("", "0"))
+def at_once(how: str = SOON) -> Iterator[None]:
+    """Within the context calls do not wait for compilers.
+
+    how: SOON, what they run is compiled in the background; LAZY, by the first call that waits, if there is one; NO, they
+        wait, as they do everywhere if the environment says so.
+    """
+    token = _AT_ONCE.set(how if os.environ.get(SWITCH, "0") in ("", "0") else NO)
     try:
         yield
     finally:
@@ -27,4 +32,9 @@ def at_once(wanted: bool = True) -> Iterator[None]:
 
 def is_at_once() -> bool:
     """Whether the caller said so."""
-    return _AT_ONCE.get()
+    return _AT_ONCE.get() != NO
+
+
+def is_soon() -> bool:
+    """Whether what a call runs is to be compiled in the background."""
+    return _AT_ONCE.get() == SOON

@@ -23,6 +23,7 @@ _NAMES = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_c
           *CACHES}  # fmt: skip
 _ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; wider for narrow types
 _NARROW = 0.1
+_ROWS = 2  # of a batch, that a model is asked for
 
 
 class Short:
@@ -158,12 +159,12 @@ class Short:
         """Once: the model itself must agree. What differs from layer to layer and shows nowhere, such as a branch on a
         layer's number, would show here. Raises Unlike."""
         self._checked = True
-        apart = {k: v for k, v in named.items() if k not in CACHES}
+        apart = {k: _first_rows(v) for k, v in named.items() if k not in CACHES}
         with torch.no_grad():
             expected = self.model(**{**apart, "use_cache": False})
         name = "logits" if "logits" in result else "last_hidden_state"
-        made, wanted = result[name].detach(), expected[name]
-        mask = named.get("attention_mask")
+        made, wanted = _first_rows(result[name]), expected[name]
+        mask = apart.get("attention_mask")
         real = torch.ones(made.shape[:2], dtype=torch.bool, device=made.device)
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             real = mask[:, mask.shape[1] - made.shape[1] :].bool()
@@ -182,3 +183,8 @@ class Short:
 def _is_mask_of_cache(named: Mapping[str, Any]) -> bool:
     mask = named.get("attention_mask")
     return isinstance(mask, torch.Tensor) and mask.dim() != 2
+
+
+def _first_rows(given: Any) -> Any:
+    """The first rows of a batch's tensor, which do not depend on the others."""
+    return given[:_ROWS] if isinstance(given, torch.Tensor) and given.dim() > 1 else given

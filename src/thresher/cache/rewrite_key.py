@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import _get_qualified_name
+from torch.utils.weak import WeakIdKeyDictionary
 
 import thresher
 from thresher.passes.base import PASSES
@@ -28,6 +29,7 @@ from ..compat import has_values
 from ..graph import autocast
 from ..graph.capture import Places
 from ..graph.nodes import module_fqn, module_types
+from ..graph.stamp import Sample, stamp
 from ..machine import devices
 from ..recipe import Recipe
 from ..records.certificate import machine, versions
@@ -208,5 +210,21 @@ def _hash_value(value: Any, digest: Any) -> None:
         raise Unnamed("A tensor is not in CPU memory.")
     digest.update(f"{value.dtype}{tuple(value.shape)}{value.stride()}".encode())
     if value.numel():
-        flat = value.detach().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        digest.update(_of_values(value))
+
+
+_KNOWN: WeakIdKeyDictionary = (
+    WeakIdKeyDictionary()
+)  # a model's graphs share its weights, which are many bytes
+
+
+def _of_values(tensor: torch.Tensor) -> bytes:
+    """Hash of a tensor's values; it is kept until something is seen to happen to the tensor."""
+    now, known = stamp(tensor), _KNOWN.get(tensor)
+    if known is not None and known[0] == now and not known[1].changed():
+        return known[2]
+    flat = tensor.detach().contiguous().reshape(-1)
+    found = hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).digest()  # type: ignore[arg-type]
+    if not tensor.is_inference():
+        _KNOWN[tensor] = (now, Sample(tensor), found)
+    return found

@@ -48,7 +48,7 @@ def generate(
     request = Request(model, getattr(compiled, "recipe", None), kwargs)
     calls = _Calls(compiled, model, request)
     began, programs, early = time.perf_counter(), _programs(compiled), _early(compiled)
-    with calls.installed(), waiting.at_once(not wait):
+    with calls.installed(), waiting.at_once(waiting.NO if wait else waiting.SOON):
         # on a GPU, transformers would have Inductor compile a decode step that calls the compiled model
         result = model.generate(*args, **{"disable_compile": True, **request.options})
     done = calls.done
