@@ -102,7 +102,7 @@ class Compiled(torch.nn.Module):
         """Run a call: by a short copy of the model where its layers are alike, else by the model as it is."""
         if self._may_be_short:
             short = self._short
-            if short is None or not short.current():
+            if short is None or not short.follow():
                 short = Short.of(self.model, self.recipe, self._settings["target"], self._compile)
                 self.__dict__.update(_short=short, _may_be_short=short is not None)
             if short is not None and short.takes(args, named):

@@ -50,8 +50,9 @@ class Short:
         stack = stack_of(model)
         return cls(model, ShortModel(model, stack), compile) if stack is not None else None
 
-    def current(self) -> bool:
-        return self.short.current()
+    def follow(self) -> bool:
+        """Whether the short copy is still what the model is, once it has taken over what was set on it."""
+        return self.short.follow()
 
     def takes(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
         """Whether a call treats all layers alike, so that the short model's says it all."""

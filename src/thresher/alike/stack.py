@@ -102,46 +102,54 @@ def _equal(first: Any, other: Any, index: int) -> bool:
 class ShortModel:
     """A model with the first few layers of another; weights and all else are that one's.
 
-    module: to be called. current: whether it still is what the model is.
+    module: to be called, once `follow` has said that it is what the model is.
     """
 
     def __init__(self, model: torch.nn.Module, stack: Stack):
         self.stack, self._config = stack, model.config
-        config: Any = copy.copy(model.config)
-        config.num_hidden_layers = KEPT
-        if isinstance(getattr(config, "layer_types", None), (list, tuple)):
-            config.layer_types = config.layer_types[:KEPT]
-        self._settings = dict(vars(model.config))
-        self._pairs = []
-        self.module = parent = self._copy(model, config)
+        self._short: Any = copy.copy(model.config)
+        self._pairs: list[tuple[torch.nn.Module, torch.nn.Module, str]] = []
         whole = model
-        for name in stack.path[:-1]:
+        for name in stack.path:
+            self._pairs.append((whole, object.__new__(type(whole)), name))
             whole = whole._modules[name]  # type: ignore[assignment]
-            parent._modules[name] = below = self._copy(whole, config)  # type: ignore[arg-type]
-            parent = below
-        parent._modules["layers"] = torch.nn.ModuleList(stack.modules[:KEPT])
+        self._layers = torch.nn.ModuleList(stack.modules[:KEPT])
+        for module, made, _ in self._pairs:
+            vars(made).update(vars(module), _modules={})
+        self.module = self._pairs[0][1]
+        self.follow()
 
-    def _copy(self, module: torch.nn.Module, config: Any) -> torch.nn.Module:
-        made = object.__new__(type(module))
-        vars(made).update(vars(module), _modules=dict(module._modules))
-        if vars(module).get("config") is self._config:
-            vars(made)["config"] = config
-        self._pairs.append((module, dict(vars(module)), dict(module._modules)))
-        return made
-
-    def current(self) -> bool:
-        """Whether neither the model nor its settings were changed since."""
-        for module, held, modules in self._pairs:
-            now = vars(module)
-            if len(now) != len(held) or any(now.get(k) is not v and now.get(k) != v for k, v in held.items()):
+    def follow(self) -> bool:
+        """Take over what was set on the model since; False where its layers are others now, or its forward is."""
+        below = [made for _, made, _ in self._pairs[1:]] + [self._layers]
+        for (module, made, name), child in zip(self._pairs, below):
+            now, held = vars(module), vars(made)
+            if "forward" in now:
                 return False
-            if len(module._modules) != len(modules) or any(
-                module._modules.get(k) is not v for k, v in modules.items()
-            ):
-                return False
+            few = {"config": self._short} if now.get("config") is self._config else {}
+            _mirror(now, held, {"_modules": held["_modules"], **few})
+            _mirror(module._modules, held["_modules"], {name: child})
         layers = self._pairs[-1][0]._modules["layers"]
-        same = len(layers) == len(self.stack.modules) and all(map(_is, layers, self.stack.modules))  # type: ignore[arg-type]
-        return same and vars(self._config) == self._settings
+        if len(layers) != len(self.stack.modules) or not all(map(_is, layers, self.stack.modules)):  # type: ignore[arg-type]
+            return False
+        of_few: dict[str, Any] = {"num_hidden_layers": KEPT}
+        kinds = vars(self._config).get("layer_types")
+        if isinstance(kinds, (list, tuple)):
+            of_few["layer_types"] = kinds[:KEPT]
+        name = getattr(self._config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+        of_few[name] = of_few.pop("num_hidden_layers")
+        _mirror(vars(self._config), vars(self._short), of_few)
+        return True
+
+
+def _mirror(now: Any, held: Any, apart: dict[str, Any]) -> None:
+    """Let `held` hold what `now` does, but for what is `apart`; nothing is written that is there already."""
+    for key, known in now.items():
+        wanted = apart.get(key, known)
+        if key not in held or (held[key] is not wanted and (key not in apart or held[key] != wanted)):
+            held[key] = wanted
+    for key in [k for k in held if k not in now]:
+        del held[key]
 
 
 def _is(a: Any, b: Any) -> bool:

@@ -100,7 +100,9 @@ def test_generate_makes_the_models_tokens(compiled):
     assert torch.equal(
         first, compiled.model.generate(**batch(), max_new_tokens=2, num_beams=2, do_sample=False)
     )
-    assert compiled._short is not None
+    programs = sum(s.programs for s in compiled.sessions)
+    assert torch.equal(greedy(compiled), expected) and compiled.last_call.programs == 0
+    assert compiled._short is not None and programs == sum(s.programs for s in compiled.sessions)
 
 
 class Doubling(LlamaDecoderLayer):
@@ -154,10 +156,15 @@ def test_a_short_model_follows_the_models_settings():
     model = llama()
     short = ShortModel(model, stack_of(model))
     assert len(short.module.model.layers) == KEPT == short.module.config.num_hidden_layers
-    assert short.module.lm_head is model.lm_head and short.current()
-    model.config.output_hidden_states = True
-    assert not short.current()
+    assert short.module.lm_head is model.lm_head and short.follow()
+    model.config.output_hidden_states, model.note, model.lm_head = True, "new", torch.nn.Linear(32, 96)
+    assert short.follow() and short.module.config.output_hidden_states and short.module.note == "new"
+    assert short.module.lm_head is model.lm_head and short.module.config.num_hidden_layers == KEPT
+    del model.note
+    assert short.follow() and not hasattr(short.module, "note")
     assert len(model.model.layers) == LAYERS == model.config.num_hidden_layers
+    model.forward = lambda **_: None
+    assert not short.follow()
 
 
 def test_layers_are_named_and_known_by_name():
