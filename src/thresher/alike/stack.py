@@ -146,7 +146,10 @@ def _mirror(now: Any, held: Any, apart: dict[str, Any]) -> None:
     """Let `held` hold what `now` does, but for what is `apart`; nothing is written that is there already."""
     for key, known in now.items():
         wanted = apart.get(key, known)
-        if key not in held or (held[key] is not wanted and (key not in apart or held[key] != wanted)):
+        same = key in held and (
+            held[key] is wanted or (type(wanted) in (list, tuple) and held[key] == wanted)
+        )
+        if not same:
             held[key] = wanted
     for key in [k for k in held if k not in now]:
         del held[key]
