@@ -11,6 +11,7 @@ import torch
 from ..errors import ThresherError
 from ..generation.programs import CACHES, cache_of
 from ..graph.deepen import Unlike
+from ..model_capture import unwrapped
 from ..notices import disabled, logger
 from ..recipe import Recipe
 from ..tractable import parts_of
@@ -113,7 +114,7 @@ class Short:
         call = depth.Depth(
             self.layers, self.short.stack.modules, cache.layers[KEPT:] if cache is not None else ()
         )
-        with depth.within(call):
+        with depth.within(call), unwrapped():
             result = self._call(**given)
         found = cache_of(vars(result)) or cache_of(dict(result))
         if found is not None:

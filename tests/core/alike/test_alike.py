@@ -108,10 +108,18 @@ class Doubling(LlamaDecoderLayer):
         return made * 2 if self.self_attn.layer_idx >= 4 else made
 
 
-def test_layers_that_differ_by_their_number_alone_are_found_out():
+class Numbered(LlamaDecoderLayer):
+    """Its number is a constant of its graph."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return super().forward(hidden_states, *args, **kwargs) * (1 + self.self_attn.layer_idx)
+
+
+@pytest.mark.parametrize("kind", [Doubling, Numbered])
+def test_layers_that_differ_by_their_number_alone_are_found_out(kind):
     model = llama(6)
     for layer in model.model.layers:
-        layer.__class__ = Doubling
+        layer.__class__ = kind
     assert stack_of(model) is not None
     compiled = thresher.compile(model, batch(), "exact", target="reference")
     real = batch()["attention_mask"].bool()
