@@ -129,16 +129,13 @@ class Judge:
     def _all_agree(self, true: bool) -> bool:
         return self.agree(0.0 if true else 1.0) == 0.0
 
+    @phase(VERIFICATION)
     def exact(self, before: Program, after: Program, budget: float, anchored: bool = True) -> Verdict:
         """Judge a pass that changes nothing but rounding.
 
         anchored: every pass before it was exact too, so that the captured program says what is right; else the program
         before does. budget: what may change under `fixed`, or where nothing can be run in the higher precision.
         """
-        with phase(VERIFICATION):
-            return self._exact(before, after, budget, anchored)
-
-    def _exact(self, before: Program, after: Program, budget: float, anchored: bool) -> Verdict:
         if self.fixed or after.calls is not None or before.calls is not None:
             return self.within(before, after, budget)
         self._runs.keep_only(self.captured, before)
@@ -161,13 +158,10 @@ class Judge:
                 break
         return self._verdict(done)
 
+    @phase(VERIFICATION)
     def within(self, before: Program, after: Program, budget: float) -> Verdict:
         """Judge a pass by how far it moved the program's results on the example: no further than its budget, beside
         which the rounding of both programs is allowed."""
-        with phase(VERIFICATION):
-            return self._within(before, after, budget)
-
-    def _within(self, before: Program, after: Program, budget: float) -> Verdict:
         batch = self.example
         self._runs.keep_only(self.captured, before)
         packed, inputs = self._runs.packed(before, after, batch.inputs)

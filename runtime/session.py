@@ -35,11 +35,6 @@ _PRODUCTS = (
     aten.conv2d.default,
 )
 
-EARLY = (
-    "The first calls did not wait for the compiler: they ran the rewritten program node by node, while it was compiled in "
-    "the background. THRESHER_WAIT=1 waits."
-)
-
 
 @dataclass
 class Counters:
@@ -88,11 +83,6 @@ class Session:
         self._epilogue = self._lower_epilogue(layout)
         self._padded: tuple[Lowered, Freshness] | None = None
         self._pools = [] if layout is None else layout.reads_ends
-
-    @property
-    def early(self) -> int:
-        """How many calls ran before what they ran was compiled."""
-        return sum(one.early for one in self.later)
 
     @property
     def programs(self) -> int:
@@ -294,10 +284,7 @@ class Session:
         with phase(LOWERING, self.report.phases):
             lowered = self.target.lower(program)
         if lowered.later is not None:
-            lowered.later.phases = self.report.phases
-            self.later.append(lowered.later)
-            if EARLY not in self.report.notes:
-                self.report.notes.append(EARLY)
+            self.later.append(lowered.later.told(self.report))
         self.report.engines += lowered.engines
         return lowered
 

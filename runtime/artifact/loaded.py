@@ -102,7 +102,7 @@ class Loaded:
         try:
             with torch.no_grad(), waiting.at_once(waiting.NO if self._wait else waiting.SOON):
                 results = self.session(inputs, {})
-            if self.session.early:
+            if any(one.early for one in self.session.later):
                 later.begin()
         except ThresherError:
             raise

@@ -37,6 +37,7 @@ from .alike.further import Further
 from .alike.proof import proven_on_few
 from .cache.rewrite_cache import Entry, Kept, later_masks
 from .compat import without_fake_mode
+from .entry import as_function, real_inputs
 from .errors import ThresherError
 from .graph import autocast, capture, sharded
 from .graph.deepen import Unlike
@@ -114,7 +115,7 @@ def compile_graph(
         return leave_alone(gm, example_inputs, target, said)
     if not strict:
         _say_what_is_undone(gm, session.report)
-    return _entry(session, roles, further)
+    return as_function(session, roles, further)
 
 
 def _say_what_is_undone(gm: fx.GraphModule, report: Report) -> None:
@@ -292,42 +293,3 @@ def _statistics(recipe: Recipe, program: Program) -> Mapping[str, Any]:
     found = Statistics.load(recipe.stats)
     found.check(program)
     return found
-
-
-def real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:
-    """The caller's real tensors and sizes for this call, or None when they are not at hand."""
-    found = []
-    for node, role in zip([n for n in gm.graph.nodes if n.op == "placeholder"], roles):
-        if not role.startswith("input:"):
-            continue
-        argument = node.meta.get("grapharg")
-        example = argument.example if argument is not None else None
-        if isinstance(example, torch.SymInt):
-            example = int(example.node.hint)
-        if example is None or isinstance(example, torch._subclasses.fake_tensor.FakeTensor):
-            return None
-        found.append(example)
-    return found
-
-
-def _entry(
-    session: Session, roles: Sequence[str], further: Further | None = None
-) -> Callable[..., list[Any]]:
-    inputs = [i for i, role in enumerate(roles) if role.startswith("input:")]
-    weights = [
-        (i, role.removeprefix("weight:")) for i, role in enumerate(roles) if role.startswith("weight:")
-    ]
-
-    parts = sharded.Parts()
-
-    def call(*arguments: Any) -> list[Any]:
-        side_graphs.called()
-        live = parts.of({fqn: arguments[i] for i, fqn in weights})
-        given = [arguments[i] for i in inputs]
-        if further is not None:
-            live, given = {**live, **further.live()}, [*given, *further.inputs()]
-        results = session(given, live)
-        sessions.tell(session, results, live)
-        return results if further is None else further.split(results)
-
-    return call

@@ -13,13 +13,12 @@ import torch
 from thresher.runtime.session import Counters, Session
 
 from . import backend, given_tokens, phases, prompt_tokens, sessions
-from .alike import Short, depth
+from .alike import ByLayers
 from .compat import isolated, room_for_graphs, tracing
 from .errors import ArgumentError, ThresherError
 from .generation.last_call import LastCall
 from .generation.programs import Sizes
 from .generation.run import generate
-from .graph.deepen import Unlike
 from .model_capture import specialized_floats, unwrapped
 from .notices import disabled, logger, warn
 from .recipe import Recipe
@@ -83,9 +82,7 @@ class Compiled(torch.nn.Module):
         """Drop what was compiled; the next call compiles."""
         if disabled():
             logger.info("THRESHER_DISABLE is set: %s runs as it was written.", type(self.model).__name__)
-            self.__dict__.update(
-                _call=self.model, sessions=[], _sizes=Sizes(False), _short=None, _may_be_short=False
-            )
+            self.__dict__.update(_call=self.model, sessions=[], _sizes=Sizes(False))
             return
         dynamic, mode, target, own_options = self._settings.values()
         # a partial equals no other: Dynamo would run a second model of the class on an equal backend's graphs
@@ -93,26 +90,8 @@ class Compiled(torch.nn.Module):
             backend.compile_graph, recipe=self.recipe, target=target, mode=mode, strict=True, **own_options
         )
         compile = functools.partial(torch.compile, backend=own, dynamic=dynamic, **isolated())
-        self.__dict__.update(
-            _call=compile(self.model), sessions=[], _sizes=Sizes(dynamic), _short=None, _may_be_short=True,
-            _compile=compile,
-        )  # fmt: skip
-
-    def _called(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Run a call: by a short copy of the model where its layers are alike, else by the model as it is."""
-        if self._may_be_short:
-            short = self._short
-            if short is None or not short.follow():
-                short = Short.of(self.model, self.recipe, self._settings["target"], self._compile)
-                self.__dict__.update(_short=short, _may_be_short=short is not None)
-            if short is not None and short.takes(args, named):
-                try:
-                    return short(**named)
-                except Unlike as reason:
-                    logger.info("%s is compiled layer by layer: %s", type(self.model).__name__, reason)
-                    self.__dict__.update(_short=None, _may_be_short=False)
-        with depth.within(None):
-            return self._call(*args, **named)
+        call = ByLayers(self.model, self.recipe, target, compile)
+        self.__dict__.update(_call=call, sessions=[], _sizes=Sizes(dynamic))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # inside another compiled function it is a call, not code
@@ -149,7 +128,7 @@ class Compiled(torch.nn.Module):
             self._sizes.prepared(args, kwargs) as given,
             phases.call(),
         ):
-            result = self._called(args, given)
+            result = self._call(*args, **given)
         self.sessions += made
         undone = rewrote_nothing([s.report for s in made]) if anew else None
         if undone is not None:

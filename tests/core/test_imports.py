@@ -15,7 +15,7 @@ ROOMS = {
 }
 # The face joins the rooms; the rest of src/thresher is the core that every room may use.
 FACE = {
-    "__init__", "__main__", "api", "compiled", "strict", "model_capture", "backend", "cli", "export",
+    "__init__", "__main__", "api", "compiled", "strict", "model_capture", "backend", "entry", "cli", "export",
     "export_example", "calibration_data", "mapped_model", "saving",
     "quantization", "low_bit", "generation", "alike", "testing",
     "records", "cache", "training", "tools", "integrations",

@@ -1,6 +1,5 @@
 """Layers that are alike are traced, captured and proven once: a model is compiled by a copy of itself with few of them."""
 
-from .further import Further
-from .short import Short
+from .calls import ByLayers
 
-__all__ = ["Further", "Short"]
+__all__ = ["ByLayers"]

@@ -64,7 +64,7 @@ def _programs(compiled: Any) -> int:
 
 
 def _early(compiled: Any) -> int:
-    return sum(s.early for s in getattr(compiled, "sessions", ()))
+    return sum(one.early for s in getattr(compiled, "sessions", ()) for one in s.later)
 
 
 class _Calls:

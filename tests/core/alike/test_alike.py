@@ -89,15 +89,15 @@ def test_generate_makes_the_models_tokens(compiled):
     )
     programs = sum(s.programs for s in compiled.sessions)
     assert torch.equal(greedy(compiled), expected) and compiled.last_call.programs == 0
-    assert compiled._short is not None and programs == sum(s.programs for s in compiled.sessions)
+    assert compiled._call.short is not None and programs == sum(s.programs for s in compiled.sessions)
 
 
 def test_a_layer_that_is_replaced_is_used(compiled):
-    layers, before = compiled.model.model.layers, compiled._short
+    layers, before = compiled.model.model.layers, compiled._call.short
     layers[LAYERS - 1] = LlamaDecoderLayer(compiled.model.config, LAYERS - 1).eval()
     real = batch()["attention_mask"].bool()
     assert torch.allclose(compiled(**batch()).logits[real], compiled.model(**batch()).logits[real], atol=1e-5)
-    assert compiled._short is not None and compiled._short is not before
+    assert compiled._call.short is not None and compiled._call.short is not before
 
 
 class Doubling(LlamaDecoderLayer):
@@ -124,7 +124,7 @@ def test_layers_that_differ_by_their_number_alone_are_found_out(kind):
     compiled = thresher.compile(model, batch(), "exact", target="reference")
     real = batch()["attention_mask"].bool()
     assert torch.allclose(compiled(**batch()).logits[real], model(**batch()).logits[real], atol=1e-4)
-    assert compiled._short is None
+    assert compiled._call.short is None
 
 
 def _unlike(model):

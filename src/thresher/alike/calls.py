@@ -1,0 +1,41 @@
+"""A compiled model's calls: by a short copy of the model where that says it all, else by the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..graph.deepen import Unlike
+from ..notices import logger
+from ..recipe import Recipe
+from . import depth
+from .short import Short
+
+
+class ByLayers:
+    """Called as the model is. compile: compiles a module, as Dynamo does. short: what runs calls now, or None."""
+
+    def __init__(self, model: Any, recipe: Recipe, target: str, compile: Callable[[torch.nn.Module], Any]):
+        self.model, self.short, self._whole = model, None, compile(model)
+        self._make = lambda: Short.of(model, recipe, target, compile)
+        self._may = True
+        self.short: Short | None
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        short = self._current() if self._may else None
+        if short is not None and short.takes(args, named):
+            try:
+                return short(**named)
+            except Unlike as reason:
+                logger.info("%s is compiled whole: %s", type(self.model).__name__, reason)
+                self.short, self._may = None, False
+        with depth.within(None):
+            return self._whole(*args, **named)
+
+    def _current(self) -> Short | None:
+        if self.short is None or not self.short.follow():
+            self.short = self._make()
+            self._may = self.short is not None
+        return self.short
