@@ -21,7 +21,7 @@ from . import triton_kernels as kernels
 CHUNK = 256  # neurons a program sums; at 5 % some 13 of them, and F / 256 * D / 128 programs fill a GPU
 MAX_TOKENS = 16
 _MASKED_TOKENS = 2  # up to here `gemv`, which needs no list
-GEMV = {"BK": 16, "BN": 128, "num_warps": 4}
+GEMV = {"BK": 16, "BN": 128, "num_warps": 4}  # of fp32 half as many rows, which spill otherwise
 UP = {"BR": 16, "BK": 128, "num_warps": 4}
 DOWN = {"BK": 16, "BN": 128, "num_warps": 4}
 REDUCE = {"BN": 256, "num_warps": 2}  # four sums a thread: loads of 16 bytes
@@ -91,11 +91,12 @@ class _Call:
 
     def gemv(self, scale, threshold) -> None:
         groups, width = _grouping(self.weight, scale)
-        grid = (-(-self.features // GEMV["BN"]), self.chunks)
+        tile = GEMV | {"BK": 8} if self.weight.dtype == torch.float32 else GEMV
+        grid = (-(-self.features // tile["BN"]), self.chunks)
         kernels.gemv[grid](
             self.act, self.weight, scale, threshold, self.partials, self.counts, self.tokens, self.neurons,
             self.features, groups, width, THRESHOLD=_threshold_kind(threshold), SCALED=scale is not None,
-            CHUNK=CHUNK, BT=self.padded, **GEMV,
+            CHUNK=CHUNK, BT=self.padded, **tile,
         )  # fmt: skip
 
     def compact(self, threshold) -> None:

@@ -41,7 +41,7 @@ def launch_scores(q, k, probes, segments, scale):
     tile = dict(
         SEGMENTED=segmented,
         BP=16 if rows <= 16 else 32,
-        BN=64,
+        BN=128 if 64 < dim <= 128 and q.dtype != torch.float32 else 64,  # 64 keys of half heads of 128 spill
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         PRECISION="ieee",  # TF32 would move scores by 1e-3
         num_warps=8,  # with four, head widths of 128 spill

@@ -94,8 +94,9 @@ class Tiling:
     stages: int
 
 
-def tiling(width: int, dtype: torch.dtype, masked: bool) -> Tiling:
-    """How to cut the work. By head width and dtype only: by length, a result would depend on neighbours.
+def tiling(width: int, dtype: torch.dtype, masked: bool, capability: int) -> Tiling:
+    """How to cut the work. By head width, dtype and GPU (its compute capability times ten): by length, a result would
+    depend on neighbours.
 
     Chosen so that nothing spills and a block fits into the 99 KiB of shared memory of the smallest
     targets (compute capability 8.6 and 12.0). A mask tile takes registers of its own.
@@ -103,7 +104,7 @@ def tiling(width: int, dtype: torch.dtype, masked: bool) -> Tiling:
     wide = _block(width)
     if dtype in _HALF:
         if wide <= 64:
-            return Tiling(128, 64, 8, 3)
+            return Tiling(128, 32 if masked else 64, 8, 2 if 100 <= capability < 120 else 3)
         if wide == 128:
             return Tiling(64 if masked else 128, 32, 8, 2)
         return Tiling(64, 16 if masked else 32, 8, 2)
@@ -168,7 +169,8 @@ def launch(
     if out.numel() == 0 or segments == 0:
         return out
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    cut = tiling(max(q.shape[3], v.shape[3]), q.dtype, mask is not None)
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    cut = tiling(max(q.shape[3], v.shape[3]), q.dtype, mask is not None, 10 * major + minor)
     if mask is None:
         kind, strides = kernels.NO_MASK, [0, 0, 0, 0]
         mask = rows = cols = cu_seqlens  # never read

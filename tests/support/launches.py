@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from thresher import ops
 from thresher.kernels.nvfp4 import cuda as nvfp4_cuda
+from thresher.kernels.varlen import cuda as varlen_cuda
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OPTIONS = ("num_warps", "num_stages", "num_ctas")
@@ -128,11 +129,12 @@ def recording(found: list[Launch], about: list[Any]) -> Iterator[None]:
 def recorded(capability: int) -> list[Launch]:
     """The different launches that the calls of `calls` lead to on such a GPU."""
     found: list[Launch] = []
-    tile = nvfp4_cuda.gemm_tile
+    tile, tiling = nvfp4_cuda.gemm_tile, varlen_cuda.tiling
     about: list[Any] = ["", capability, None]
     with (
         recording(found, about),
         mock.patch.object(nvfp4_cuda, "gemm_tile", lambda rows, _: tile(rows, capability)),
+        mock.patch.object(varlen_cuda, "tiling", lambda *given: tiling(*given[:3], capability)),
     ):
         for name, args, dtype in calls():
             op = ops.get(name)

@@ -41,7 +41,7 @@ def build(
     signature["mask"] = "*u8" if mask == varlen_triton.BOOL_MASK else pointer
     signature |= dict.fromkeys([*STRIDES, *MASK_STRIDES, "window"], "i32")
     signature |= dict.fromkeys(("scale", "softcap"), "fp32")
-    cut = varlen_cuda.tiling(width, dtype, mask != varlen_triton.NO_MASK)
+    cut = varlen_cuda.tiling(width, dtype, mask != varlen_triton.NO_MASK, capability)
     constants = {
         "GROUP": 3, "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "CAUSAL": causal,
         "WINDOWED": windowed, "SOFTCAP": softcap, "MASK": mask, "SINKS": sinks, "BM": cut.queries, "BN": cut.keys,
@@ -107,7 +107,7 @@ def test_the_tiling_depends_on_nothing_but_width_dtype_and_mask():
     for dtype in TYPES:
         for masked in (False, True):
             assert all(
-                varlen_cuda.tiling(w, dtype, masked) == varlen_cuda.tiling(64, dtype, masked)
+                varlen_cuda.tiling(w, dtype, masked, 90) == varlen_cuda.tiling(64, dtype, masked, 90)
                 for w in (1, 16, 33)
             )
 
