@@ -17,10 +17,11 @@ from .alike import ByLayers
 from .compat import isolated, room_for_graphs, tracing
 from .errors import ArgumentError, ThresherError
 from .generation.last_call import LastCall
-from .generation.programs import Sizes
+from .generation.programs import Sizes, cache_of
 from .generation.run import generate
 from .model_capture import specialized_floats, unwrapped
 from .notices import disabled, logger, warn
+from .plain_mode import plain_mode
 from .recipe import Recipe
 from .records.certificate import Certificate
 from .report import Report
@@ -104,13 +105,18 @@ class Compiled(torch.nn.Module):
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self._run_once(*args, **kwargs)
-        except torch._dynamo.exc.TorchRuntimeError:
-            if not self._sizes.give_up():
-                raise
-            logger.info("%s gets a program for one row of its own.", type(self.model).__name__)
-            return self._run_once(*args, **kwargs)
+        with plain_mode(args, kwargs) as (given, named, copies):
+            try:
+                result = self._run_once(*given, **named)
+            except torch._dynamo.exc.TorchRuntimeError:
+                if not self._sizes.give_up():
+                    raise
+                logger.info("%s gets a program for one row of its own.", type(self.model).__name__)
+                result = self._run_once(*given, **named)
+        if copies and any(s.program.updates for s in self.sessions):
+            for tensor, copy in copies:
+                tensor.copy_(copy)
+        return result
 
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
         anew = not self.sessions
@@ -175,7 +181,8 @@ class Compiled(torch.nn.Module):
         wait=True compiles each program before it runs first; without, the first tokens do not wait for a compiler. Raises
         ArgumentError before the first token for what cannot work. `last_call` then says what it did.
         """
-        result, done = generate(self, self.model, *args, **kwargs)
+        with plain_mode(args, kwargs, whole=cache_of(kwargs) is None) as (given, named, _):
+            result, done = generate(self, self.model, *given, **named)
         self.__dict__["last_call"] = done
         return result
 

@@ -151,6 +151,34 @@ def test_a_cast_compiles_again_on_next_use(made):
     assert fast.float().cpu().sessions is kept
 
 
+def test_a_call_under_inference_mode_runs_the_program_made_outside(made):
+    model, batch, fast = made
+    with torch.no_grad():
+        expected = model(**batch)
+    with torch.inference_mode():
+        mine = {name: t.clone() for name, t in batch.items()}
+        assert mine["input_ids"].is_inference()
+        found = fast(**mine)
+    assert len(fast.sessions) == 1 and calls(fast) == 2
+    torch.testing.assert_close(real(found, batch), real(expected, batch), atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_model_writes_to_its_inputs_under_inference_mode_is_there():
+    class Adder(TinyTransformer):
+        def forward(self, input_ids, attention_mask, seen):
+            x = super().forward(input_ids, attention_mask)
+            seen.add_(attention_mask.sum())
+            return x
+
+    _, batch = tiny_model()
+    model = Adder().eval()
+    fast = thresher.compile(model, {**batch, "seen": torch.zeros(1)}, "none", target="reference")
+    with torch.inference_mode():
+        seen = torch.zeros(1)
+        fast(**{name: t.clone() for name, t in batch.items()}, seen=seen)
+    assert float(seen) == float(batch["attention_mask"].sum())
+
+
 def test_hooks_run_around_a_call(made):
     _, batch, fast = made
     seen = []

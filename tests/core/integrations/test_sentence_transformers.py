@@ -73,6 +73,16 @@ def test_one_text_and_lists_and_other_precision(embedder):
     assert ours.shape == theirs.shape and len(fast.encode([])) == 0
 
 
+def test_texts_of_all_lengths_run_the_program_that_optimize_made(folders):
+    """`encode` runs under inference mode, for whose tensors Dynamo compiles anew."""
+    fast = library.SentenceTransformer(str(folders["BertModel"]), device="cpu")
+    optimize(fast, "exact", target="reference")
+    for given in (TEXTS, TEXTS[:2], ["some words " * n for n in range(1, 9)]):
+        fast.encode(given)
+    inner = fast[0].model
+    assert len(inner.sessions) == 1 and inner.sessions[0].counters.calls == 4
+
+
 def test_batches_hold_up_to_the_budget_of_tokens(embedder):
     _, fast = embedder
     groups = list(fast.encode._groups(TEXTS))
