@@ -3,8 +3,12 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
@@ -110,3 +114,62 @@ def test_deft_refuses_a_model_whose_neurons_are_never_zero(small, tmp_path):
     small.save_pretrained(tmp_path / "llama")
     with pytest.raises(AssertionError, match="exactly zero, and the MLPs of this model use silu"):
         run(tmp_path / "llama", IDS[:1, :4].tolist(), tmp_path, quantization="thresher-deft")
+
+
+def answer(port, path, given=None):
+    """What a server on this machine answers, as JSON; None while it is not up."""
+    data = None if given is None else json.dumps(given).encode()
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as got:
+            return json.loads(got.read() or b"{}")
+    except urllib.error.HTTPError as reason:
+        raise AssertionError(reason.read().decode()) from None
+    except OSError:
+        return None
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_the_openai_server_answers_with_a_checkpoint_of_ours(small, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    config = thresher.RSQ(bits=4, group_size=32)
+    low = thresher.quantize(small, IDS, config, portable=True, tokenizer=tokenizer)
+    folder, model, prompt = low.save_pretrained(tmp_path / "low"), low.as_model(), IDS[:1, :12]
+    with torch.no_grad():
+        tokens = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name",
+               "low", "--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]  # fmt: skip
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with (
+        open(tmp_path / "log", "w") as log,
+        subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True) as server,
+    ):
+        try:
+            until = time.time() + 400
+            while answer(port, "/health") is None:
+                assert server.poll() is None and time.time() < until, (tmp_path / "log").read_text()[-4000:]
+                time.sleep(1)
+            asked = {"model": "low", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+            words = " ".join(f"w{i}" for i in prompt[0].tolist())
+            for given in (prompt[0].tolist(), words):
+                found = answer(port, "/v1/completions", {**asked, "prompt": given})
+                assert found["choices"][0]["text"].split() == [f"w{i}" for i in tokens[0, 12:].tolist()]
+        finally:
+            server.terminate()
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+    assert "thresher" in (tmp_path / "log").read_text()
