@@ -6,7 +6,6 @@ taken over, so that one record grows row by row. The rows run what `tests/` hold
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -14,13 +13,12 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
-from _harness import Benchmark, arguments, interleave
+from _harness import Benchmark, arguments
+from _trust_cost import overhead
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORT = ROOT / "tests" / "support"
@@ -64,16 +62,19 @@ def cases(bench: Benchmark) -> None:
 
 
 def fuzz(bench: Benchmark) -> None:
-    """Chunks of 200 examples (120 of programs, 80 of models); recipes beside them."""
+    """Chunks of 200 examples (120 of programs, 80 of models); recipes and `generate` beside them."""
     chunks = 1 if bench.args.quick else bench.args.chunks
     names = [f"tests/fuzz/{file}[{n}]" for n in range(chunks) for file in (
         "test_programs.py::test_as_near_to_the_truth_as_eager_or_refused",
         "test_models.py::test_calls_give_what_the_model_gives",
         "test_recipes.py::test_any_options_make_a_recipe_or_an_argument_error",
+        "test_generate.py::test_generate_gives_what_the_model_gives",
     )]  # fmt: skip
     found = tested("--thorough", *names)
     violations = found["failed"] + found["error"]
-    bench.row(what="fuzz", examples=200 * chunks, recipes=400 * chunks, violations=violations)
+    bench.row(
+        what="fuzz", examples=200 * chunks, recipes=400 * chunks, generate=24 * chunks, violations=violations
+    )
     bench.claim("fuzz: violations", violations, "== 0")
     bench.claim("fuzz: examples", 200 * chunks, ">= 200" if chunks == 1 else ">= 20000")
 
@@ -88,16 +89,34 @@ def files(bench: Benchmark) -> None:
 
 
 def long_run(bench: Benchmark) -> None:
+    """What was found is written after every 2,000 calls, and `--minutes` ends a target's run early, with its count."""
+    for target in bench.args.targets.split(","):
+        _soak(bench, target, {"reference": 20_000, "inductor": 2000}[target])
+
+
+def _soak(bench: Benchmark, target: str, wanted: int) -> None:
     import soak
 
-    wanted = {"reference": 20_000, "inductor": 2000}
-    for target in bench.args.targets.split(","):
-        calls = bench.args.calls or wanted[target] // (20 if bench.args.quick else 1)
-        found = soak.run(soak.pairs(target), calls, warm=max(200, calls // 10))
-        bench.row(what="soak", target=target, calls=found.calls, edits=found.edits, wrong=len(found.wrong),
+    wanted //= 20 if bench.args.quick else 1
+    calls = bench.args.calls or wanted
+    warm, rows, claims = max(200, calls // 10), list(bench.rows), list(bench.claims)
+
+    def note(found: Any) -> None:
+        bench.rows, bench.claims = list(rows), list(claims)
+        bench.row(what="soak", target=target, calls=found.calls, warm_up=warm, edits=found.edits, wrong=len(found.wrong),
                   growth=round(found.growth, 5), programs=max(found.programs))  # fmt: skip
-        bench.claim(f"soak on {target}: wrong numbers of {found.calls}", len(found.wrong), "== 0")
+        bench.claim(f"soak on {target}: calls", found.calls, f">= {wanted}")
+        bench.claim(f"soak on {target}: wrong numbers", len(found.wrong), "== 0")
         bench.claim(f"soak on {target}: growth of memory", max(0.0, found.growth), "<= 0.01")
+        bench.save()
+        print(
+            f"{target}: {found.calls} calls, {found.growth:.2%} grown",
+            *found.wrong[:5],
+            sep="\n",
+            file=sys.stderr,
+        )
+
+    note(soak.run(soak.pairs(target), calls, warm=warm, seconds=60 * bench.args.minutes, note=note))
 
 
 def threads(bench: Benchmark) -> None:
@@ -142,96 +161,17 @@ def threads(bench: Benchmark) -> None:
 
 
 def sanitizers(bench: Benchmark) -> None:
-    found = tested(
-        "--thorough", "tests/kernels/test_bad_calls.py::test_sanitizers_find_nothing_in_the_kernels"
-    )
+    names = [
+        f"tests/kernels/test_bad_calls.py::test_sanitizers_find_nothing_in_{what}"
+        for what in ("the_kernels", "steps")
+    ]
+    found = tested("--thorough", *names)
     bench.row(what="sanitizers", runs=found["passed"], reports=found["failed"] + found["error"])
     if not found["passed"] + found["failed"]:
         bench.not_measured("sanitizers: reports", "The compiler brings no address sanitizer.")
         return
-    bench.claim("address and undefined-behaviour sanitizers over all operators' samples: reports",
+    bench.claim("address and undefined-behaviour sanitizers over all operators' samples and steps: reports",
                 found["failed"] + found["error"], "== 0")  # fmt: skip
-
-
-@contextlib.contextmanager
-def unchecked(sessions: Any) -> Iterator[None]:
-    """Within the context no operator checks its arguments, and no call looks whether weights changed."""
-    from thresher import op, ops
-
-    known = [(o, o.check) for o in ops.all_ops()]
-    fresh = [s._fresh for s in sessions if getattr(s, "_fresh", None) is not None]
-    modes = [f.mode for f in fresh]
-    for one, _ in known:
-        one.check = None
-    for f in fresh:
-        f.mode = "trust"
-    try:
-        with mock.patch.object(op, "_check_devices", lambda *_: None):
-            yield
-    finally:
-        for one, check in known:
-            one.check = check
-        for f, mode in zip(fresh, modes):
-            f.mode = mode
-
-
-def overhead(bench: Benchmark) -> None:
-    """One compiled model with all checks and with none of them, in turn."""
-    import thresher
-
-    rounds = 10 if bench.args.quick else 40
-    for name, make in (("MiniLM, 8 texts", minilm), ("decode step, 4 layers of SmolLM2", decode_step)):
-        model, inputs, recipe = make()
-        with torch.no_grad():
-            fast = thresher.compile(model, inputs, recipe, dynamic=True)
-            fast(**inputs)
-
-            def bare(fast: Any = fast, inputs: Any = inputs) -> Any:
-                with unchecked(fast.sessions):
-                    return fast(**inputs)
-
-            def empty(fast: Any = fast) -> None:
-                with unchecked(fast.sessions):
-                    pass
-
-            times = interleave(
-                {"checked": lambda f=fast, i=inputs: f(**i), "bare": bare, "empty": empty}, rounds=rounds
-            )
-        without = times["bare"].cpu_min - times["empty"].cpu_min
-        share = times["checked"].cpu_min / without - 1
-        bench.row(what="overhead", model=name, checked_ms=round(times["checked"].cpu_min, 4), bare_ms=round(without, 4),
-                  share=round(share, 5))  # fmt: skip
-        bench.claim(f"what the checks add to a call: {name}", max(0.0, share), "<= 0.01")
-
-
-def minilm() -> tuple[torch.nn.Module, dict[str, Any], Any]:
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=3000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
-    lengths = torch.tensor([12, 20, 31, 9, 44, 27, 16, 60])
-    mask = (torch.arange(60)[None] < lengths[:, None]).long()
-    return (
-        BertModel(config).eval(),
-        {"input_ids": torch.randint(1, 3000, mask.shape) * mask, "attention_mask": mask},
-        "exact",
-    )
-
-
-def decode_step() -> tuple[torch.nn.Module, dict[str, Any], Any]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=3000, hidden_size=576, intermediate_size=1536, num_hidden_layers=4,
-                                         num_attention_heads=9, num_key_value_heads=3)).eval()  # fmt: skip
-    inputs = {
-        "input_ids": torch.tensor([[5]]),
-        "attention_mask": torch.ones(1, 1, dtype=torch.long),
-        "use_cache": False,
-    }
-    return model, inputs, {"nvfp4": {"min_weights": 0, "activations": "int16"}}
 
 
 ROWS: dict[str, Callable[[Benchmark], None]] = {
@@ -251,6 +191,12 @@ def options(parser: Any) -> None:
     parser.add_argument("--targets", default="reference,inductor", help="of soak and threads")
     parser.add_argument(
         "--calls", type=int, default=0, help="of soak; by default 20,000, and 2,000 on Inductor"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="after which a target's soak ends, with the calls it made",
     )
     parser.add_argument("--runs", type=int, default=5, help="of threads, for each target and cache")
 

@@ -173,6 +173,9 @@ class Run {
                 const Value* signs = maybe(op, 1);
                 const Value to = place(op, x);
                 const int64_t rows = x.last() ? x.count() / x.last() : 0, block = size(op, 0);
+                if (block < 1 || x.last() % block || block % size(op, 1) || (signs && !signs->sized_as({x.last()})) ||
+                    !in(op, 2).sized_as({block / size(op, 1), block / size(op, 1)}))
+                    fail("a transform of other sizes than the input's");
                 float* const y = to.type == F32 ? reinterpret_cast<float*>(to.data)
                                                 : reinterpret_cast<float*>(work_.scratch.made.of(to.count() * 4));
                 functions.hadamard(floats(x, work_.scratch.wide), y, signs ? floats(*signs, work_.scratch.bias) : nullptr,
@@ -213,6 +216,10 @@ class Run {
         const Value q = in(op, 0), k = in(op, 1), v = in(op, 2);
         if (q.rank != 4 || q.shape[2] != 1) fail("attention of more than one query a row");
         if (k.stride[3] != 1 || v.stride[3] != 1) fail("keys and values with a stride inside");
+        const int64_t rows = q.shape[0], slots = k.rank == 4 ? k.shape[2] : -1, heads = k.rank == 4 ? k.shape[1] : 0;
+        if (!k.sized_as({rows, heads, slots, q.shape[3]}) || v.rank != 4 || !v.sized_as({rows, heads, slots, v.shape[3]}) ||
+            heads < 1 || q.shape[1] % heads || (op.in[3] >= 0 && !in(op, 3).sized_as({rows, slots})))
+            fail("queries, keys, values and a mask that do not belong together");
         Value wide = q;
         wide.type = F32;
         wide.lay_out();
@@ -293,6 +300,7 @@ const char* step_run(void* handle, void* const* data, const int64_t* described, 
             v.data = static_cast<char*>(data[i]);
             v.type = Type(*described++);
             v.rank = int(*described++);
+            if (v.rank < 0 || v.rank > kRank) fail("a value of too many dimensions");
             for (int d = 0; d < v.rank; ++d) v.shape[d] = *described++;
             v.lay_out();
         }

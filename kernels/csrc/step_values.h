@@ -1,9 +1,11 @@
 // Values of a step's program: tensors as pointers with sizes and strides, and the memory that they live in between calls.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -42,6 +44,9 @@ struct Value {
         for (int d = rank - 1; d >= 0; --d) stride[d] = step, step *= shape[d] > 1 ? shape[d] : 1;
     }
     int64_t last() const { return rank ? shape[rank - 1] : 1; }
+    bool sized_as(std::initializer_list<int64_t> sizes) const {
+        return rank == int(sizes.size()) && std::equal(sizes.begin(), sizes.end(), shape);
+    }
     void sized(std::initializer_list<int64_t> sizes) {
         rank = 0;
         for (int64_t size : sizes) shape[rank++] = size;

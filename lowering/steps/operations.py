@@ -26,7 +26,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, t
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 16
 """Up to so many rows the product here takes less time than PyTorch's, which lays the weight out anew at every call."""
-_MOST_DIMS = 6
+MOST_DIMS = 6
 
 
 HEAVY = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default,
@@ -69,9 +69,17 @@ def operation(node: fx.Node) -> Operation:
     if rule is None:
         raise Unfit(f"{node.target} has no form for a step in C++.")
     for known in (value(node), *map(value, node.all_input_nodes)):
-        if isinstance(known, torch.Tensor) and (known.dim() > _MOST_DIMS or known.dtype not in TYPES):
+        if isinstance(known, torch.Tensor) and (known.dim() > MOST_DIMS or known.dtype not in TYPES):
             raise Unfit(f"{node.target} has {known.dim()} dimensions of {known.dtype}.")
     return rule(node)
+
+
+def writable(node: fx.Node) -> None:
+    """Raise Unfit where a write to an input, `copy_`, is not one that C++ has."""
+    kinds = {value(n).dtype for n in node.args[:2]}
+    most = max(value(n).dim() for n in node.args[:2])
+    if most > MOST_DIMS or not kinds <= TYPES.keys() or (len(kinds) > 1 and not kinds <= set(FLOATS)):
+        raise Unfit(f"{node.name} writes {most} dimensions of {' and '.join(map(str, kinds))}.")
 
 
 def _rule(*targets: Any) -> Callable[[Rule], Rule]:

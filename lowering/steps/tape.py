@@ -20,7 +20,7 @@ from torch import fx
 from thresher import ops
 from thresher.graph.nodes import value
 
-from .operations import HEAVY, PUT, TYPES, VIEW, WRITE, Made, Operation, Unfit, operation
+from .operations import HEAVY, PUT, TYPES, VIEW, WRITE, Made, Operation, Unfit, operation, writable
 
 aten = torch.ops.aten
 RESHAPE = 0
@@ -121,6 +121,8 @@ class _Builder:
                     raise Unfit(f"{node.name} writes to what is no input.")
                 found[node] = None
                 self.forms[node] = Operation(WRITE, [node.args[0], node.args[1]])
+        for node in found:
+            writable(node)
         return found
 
     def tape(self) -> Tape:

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import random
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,21 +109,12 @@ def served(number: int) -> Served:
     return made
 
 
-EDITS = {
-    "in place": lambda m: [p.mul_(1.25) for p in m.parameters()],
-    "data": lambda m: [setattr(p, "data", p.data * 0.75) for p in m.parameters()],
-    "load": lambda m: m.load_state_dict({k: v * 1.25 for k, v in m.state_dict().items()}),
-    "assign": lambda m: m.load_state_dict({k: v * 0.75 for k, v in m.state_dict().items()}, assign=True),
-    "one": lambda m: next(m.parameters()).add_(0.05),
-}
-
-
 def edit(one: Served, how: str) -> None:
     with torch.no_grad():
         if how == "back":
             one.model.load_state_dict(one.weights)
         else:
-            EDITS[how](one.model)
+            fuzz.EDITS[how](one.model)
     one.true.load_state_dict(one.model.state_dict())
     one.edited = how != "back"
 
@@ -170,7 +160,7 @@ def test_calls_give_what_the_model_gives(chunk):
     @fuzz.examples(examples, chunk)
     @given(
         st.integers(0, served_here - 1),
-        st.lists(st.tuples(st.sampled_from(["", "", *EDITS]), BATCHES), min_size=1, max_size=3),
+        st.lists(st.tuples(st.sampled_from(["", "", *fuzz.EDITS]), BATCHES), min_size=1, max_size=3),
         st.sampled_from([False, False, False, True]),
     )
     def judge(index, calls, threads):
@@ -182,7 +172,7 @@ def test_calls_give_what_the_model_gives(chunk):
         if one.edited:
             edit(one, "back")
         if threads:
-            at_once([functools.partial(call, one, batch) for _, batch in calls for _ in range(2)])
+            fuzz.at_once([functools.partial(call, one, batch) for _, batch in calls for _ in range(2)])
             return
         for how, batch in calls:
             if how:
@@ -194,21 +184,3 @@ def test_calls_give_what_the_model_gives(chunk):
     finally:
         torch._dynamo.config.recompile_limit = before
     assert seen["calls"] > examples // 2, seen
-
-
-def at_once(works) -> None:
-    failed: list[BaseException] = []
-
-    def run(work):
-        try:
-            work()
-        except BaseException as failure:
-            failed.append(failure)
-
-    threads = [threading.Thread(target=run, args=(w,)) for w in works]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    if failed:
-        raise failed[0]

@@ -34,16 +34,29 @@ def test_every_damaged_call_raises_or_equals_the_reference():
     _run()
 
 
-@pytest.mark.thorough
-def test_sanitizers_find_nothing_in_the_kernels(tmp_path):
+@pytest.fixture
+def sanitizers(tmp_path):
+    """The environment of a process whose kernels are built under address and undefined-behaviour checks."""
     compiler = native.compiler()
     # libstdc++ too: the sanitizer looks for what throws before torch has loaded one, and else ends at the first throw
     asked = [[compiler or "g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
     found = [subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in asked]
     if not all(Path(library).is_absolute() for library in found):
         pytest.skip("the compiler brings no address sanitizer")
-    _run("--sanitize", "--each", "200", LD_PRELOAD=" ".join(found), ASAN_OPTIONS="detect_leaks=0",
-         THRESHER_CACHE_DIR=str(tmp_path))  # fmt: skip
+    return dict(LD_PRELOAD=" ".join(found), ASAN_OPTIONS="detect_leaks=0", THRESHER_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.thorough
+def test_sanitizers_find_nothing_in_the_kernels(sanitizers):
+    _run("--sanitize", "--each", "200", **sanitizers)
+
+
+@pytest.mark.thorough
+def test_sanitizers_find_nothing_in_steps(sanitizers):
+    tests = SCRIPT.parents[1] / "lowering" / "steps"
+    done = subprocess.run([sys.executable, str(SCRIPT.with_name("sanitized.py")), str(tests)], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **sanitizers})  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("op", ops.all_ops(), ids=lambda op: op.name)

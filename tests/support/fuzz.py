@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +111,32 @@ def assert_as_good(true, own, got, real, dtype, extra: float = 0.0) -> None:
     ours, theirs = ((t.double() - true.double()).abs().max() / most for t in (got, own))
     allowed = (1 + FACTOR) * theirs + FLOOR[dtype] + extra
     assert ours <= allowed, f"{ours:.3g} off, the model itself {theirs:.3g}, allowed {allowed:.3g}"
+
+
+# The ways in which weights change under a compiled model.
+EDITS = {
+    "in place": lambda m: [p.mul_(1.25) for p in m.parameters()],
+    "data": lambda m: [setattr(p, "data", p.data * 0.75) for p in m.parameters()],
+    "load": lambda m: m.load_state_dict({k: v * 1.25 for k, v in m.state_dict().items()}),
+    "assign": lambda m: m.load_state_dict({k: v * 0.75 for k, v in m.state_dict().items()}, assign=True),
+    "one": lambda m: next(m.parameters()).add_(0.05),
+}
+
+
+def at_once(works: Iterable[Callable[[], Any]]) -> None:
+    """Call each in a thread of its own; raises what the first to fail raised."""
+    failed: list[BaseException] = []
+
+    def run(work):
+        try:
+            work()
+        except BaseException as failure:
+            failed.append(failure)
+
+    threads = [threading.Thread(target=run, args=(w,)) for w in works]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if failed:
+        raise failed[0]

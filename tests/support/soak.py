@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
+import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,10 +94,33 @@ class Counted:
     programs: list[int] = field(default_factory=list)
 
 
-def run(given: list[Pair], calls: int, threads: int = 4, seed: int = 0, warm: int = 400) -> Counted:
-    """So many calls after `warm` of them. A matrix is doubled before a block of calls and halved after it."""
-    found, draw = Counted(), random.Random(seed)
-    memory = psutil.Process().memory_info
+def held() -> int:
+    """Bytes of memory that the process holds, less what its allocator keeps for later.
+
+    glibc gives each thread a pool of its own, of which it hands nothing back by itself: those fill for thousands of calls.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    return psutil.Process().memory_info().rss
+
+
+def run(
+    given: list[Pair],
+    calls: int,
+    threads: int = 4,
+    seed: int = 0,
+    warm: int = 400,
+    seconds: float = float("inf"),
+    note: Callable[[Counted], None] | None = None,
+) -> Counted:
+    """So many calls after `warm` of them. A matrix is doubled before a block of calls and halved after it.
+
+    seconds: after which it ends, warm-up included. note: is shown what was found after every 2,000 calls.
+    """
+    found, draw, begun = Counted(), random.Random(seed), time.perf_counter()
 
     def work(number: int, count: int) -> None:
         own = random.Random(number)
@@ -123,14 +150,19 @@ def run(given: list[Pair], calls: int, threads: int = 4, seed: int = 0, warm: in
         draw.random()
         found.edits += 2
 
+    def count(before: int) -> None:
+        found.grown_bytes = held() - before
+        found.growth = found.grown_bytes / before
+        found.programs = [sum(s.counters.lowered for s in pair.fast.sessions) for pair in given]
+
     while found.calls < warm:
         block(BLOCK)
-    gc.collect()
-    before, found.calls = memory().rss, 0
-    while found.calls < calls:
+    before, found.calls, shown = held(), 0, 0
+    while found.calls < calls and time.perf_counter() - begun < seconds:
         block(BLOCK)
-    gc.collect()
-    found.grown_bytes = memory().rss - before
-    found.growth = found.grown_bytes / before
-    found.programs = [sum(s.counters.lowered for s in pair.fast.sessions) for pair in given]
+        if note is not None and found.calls // 2000 > shown:
+            shown = found.calls // 2000
+            count(before)
+            note(found)
+    count(before)
     return found

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import threading
 import time
+import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +44,8 @@ def generate(
     wait: compile each program before it runs first. Without, what a compiler needs seconds for runs node by node until it is
     compiled, in the background, once this call is done; `LastCall.early` counts such calls of the model.
 
-    While it runs, other threads that call the model get the compiled one too.
+    The model itself is not touched: `generate` runs on a stand-in that shares everything with it but `forward`. So several
+    threads may generate with one model, and others call it, at the same time.
 
     Raises ArgumentError for what cannot work, before the first token.
     """
@@ -48,9 +53,9 @@ def generate(
     request = Request(model, getattr(compiled, "recipe", None), kwargs)
     calls = _Calls(compiled, model, request)
     began, programs, early = time.perf_counter(), _programs(compiled), _early(compiled)
-    with calls.installed(), waiting.at_once(waiting.NO if wait else waiting.SOON):
+    with calls.standing_in() as stand_in, waiting.at_once(waiting.NO if wait else waiting.SOON):
         # on a GPU, transformers would have Inductor compile a decode step that calls the compiled model
-        result = model.generate(*args, **{"disable_compile": True, **request.options})
+        result = stand_in.generate(*args, **{"disable_compile": True, **request.options})
     done = calls.done
     done.seconds = time.perf_counter() - began
     done.programs, done.early = _programs(compiled) - programs, _early(compiled) - early
@@ -73,29 +78,37 @@ class _Calls:
     def __init__(self, compiled: Any, model: Any, request: Request):
         self.compiled, self.model, self.request = compiled, model, request
         self.done = LastCall([])
-        self.own = model.__dict__.get("forward")  # a hook, such as accelerate's
-        self.written, self.prepare_inputs = model.forward, model.prepare_inputs_for_generation
+        self.written = model.forward
         # of the call that is prepared, before transformers widens it to the cache
         self.mask: torch.Tensor | None = None
         self.text = model.config.get_text_config(decoder=True)
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
+    def standing_in(self) -> Iterator[Any]:
+        """The model with another `forward`, in an object of its own; what `generate` notes on it goes to the model."""
+        model = self.model
+        stand_in = _shared(model)
+        prepare_inputs = stand_in.prepare_inputs_for_generation
+
         @functools.wraps(self.written)
         def forward(*inputs: Any, **named: Any) -> Any:
             return self.forward(*inputs, **named)
 
-        @functools.wraps(self.prepare_inputs)
+        @functools.wraps(prepare_inputs)
         def prepare(*inputs: Any, **named: Any) -> Any:
             self.mask = named.get("attention_mask")
             tokens = inputs[0] if inputs else _tokens_of(named)
             if isinstance(tokens, torch.Tensor):
                 self.request.keep_whole(cache_of(named), tokens.shape[1])
-            return self.prepare_inputs(*inputs, **named)
+            return prepare_inputs(*inputs, **named)
 
-        model = self.model
-        with _instead(model, "forward", forward), _instead(model, "prepare_inputs_for_generation", prepare):
-            yield
+        held = stand_in.__dict__
+        held.update(forward=forward, prepare_inputs_for_generation=prepare)
+        before, self.request.model = dict(held), stand_in
+        try:
+            yield stand_in
+        finally:
+            model.__dict__.update({k: v for k, v in held.items() if v is not before.get(k, before)})
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         cache = cache_of(named)
@@ -104,10 +117,10 @@ class _Calls:
         began = time.perf_counter()
         first = not self.done.tokens_in
         before = {id(s): s.counters.calls for s in getattr(self.compiled, "sessions", ())}
-        if ours and not cache.get_seq_length():
-            out = self._prompt(inputs, named, tokens)
-        elif ours:
-            out = self._step(inputs, named, tokens)
+        if ours:
+            with _lock_of(self.model):  # a step changes how the model attends
+                run = self._step if cache.get_seq_length() else self._prompt
+                out = run(inputs, named, tokens)
         elif _is_empty_and_static(cache):
             out = self._static_prompt(inputs, named, cache)
         else:
@@ -151,8 +164,7 @@ class _Calls:
         return any(s.program.packing is not None for s in getattr(self.compiled, "sessions", ()))
 
     def _call(self, *inputs: Any, **named: Any) -> Any:
-        # what is compiled is the model's own
-        with _instead(self.model, "forward", self.own), at_hand.preferred():
+        with at_hand.preferred():
             return self.compiled(*inputs, **named)
 
     def _prompt(self, inputs: tuple[Any, ...], named: dict[str, Any], tokens: Any) -> Any:
@@ -210,18 +222,22 @@ class _Calls:
         return out
 
 
-@contextlib.contextmanager
-def _instead(model: torch.nn.Module, name: str, function: Any) -> Iterator[None]:
-    """Give one model another method for a while; None gives it the one of its class."""
-    before = model.__dict__.pop(name, None)
-    if function is not None:
-        model.__dict__[name] = function
-    try:
-        yield
-    finally:
-        model.__dict__.pop(name, None)
-        if before is not None:
-            model.__dict__[name] = before
+def _shared(model: torch.nn.Module) -> Any:
+    """Another object of the model's class that holds the very same parameters, sub-modules, hooks and attributes."""
+    made = object.__new__(type(model))
+    for name, held in model.__dict__.items():
+        own = inspect.ismethod(held) and held.__self__ is model  # of this one model, whose class has another
+        made.__dict__[name] = types.MethodType(held.__func__, made) if own else held
+    return made
+
+
+_LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_NEW = threading.Lock()
+
+
+def _lock_of(model: torch.nn.Module) -> threading.RLock:
+    with _NEW:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 def _is_empty_and_static(cache: Any) -> bool:

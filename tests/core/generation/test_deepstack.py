@@ -19,7 +19,7 @@ def test_features_are_added_as_the_model_adds_them():
     with tractable.tractable(parts):
         assert model._deepstack_process is tractable.add_at
         assert torch.equal(model._deepstack_process(hidden, mask, features), expected)
-    assert "_deepstack_process" not in model.__dict__ and [p for p, _ in parts] == [model]
+    assert "_deepstack_process" not in model.__dict__ and [p for p, _, _ in parts] == [model]
 
 
 def test_a_cut_reaches_the_layers_behind_the_features():

@@ -1,8 +1,10 @@
 """One way to generate: tokens as transformers makes them, whatever the recipe, the cache, the padding and the mode."""
 
+import threading
+
 import pytest
 import torch
-from tiny_llama import IMAGE, make, prompt
+from tiny_llama import IMAGE, TOKENS, make, prompt
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -88,6 +90,40 @@ def test_a_streamer_hears_every_token(whole):
     heard = Heard()
     out = whole.generate(prompt(1), streamer=heard, **GREEDY)
     assert heard.ended and heard.tokens == out[0].tolist()
+
+
+def _noted(model):
+    """What a model holds, but for the length of its last static cache."""
+    return {k: v for k, v in model.__dict__.items() if k != "_previous_max_cache_length"}
+
+
+def test_several_generate_with_one_model_at_once(model, whole):
+    """From threads, and one inside another; the model itself is called meanwhile, and left as it was."""
+    prompts = [prompt(1 + n % 2, TOKENS - n, seed=n) for n in range(4)]
+    before = _noted(model)
+    expected = [model.generate(p, **GREEDY) for p in prompts]
+
+    class Within(BaseStreamer):
+        put = end = staticmethod(lambda *_: inner.append(whole.generate(prompts[1], **GREEDY)))
+
+    inner = []
+    assert torch.equal(whole.generate(prompts[0], streamer=Within(), **GREEDY), expected[0])
+    assert len(inner) > GREEDY["max_new_tokens"] and all(torch.equal(i, expected[1]) for i in inner)
+    results, calls = {}, {}
+
+    def work(n):
+        for _ in range(3):
+            results[n] = torch.equal(whole.generate(prompts[n], **GREEDY), expected[n])
+            calls[n] = model(prompts[n]).logits.shape
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert list(results.values()) == [True] * 4 == [len(shape) == 3 for shape in calls.values()]
+    assert _noted(model) == before
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_rows_of_a_pruned_batch_generate_as_alone(pruned):
