@@ -141,6 +141,7 @@ def compare(expected: torch.Tensor, own: Any, got: Any, batch: fuzz.Batch, near:
         assert off <= near, f"row {row} is {off:.2g} off within {steps.stop} steps"
 
 
+@pytest.mark.thorough
 @fuzz.chunks
 @pytest.mark.filterwarnings("ignore")
 def test_generate_gives_what_the_model_gives(chunk):

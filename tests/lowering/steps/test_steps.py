@@ -155,6 +155,16 @@ def test_weights_are_those_of_the_call(layer):
             step(*inputs, *(w.double() for w in weights))
 
 
+def test_inputs_that_do_not_belong_together_are_refused_before_they_are_read(layer):
+    _, dtype, step, weights = layer
+    x, keys, values, visible, angle = layer_inputs(3, 5, dtype)
+    for given in ((x, keys[:, :, :4], values, visible, angle), (x, keys, values, visible[:, :4], angle),
+                  (x, keys, values, visible[:1], angle), (x[:2], keys, values, visible, angle)):  # fmt: skip
+        with pytest.raises(ThresherError, match="A step in C"):
+            step(*given, *weights)
+    step(x, keys, values, visible, angle, *weights)
+
+
 class LowBit(nn.Module):
     """Products of 4 bits with zero points and a bias and without, one of 8 bits, and one of NVFP4."""
 
