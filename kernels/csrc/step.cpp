@@ -173,8 +173,8 @@ class Run {
                 const Value* signs = maybe(op, 1);
                 const Value to = place(op, x);
                 const int64_t rows = x.last() ? x.count() / x.last() : 0, block = size(op, 0);
-                if (block < 1 || x.last() % block || block % size(op, 1) || (signs && !signs->sized_as({x.last()})) ||
-                    !in(op, 2).sized_as({block / size(op, 1), block / size(op, 1)}))
+                if (in(op, 2).type != F32 || block < 1 || x.last() % block || block % size(op, 1) ||
+                    (signs && !signs->sized_as({x.last()})) || !in(op, 2).sized_as({block / size(op, 1), block / size(op, 1)}))
                     fail("a transform of other sizes than the input's");
                 float* const y = to.type == F32 ? reinterpret_cast<float*>(to.data)
                                                 : reinterpret_cast<float*>(work_.scratch.made.of(to.count() * 4));
@@ -189,6 +189,8 @@ class Run {
                 const int64_t d = from_end(size(op, 0), to.rank), all = to.shape[d];
                 const Value& index = in(op, 1);
                 const int64_t count = index.count(), step = index.rank ? index.stride[index.rank - 1] : 1;
+                if (index.type != LONG || index.rank > 1 || part.rank != to.rank || part.shape[d] != count)
+                    fail("an index that does not belong to what is written");
                 for (int64_t i = 0; i < count; ++i) {
                     const int64_t at = reinterpret_cast<const int64_t*>(index.data)[i * step];
                     if (at < 0 || at >= all) fail("an index beyond the end of a cache");
@@ -218,7 +220,8 @@ class Run {
         if (k.stride[3] != 1 || v.stride[3] != 1) fail("keys and values with a stride inside");
         const int64_t rows = q.shape[0], slots = k.rank == 4 ? k.shape[2] : -1, heads = k.rank == 4 ? k.shape[1] : 0;
         if (!k.sized_as({rows, heads, slots, q.shape[3]}) || v.rank != 4 || !v.sized_as({rows, heads, slots, v.shape[3]}) ||
-            heads < 1 || q.shape[1] % heads || (op.in[3] >= 0 && !in(op, 3).sized_as({rows, slots})))
+            heads < 1 || q.shape[1] % heads || k.type != v.type || k.type > F16 ||
+            (op.in[3] >= 0 && !in(op, 3).sized_as({rows, slots})))
             fail("queries, keys, values and a mask that do not belong together");
         Value wide = q;
         wide.type = F32;

@@ -76,6 +76,8 @@ void linear(const Value& out, const Value& x, const Value& weight, const Value* 
     const int64_t n = weight.shape[0], k = weight.shape[1], m = k ? x.count() / k : 0;
     const void* b = bias ? bias->data : nullptr;
     if (weight.rank != 2 || k != x.last() || (bias && !bias->sized_as({n}))) fail("a weight or bias of other sizes than x");
+    if (x.type != out.type || weight.type != out.type || (bias && bias->type != out.type))
+        fail("a weight or bias of another type than x");
     if (m == 0 || n == 0) return;
     if (n * k < 1 << 18) threads = 1;
     if (m > few || out.type == F16) return library(out.type, x.data, m, k, n, weight.data, b, out.data, n);
@@ -99,6 +101,7 @@ void wna16(const Value& out, const Value& x, const Value& codes, const Value& sc
     const int64_t n = codes.shape[0], words = codes.shape[1], k = x.last(), m = k ? x.count() / k : 0;
     const int64_t groups = scales.shape[1];
     const void* zero = zeros ? zeros->data : nullptr;
+    if (x.type != out.type || codes.type != WORD || (zeros && zeros->type != BYTE)) fail("codes of another type");
     if (groups < 1 || k % groups || words * 32 < k * how.bits || !scales.sized_as({n, groups}) ||
         (zeros && !zeros->sized_as({n, groups})) || (bias && !bias->sized_as({n})))
         fail("codes, scales, zero points or a bias of other sizes than x");
@@ -147,6 +150,9 @@ void nvfp4(const Value& out, const Value& x, const Value& codes, const Value& sc
            const Value* bias, const Fp4& how, Scratch& scratch, int threads) {
     const int64_t n = codes.shape[0], blocks = scales.shape[1], k = x.last(), m = k ? x.count() / k : 0;
     const void* b = bias ? bias->data : nullptr;
+    if (x.type != out.type || codes.type != BYTE || scales.type != BYTE || alpha.type != F32 ||
+        (bias && bias->type != out.type))
+        fail("codes of another type");
     if (blocks * 16 < k || !codes.sized_as({n, blocks * 8}) || !scales.sized_as({n, blocks}) || alpha.count() != 1 ||
         (bias && !bias->sized_as({n})))
         fail("codes, scales or a bias of other sizes than x");

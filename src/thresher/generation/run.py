@@ -31,6 +31,11 @@ EAGER_PREFILL = (
     "was written, padded. Later steps are compiled. Leave cache_implementation out to have the prefill compiled."
 )
 
+NOT_CALLED = (
+    "generate of a {kind} calls another model than itself, so nothing of it ran compiled. Compile that one: of a model by "
+    "PEFT, model.get_base_model(), which holds the adapters."
+)
+
 
 def generate(
     compiled: Any, model: Any, *args: Any, wait: bool = False, **kwargs: Any
@@ -57,6 +62,8 @@ def generate(
         # on a GPU, transformers would have Inductor compile a decode step that calls the compiled model
         result = stand_in.generate(*args, **{"disable_compile": True, **request.options})
     done = calls.done
+    if not calls.called:
+        warn(NOT_CALLED.format(kind=type(model).__name__), stacklevel=3)
     done.seconds = time.perf_counter() - began
     done.programs, done.early = _programs(compiled) - programs, _early(compiled) - early
     if done.early:
@@ -78,7 +85,7 @@ class _Calls:
     def __init__(self, compiled: Any, model: Any, request: Request):
         self.compiled, self.model, self.request = compiled, model, request
         self.done = LastCall([])
-        self.written = model.forward
+        self.written, self.called = model.forward, False
         # of the call that is prepared, before transformers widens it to the cache
         self.mask: torch.Tensor | None = None
         self.text = model.config.get_text_config(decoder=True)
@@ -111,6 +118,7 @@ class _Calls:
             model.__dict__.update({k: v for k, v in held.items() if v is not before.get(k, before)})
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
+        self.called = True
         cache = cache_of(named)
         tokens = _tokens_of(named)
         ours = self.request.cache is not None and cache is self.request.cache

@@ -1,6 +1,7 @@
 """One way to generate: tokens as transformers makes them, whatever the recipe, the cache, the padding and the mode."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_a_streamer_hears_every_token(whole):
     heard = Heard()
     out = whole.generate(prompt(1), streamer=heard, **GREEDY)
     assert heard.ended and heard.tokens == out[0].tolist()
+
+
+def test_a_model_whose_generate_calls_another_says_so():
+    peft = pytest.importorskip("peft")
+    base = make(num_hidden_layers=1)
+    wrapped = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
+    inputs, options = dict(input_ids=prompt(1)), dict(max_new_tokens=2, do_sample=False)
+    expected = wrapped.generate(**inputs, **options)
+    for model, calls in ((wrapped, 0), (wrapped.get_base_model(), 2)):
+        fast = Compiled(model, Recipe.of("none"), target="reference")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert torch.equal(fast.generate(**inputs, **options), expected)
+        assert sum(c.calls for c in fast.counters) == calls
+        assert any("get_base_model" in str(w.message) for w in said) == (not calls)
 
 
 def _noted(model):
