@@ -102,7 +102,7 @@ def judge(
         if given_["do_sample"]:
             torch.manual_seed(seed)
         with torch.no_grad():
-            return one.generate(**asked)
+            return one.generate(**asked, **({"wait": True} if one is fast else {}))
 
     if rounded and given_["num_beams"] == 1:
         got = run(fast)
