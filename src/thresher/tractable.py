@@ -61,7 +61,7 @@ def tractable(parts: Sequence[_Form]) -> Iterator[None]:
         yield
     finally:
         with _lock:
-            for part, name, form in parts:
+            for part, name, _ in parts:
                 _inside[id(part), name] -= 1
                 if not _inside[id(part), name]:
                     del _inside[id(part), name]
