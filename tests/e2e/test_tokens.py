@@ -61,6 +61,7 @@ def test_vision_language_models_as_they_are(name):
     torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough  # tests/core/generation/test_generate.py has it with the cache that is made by itself
 @torch.no_grad()
 def test_generation_behind_a_prefill_that_kept_all_is_the_models_own(llama):
     ids = prompt()
@@ -98,7 +99,9 @@ def test_a_second_turn_of_several_tokens_on_the_pruned_cache(llama, restore):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kv, lengths", [("drop", [55 - 28] * 2), ("quantize", [55] * 2)])
+@pytest.mark.parametrize(
+    "kv, lengths", [("drop", [55 - 28] * 2), pytest.param("quantize", [55] * 2, marks=pytest.mark.thorough)]
+)
 @torch.no_grad()
 def test_generation_behind_zipvl(llama, kv, lengths):
     """v2 forgets what is unimportant; v1 keeps it at fewer bits, as the cache's policy says."""

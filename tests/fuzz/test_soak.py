@@ -13,7 +13,7 @@ def served():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calls", [300, pytest.param(20_000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("calls", [150, pytest.param(20_000, marks=pytest.mark.thorough)])
 def test_soak(served, calls):
     found = soak.run(served, calls, warm=max(200, calls // 10))
     assert not found.wrong, found.wrong[:5]

@@ -4,6 +4,9 @@ What a site says (which rows make which head, what a norm's scale is, what cross
 checked by computing with it: the same numbers must come out as the graph computes.
 """
 
+import os
+from pathlib import Path
+
 import captures
 import pytest
 import torch
@@ -27,6 +30,9 @@ FURTHER = [(n, "dynamo") for n in WHOLE] + [
 ]
 CASES += [pytest.param(*case, marks=pytest.mark.thorough) for case in FURTHER if case not in CASES]
 SAME_NAME = {"gelu_new": "gelu_tanh"}
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "structure.md"
+BEGIN, END = "<!-- table: written by tests/passes/structure/test_recover.py -->", "<!-- end of table -->"
+SHOWN = [n for n in zoo.ZOO if n not in ("llava", "qwen2_vl")]  # these two are several graphs
 
 
 def roles(structure):
@@ -257,3 +263,31 @@ def test_a_recovery_that_fails_says_where_and_why():
     assert "No attention was recovered" in reasons["transformer.blocks.1"]
     assert all(m.reason.endswith(".") for m in structure.missed)
     assert len(structure.mlps) == 2 and not any(layer.complete for layer in structure.layers)
+
+
+def table() -> str:
+    rows, missed = [], []
+    for name in SHOWN:
+        structure = recover(captures.of_zoo(name))
+        model = type(zoo.ZOO[name].build()[0]).__name__
+        rows.append(
+            {"model": f"{model}" + (f" ({name})" if name == "llama_reglu" else ""), **structure.summary()}
+        )
+        missed += [f"- {model}, `{m.site}`: {m.reason}" for m in structure.missed]
+    heads = list(rows[0])
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    lines += ["| " + " | ".join(str(row[h]) for h in heads) + " |" for row in rows]
+    return "\n".join([*lines, "", "What was not recovered, and why:", "", *missed])
+
+
+def test_the_page_is_up_to_date():
+    """THRESHER_UPDATE_DOCS=1 writes the table in docs/structure.md anew."""
+    written = PAGE.read_text()
+    before, _, rest = written.partition(BEGIN)
+    expected = f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}"
+    if os.environ.get("THRESHER_UPDATE_DOCS"):
+        PAGE.write_text(expected)
+        return
+    assert written == expected, (
+        "run: THRESHER_UPDATE_DOCS=1 python -m pytest tests/passes/structure/test_recover.py"
+    )
