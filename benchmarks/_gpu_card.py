@@ -6,16 +6,20 @@ row is the larger of two times: its bytes at the bandwidth and its operations at
 
 from __future__ import annotations
 
-import contextlib
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from thresher import ops
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+from gpu_checks import without_device
 
 
 @dataclass
@@ -86,7 +90,7 @@ class Card:
         provider = self.provider(name, *args)
         if provider is None:
             return op.reference(*args)
-        with _no_device():
+        with without_device():
             return provider.run(*args)
 
     def provider(self, name: str, *args: Any) -> Any:
@@ -96,17 +100,6 @@ class Card:
             if provider.device == "cuda" and "triton" in provider.name and takes:
                 return provider
         return None
-
-
-@contextlib.contextmanager
-def _no_device() -> Iterator[None]:
-    """`with torch.cuda.device(...)` means nothing where the interpreter runs."""
-    real = torch.cuda.device
-    torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        torch.cuda.device = real  # type: ignore[misc]
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 
 from thresher.errors import ArgumentError
-from thresher.files import write_tensors
 from thresher.formats import bitpack
 from thresher.reading import reading
+from thresher.tensor_files import write_tensors
 
 FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
 _FIX = "Fetch or write it again, or pass the layout and bits it really has."

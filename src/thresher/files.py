@@ -16,12 +16,11 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import ArgumentError, ThresherError
-from .reading import said
+from .errors import ArgumentError
 
 try:
     import fcntl
@@ -112,26 +111,6 @@ def keep_measurement(name: str, key: str, value: Any) -> None:
     if folder is not None:
         text = json.dumps(measurements(name) | {key: value}, indent=0, sort_keys=True)
         keep(folder / name, text.encode())
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; an old one stays whole until the new one is complete.
-
-    Raises ThresherError, which names the file, where it cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(dict(tensors), str(partial), dict(metadata))
-        partial.replace(path)
-    except (OSError, SafetensorError) as reason:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise ThresherError(
-            f"{path} cannot be written: {said(reason)}. Free the place, or name another."
-        ) from reason
 
 
 @contextlib.contextmanager

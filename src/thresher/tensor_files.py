@@ -180,6 +180,11 @@ def write(
     return 8 + len(text) + at
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
+    """`write` for tensors that are all at hand, by name."""
+    return write(path, [(n, t.dtype, t.shape) for n, t in tensors.items()], tensors.__getitem__, metadata)
+
+
 def _bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
     flat = tensor.detach().contiguous().reshape(-1)
     for piece in flat.split(max(1, _PIECE // flat.element_size())):

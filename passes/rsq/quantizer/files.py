@@ -15,11 +15,10 @@ import torch
 
 from thresher.compat import has_values
 from thresher.errors import ThresherError
-from thresher.files import write_tensors
 from thresher.graph.program import Program
 from thresher.hashing import add_tensor, of_tensors
 from thresher.reading import reading
-from thresher.tensor_files import MappedFile, release
+from thresher.tensor_files import MappedFile, release, write_tensors
 
 Tensors = dict[str, torch.Tensor]
 _FIX = "Delete the file, and the layer is quantized anew."

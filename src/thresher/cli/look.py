@@ -19,6 +19,7 @@ from .options import (
     Model,
     Quiet,
     RecipeOption,
+    Rounds,
     Rows,
     Stats,
     Target,
@@ -32,7 +33,7 @@ from .options import (
 @app.command()
 def demo(
     rows: Annotated[int, typer.Option(min=1, help="Sentences in the batch.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each candidate.")] = 5,
+    rounds: Rounds = 5,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -123,7 +124,7 @@ def bench(
     longest: Longest = 128,
     task: Task = None,
     dtype: DType = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each.")] = 5,
+    rounds: Rounds = 5,
     target: Target = "inductor",
     least: Annotated[
         float, typer.Option(help="Exit with code 1 when the best recipe gains less than this.")

@@ -19,6 +19,7 @@ RecipeOption = Annotated[str, typer.Option(help="A preset's name or a TOML file.
 Stats = Annotated[Path | None, typer.Option(help="Statistics that `thresher calibrate` wrote.")]
 Rows = Annotated[int, typer.Option(min=1, help="Rows of text in the batch.")]
 Longest = Annotated[int, typer.Option(min=4, help="Longest row in tokens.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed turns of each candidate.")]
 Target = Annotated[str, typer.Option(help="inductor or reference.")]
 Html = Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")]
 Data = Annotated[
