@@ -55,10 +55,19 @@ def test_vision_language_models_as_they_are(name):
     assert lengths == [12, 10], "two of four image tokens are gone behind the first layer"
     assert out.logits.shape == expected.shape
     assert out.logits[:, -1].isfinite().all()
-    alike = dict(options, transprune=dict(PRUNE, stages=((1, 1.0),), always=True))
+
+
+@pytest.mark.thorough  # of decoders alone, tests/passes/transprune/test_transprune.py has it bit by bit
+@pytest.mark.filterwarnings("ignore::thresher.ThresherWarning")
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_vision_language_models_of_which_all_is_kept_are_as_they_were(name):
+    model, inputs = zoo.BESIDE[name]() if name in zoo.BESIDE else zoo.ZOO[name].build()
+    inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    alike = {"transprune": dict(PRUNE, stages=((1, 1.0),), always=True), "target": "reference"}
     torch._dynamo.reset()
     same = torch.compile(model, backend="thresher", options=alike)(**inputs).logits
-    torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(same, model(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.thorough  # tests/core/generation/test_generate.py has it with the cache that is made by itself
