@@ -26,6 +26,7 @@ class Found:
 
     @property
     def share(self) -> float:
+        """The error as a part of what is allowed; infinity for NaN."""
         share = self.error / max(self.allowed, 1e-30)
         return share if share == share else float("inf")
 
@@ -47,4 +48,5 @@ def sentence(batch: Batch, found: Found, against: str) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """As in "float32"."""
     return str(dtype).removeprefix("torch.")

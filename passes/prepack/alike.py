@@ -29,6 +29,7 @@ class Twins:
 
     @property
     def by_twin(self) -> dict[fx.Node, list[fx.Node]]:
+        """The further layers' nodes of each that stands for them."""
         found: dict[fx.Node, list[fx.Node]] = {}
         for node, twin in self.of.items():
             found.setdefault(twin, []).append(node)

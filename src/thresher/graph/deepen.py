@@ -48,6 +48,7 @@ class Layers:
         return (int(found[1]), found[2] or "") if found else None
 
     def named(self, index: int, rest: str) -> str:
+        """The name of a layer, or of what lies in it under `rest`."""
         return f"{self.path}.{index}.{rest}" if rest else f"{self.path}.{index}"
 
 

@@ -1,14 +1,13 @@
 """GPTQ and compressed-tensors files: the layout bit by bit, round trips, and what cannot be stored."""
 
 import json
-from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from thresher import tensor_files
 from thresher.errors import ArgumentError
 from thresher.formats import bitpack
 from thresher.kernels.wna16 import linear as wna16
@@ -168,11 +167,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     interop.save(path, {"a": linear(4)}, "gptq")
     old = path.read_bytes()
 
-    def interrupted(tensors, target, metadata):
-        Path(target).write_bytes(b"half")
+    def interrupted(tensor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
+    monkeypatch.setattr(tensor_files, "_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         interop.save(path, {"a": linear(4, seed=9)}, "gptq")
     assert path.read_bytes() == old
