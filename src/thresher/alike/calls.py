@@ -18,10 +18,10 @@ class ByLayers:
     """Called as the model is. compile: compiles a module, as Dynamo does. short: what runs calls now, or None."""
 
     def __init__(self, model: Any, recipe: Recipe, target: str, compile: Callable[[torch.nn.Module], Any]):
-        self.model, self.short, self._whole = model, None, compile(model)
+        self.model, self._whole = model, compile(model)
+        self.short: Short | None = None
         self._make = lambda: Short.of(model, recipe, target, compile)
         self._may = True
-        self.short: Short | None
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         short = self._current() if self._may else None
