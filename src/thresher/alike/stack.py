@@ -147,7 +147,7 @@ def _mirror(now: Any, held: Any, apart: dict[str, Any]) -> None:
     for key, known in now.items():
         wanted = apart.get(key, known)
         same = key in held and (
-            held[key] is wanted or (type(wanted) in (list, tuple) and held[key] == wanted)
+            held[key] is wanted or (key in apart and type(wanted) in (list, tuple) and held[key] == wanted)
         )
         if not same:
             held[key] = wanted
