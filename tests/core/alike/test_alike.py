@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from own_cache import own_cache
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -89,6 +90,22 @@ def test_generate_makes_the_models_tokens(compiled):
     programs = sum(s.programs for s in compiled.sessions)
     assert torch.equal(greedy(compiled), expected) and compiled.last_call.programs == 0
     assert compiled._call.short is not None and programs == sum(s.programs for s in compiled.sessions)
+
+
+def test_a_program_of_all_layers_is_taken_from_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("THRESHER_REWRITE_CACHE", "1")
+    monkeypatch.setenv("THRESHER_CACHE_DIR", own_cache(tmp_path))
+    real = batch()["attention_mask"].bool()
+    for again in (False, True):
+        model = llama()
+        made = thresher.compile(model, batch(), "exact", target="reference")
+        assert any("taken from the cache" in note for note in made.report.notes) is again
+        out = made(**batch())
+        assert torch.allclose(out.logits[real], model(**batch()).logits[real], atol=1e-5)
+        assert len(cache_of(dict(out)).layers) == LAYERS
+    torch.nn.init.normal_(model.model.layers[LAYERS - 1].mlp.up_proj.weight)  # another model
+    other = thresher.compile(model, batch(), "exact", target="reference")
+    assert not any("taken from the cache" in note for note in other.report.notes)
 
 
 @pytest.mark.slow
