@@ -48,7 +48,11 @@ def overhead(bench: Benchmark) -> None:
             fast = thresher.compile(model, inputs, recipe, dynamic=True)
 
             def call(new: int, fast: Any = fast, inputs: Any = inputs) -> Any:
-                return fast.generate(**inputs, max_new_tokens=new, do_sample=False) if new else fast(**inputs)
+                return (
+                    fast.generate(**inputs, max_new_tokens=new, do_sample=False, wait=True)
+                    if new
+                    else fast(**inputs)
+                )
 
             def bare(new: int, fast: Any = fast, call: Any = call) -> Any:
                 with unchecked(fast.sessions):
