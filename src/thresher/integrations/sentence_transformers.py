@@ -97,7 +97,7 @@ class _ByTokens:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = getattr(type(self.model), self.method)
-        inputs = args[0] if args else kwargs.get("inputs")
+        inputs: Any = args[0] if args else kwargs.get("inputs")
         if len(args) > 1 or not _is_texts(inputs) or not self._left_open(own, kwargs):
             return own(self.model, *args, **kwargs)
         more = {k: v for k, v in kwargs.items() if k not in ("inputs", "batch_size", "show_progress_bar")}
