@@ -286,9 +286,9 @@ def _apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _of(forward: Callable[..., Any]) -> type[Compiled]:
-    """The kind of Compiled whose `forward` has the signature of a model's: libraries read there what it takes."""
+    """The kind of Compiled whose `forward` has the signature of a model's: libraries read there what it takes.
+    It has no `__wrapped__`: who unwraps a forward must not arrive at the model's own."""
 
-    # no `__wrapped__`: who unwraps a forward must not arrive at the model's own
     def compiled(self: Compiled, *args: Any, **kwargs: Any) -> Any:
         return Compiled.forward(self, *args, **kwargs)
 
