@@ -286,8 +286,7 @@ def _apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _of(forward: Callable[..., Any]) -> type[Compiled]:
-    """The kind of Compiled whose `forward` has the signature of a model's: libraries read there what it takes.
-    It has no `__wrapped__`: who unwraps a forward must not arrive at the model's own."""
+    """The kind of Compiled whose `forward` has a model's signature, for libraries, but no `__wrapped__` to that model's."""
 
     def compiled(self: Compiled, *args: Any, **kwargs: Any) -> Any:
         return Compiled.forward(self, *args, **kwargs)
