@@ -24,7 +24,7 @@ class ByLayers:
         self._may = True
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        short = self._current() if self._may else None
+        short = self._current(named) if self._may and not self.model.training else None
         if short is not None and short.takes(args, named):
             try:
                 return short(**named)
@@ -34,8 +34,8 @@ class ByLayers:
         with depth.within(None):
             return self._whole(*args, **named)
 
-    def _current(self) -> Short | None:
-        if self.short is None or not self.short.follow():
+    def _current(self, named: dict[str, Any]) -> Short | None:
+        if self.short is None or not self.short.follow(named):
             self.short = self._make()
             self._may = self.short is not None
         return self.short

@@ -17,6 +17,7 @@ from ..recipe import Recipe
 from ..tractable import parts_of
 from . import depth
 from .stack import KEPT, ShortModel, stack_of
+from .watch import Watch
 
 _CHOSEN_BY_CALL = {"transprune", "zipvl"}  # their layers need not hold the same tokens
 _TARGETS = ("inductor", "reference")
@@ -38,6 +39,7 @@ class Short:
         self.layers = short.stack.layers
         self._call = compile(short.module)
         self._checked = False
+        self._watch = Watch(short.stack.modules)
 
     @classmethod
     def of(
@@ -51,9 +53,12 @@ class Short:
         stack = stack_of(model)
         return cls(model, ShortModel(model, stack), compile) if stack is not None else None
 
-    def follow(self) -> bool:
-        """Whether the short copy is still what the model is, once it has taken over what was set on it."""
-        return self.short.follow()
+    def follow(self, named: Mapping[str, Any]) -> bool:
+        """Whether the short copy is still what the model is, once it has taken over what was set on it. All layers are
+        looked at before a prompt, and one of them, in turn, before a step."""
+        ids = named.get("input_ids", named.get("inputs_embeds"))
+        step = cache_of(named) is not None and isinstance(ids, torch.Tensor) and ids.shape[1:2] == (1,)
+        return self.short.follow() and self._watch.unchanged(all_layers=not step)
 
     def takes(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
         """Whether a call treats all layers alike, so that the short model's says it all."""

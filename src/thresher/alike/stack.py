@@ -14,7 +14,7 @@ from ..graph.deepen import Layers
 KEPT = 3  # the first, whose place is its own, and two that must be the same
 LEAST = 6  # layers below which a short model saves little
 _OF_MODULES = frozenset(vars(torch.nn.Module()))
-_HOOKS = tuple(
+HOOKS = tuple(
     name for name in _OF_MODULES if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
 )
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
@@ -71,7 +71,7 @@ def _facts(layer: torch.nn.Module) -> dict[Any, Any] | None:
     facts: dict[Any, Any] = {}
     for name, module in layer.named_modules():
         held = vars(module)
-        if any(held.get(hooks) for hooks in _HOOKS):
+        if any(held.get(hooks) for hooks in HOOKS):
             return None
         facts[name] = type(module)
         for kind in ("_parameters", "_buffers"):
