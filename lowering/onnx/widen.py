@@ -83,5 +83,5 @@ def _widened(attribute: Any) -> Any:
     return None
 
 
-def _tensor(held: Any, name: str | None) -> ir.Tensor:
+def _tensor(held: Any, name: str | None) -> ir.TensorProtocol:
     return ir.tensor(held.numpy().astype(np.float32), name=name)

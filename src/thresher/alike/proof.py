@@ -40,7 +40,9 @@ def proven_on_few(
     if kinds != [bool(p.rewritten) for p in proof.passes] or any(p.dropped for p in report.passes):
         return run(program, recipe, inputs)
     said = "with three layers, which all others are like"
-    for account, known in zip((report, *report.passes), (proof, *proof.passes)):
+    accounts: list[Any] = [report, *report.passes]
+    proofs: list[Any] = [proof, *proof.passes]
+    for account, known in zip(accounts, proofs):
         account.error, account.own, account.budget = known.error, known.own, known.budget
         account.against, account.unverified = known.against, known.unverified
         account.checked = [f"{label}, {said}" for label in known.checked]

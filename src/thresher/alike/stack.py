@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,8 @@ def stack_of(model: Any) -> Stack | None:
     modules = getattr(decoder, "layers", None)
     if not isinstance(modules, torch.nn.ModuleList) or len(modules) < LEAST:
         return None
-    if getattr(decoder, "config", None) is not config or config.num_hidden_layers != len(modules):
+    count = getattr(config, "num_hidden_layers", None)
+    if getattr(decoder, "config", None) is not config or count != len(modules):
         return None
     if len(set(getattr(config, "layer_types", None) or [""])) != 1:
         return None
@@ -51,8 +53,9 @@ def stack_of(model: Any) -> Stack | None:
     return Stack((*name.split("."), "layers") if name else ("layers",), tuple(modules))
 
 
-def alike(layers: Sequence[torch.nn.Module]) -> bool:
+def alike(layers: Iterable[torch.nn.Module]) -> bool:
     """Whether layers differ in nothing but their weights' values, which each has for itself, and their number."""
+    layers = list(layers)
     facts = [_facts(layer) for layer in layers]
     first = facts[0]
     if first is None:
@@ -129,8 +132,8 @@ class ShortModel:
             few = {"config": self._short} if now.get("config") is self._config else {}
             _mirror(now, held, {"_modules": held["_modules"], **few})
             _mirror(module._modules, held["_modules"], {name: child})
-        layers = self._pairs[-1][0]._modules["layers"]
-        if len(layers) != len(self.stack.modules) or not all(map(_is, layers, self.stack.modules)):  # type: ignore[arg-type]
+        layers: Any = self._pairs[-1][0]._modules["layers"]
+        if len(layers) != len(self.stack.modules) or not all(map(operator.is_, layers, self.stack.modules)):
             return False
         of_few: dict[str, Any] = {"num_hidden_layers": KEPT}
         kinds = vars(self._config).get("layer_types")
@@ -153,7 +156,3 @@ def _mirror(now: Any, held: Any, apart: dict[str, Any]) -> None:
             held[key] = wanted
     for key in [k for k in held if k not in now]:
         del held[key]
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b

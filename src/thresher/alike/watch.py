@@ -39,11 +39,7 @@ class _Held:
         self._modules = module._modules
         self._hooks = [self._now[name] for name in HOOKS if name in self._now]
         self._tables = [self._now[name] for name in _OWN_VALUES]
-        self._then, self._lists, self._names = (
-            self._values(),
-            self._contents(),
-            [list(t) for t in self._tables],
-        )
+        self._then, self._lists, self._names = self._values(), self._contents(), self._weights()
 
     def same(self) -> bool:
         now = self._values()

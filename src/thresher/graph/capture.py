@@ -243,7 +243,9 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
         **signature.inputs_to_lifted_tensor_constants,
     }
     state = {**exported.state_dict, **exported.constants}
-    names, weights, fakes = [], {}, []
+    names: list[str] = []
+    weights: dict[int, tuple[str, torch.Tensor]] = {}
+    fakes: list[Any] = []
     constants = constant_inputs(exported)
     places = [n for n in exported.graph.nodes if n.op == "placeholder"]
     for node in places:
