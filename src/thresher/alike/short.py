@@ -22,7 +22,7 @@ from .watch import Watch
 _CHOSEN_BY_CALL = {"transprune", "zipvl"}  # their layers need not hold the same tokens
 _TARGETS = ("inductor", "reference")
 _NAMES = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position",
-          *CACHES}  # fmt: skip
+          "return_dict", *CACHES}  # fmt: skip
 _ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; wider for narrow types
 _NARROW = 0.1
 _ROWS = 2  # of a batch, that a model is asked for
@@ -67,7 +67,7 @@ class Short:
             return False
         if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
             return False
-        if not getattr(config, "return_dict", True) or any(isinstance(v, Mapping) for v in named.values()):
+        if not named.get("return_dict", getattr(config, "return_dict", True)) or any(isinstance(v, Mapping) for v in named.values()):
             return False
         cache = cache_of(named)
         return cache is None or self._takes_cache(cache)
@@ -121,13 +121,12 @@ class Short:
         )
         with depth.within(call), unwrapped():
             result = self._call(**given)
-        found = cache_of(vars(result)) or cache_of(dict(result))
+        found = cache_of(dict(result))
         if found is not None:
             whole = cache if cache is not None else found
             if cache is not None:
-                for name in CACHES:
-                    if result.get(name) is not None:
-                        result[name] = cache
+                for name in set(CACHES).intersection(result.keys()):
+                    result[name] = cache
             self._fill(whole, found, call)
         elif call.further:
             raise ThresherError("Further layers gave results that no cache takes.")

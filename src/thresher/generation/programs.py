@@ -27,8 +27,9 @@ _STATIC = "_dynamo_static_input_type"
 
 
 def cache_of(named: Mapping[str, Any]) -> Any:
-    """The cache among a call's arguments, or None."""
-    return next((named[name] for name in CACHES if named.get(name) is not None), None)
+    """The cache among a call's arguments or results, or None. Results warn where they are asked for a name of before."""
+    held = tuple(named)
+    return next((named[name] for name in CACHES if name in held and named[name] is not None), None)
 
 
 class Sizes:
