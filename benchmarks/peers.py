@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from _generate_engines import Peer
 from _harness import Benchmark, arguments
-from generate import Peer, prompts
+from generate import prompts
 
 import thresher
 from thresher.errors import ThresherError

@@ -11,6 +11,7 @@ from typing import Any
 
 import by_hand
 import torch
+import vlm_models
 import vlm_zoo
 
 import thresher
@@ -23,7 +24,7 @@ from thresher.undone import rewrote_nothing
 NEW = 4
 PRUNE = dict(min_image_tokens=2, bucket=1, min_saving=0.0)
 ASKED = dict(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True,
-             suppress_tokens=list(vlm_zoo.MARKS))  # fmt: skip
+             suppress_tokens=list(vlm_models.MARKS))  # fmt: skip
 ROWS = (1, 2)  # images of each row
 KEEP = 0.5
 ZIP = dict(keep=KEEP, recent=4, spread=4, bucket=1, min_saving=-9.0, kv="drop")

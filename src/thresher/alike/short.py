@@ -67,7 +67,9 @@ class Short:
             return False
         if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
             return False
-        if not named.get("return_dict", getattr(config, "return_dict", True)) or any(isinstance(v, Mapping) for v in named.values()):
+        if not named.get("return_dict", getattr(config, "return_dict", True)) or any(
+            isinstance(v, Mapping) for v in named.values()
+        ):
             return False
         cache = cache_of(named)
         return cache is None or self._takes_cache(cache)

@@ -71,6 +71,8 @@ def test_calls_and_generate_change_nothing_that_is_watched(compiled):
     short = compiled._call.short
     greedy(compiled), compiled(**batch()), greedy(compiled)
     assert short is not None and compiled._call.short is short
+    proofs = [p.checked for s in compiled.sessions for p in s.report.passes if p.rewritten]
+    assert len(proofs) > 2 and all("three layers" in said for checked in proofs for said in checked)
 
 
 def test_the_compiled_model_follows_such_a_change(compiled):

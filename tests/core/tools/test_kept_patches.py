@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 import transformers as hf
+import vlm_models
 import vlm_zoo
 from PIL import Image
 
@@ -23,7 +24,7 @@ def picture(width=64, height=32):
 
 def prompt(count):
     ids = torch.full((1, count + 8), 7)
-    ids[0, 3 : 3 + count] = vlm_zoo.MARK
+    ids[0, 3 : 3 + count] = vlm_models.MARK
     return ids
 
 
@@ -78,7 +79,7 @@ def folder(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 128))]
-    words[vlm_zoo.MARK] = "<image>"
+    words[vlm_models.MARK] = "<image>"
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
