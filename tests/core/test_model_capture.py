@@ -77,6 +77,7 @@ def test_no_other_file_captures_a_model():
     assert called["torch.export.export"] == {"model_capture.py"}
     assert called["torch.compile"] == {
         "api.py",
+        "compat.py",  # which asks it what it takes
         "compiled.py",
         "model_capture.py",
         "tools/bench.py",
