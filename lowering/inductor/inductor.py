@@ -24,7 +24,7 @@ from .. import steps
 from ..target import Lowered, Target, fake_inputs, lift_weights
 from . import direct_calls, few_tokens, isa_probe
 from . import repeats as repeated
-from .later import Later
+from .later import Later, still_wanted
 from .layered import Layered
 
 _log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Inductor(Target):
         stays = [i in written or i >= len(program.placeholders) for i in range(len(fake_inputs(module)))]
 
         def compile(graph: fx.GraphModule, stays: Sequence[bool]) -> Any:
+            still_wanted()
             return _compile(graph, stays, mode, config)
 
         repeats = None
@@ -120,6 +121,7 @@ def _compile(module: fx.GraphModule, stays: Sequence[bool], mode: Any, config: M
         # A CUDA graph copies inputs at each replay but for those that stay where they are: the weights, and what the
         # model writes to. Inductor learns that from Dynamo's notes on a graph of Dynamo's own, which ours is not.
         # A graph whose weights have moved all the same is recorded anew.
+        still_wanted()
         if len(given) == len(inputs):
             options["static_input_idxs"] = [i for i, stay in enumerate(stays) if stay]
         compiled = compile_fx_inner(graph, given, **options)

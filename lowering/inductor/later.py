@@ -28,6 +28,16 @@ _LOCK = threading.Lock()
 _RUNNING: list[threading.Thread] = []
 
 
+class Ends(Exception):
+    """The process waits for the background alone, and nothing needs what it compiles."""
+
+
+def still_wanted() -> None:
+    """Raise Ends in the background's thread once the main thread is done: asked between a compiler's steps."""
+    if threading.current_thread() in _RUNNING and not threading.main_thread().is_alive():
+        raise Ends
+
+
 class Later:
     """Called with the values of a graph's placeholders.
 
@@ -75,6 +85,8 @@ class Later:
             try:
                 with phase(LOWERING, self.phases):
                     self._call = self._compile()
+            except Ends:
+                return
             except Exception as reason:
                 if raises:
                     raise

@@ -1,5 +1,8 @@
 """First results do not wait for a compiler, unless they are told to; what then runs is the compiled form."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -70,6 +73,27 @@ def test_what_cannot_be_compiled_goes_on_plainly_and_says_why(compiles, caplog):
     assert "no compiler" in caplog.text
     with pytest.raises(RuntimeError, match="no compiler"):
         later.Later(lambda x: x, fails)(1)
+
+
+def test_a_process_that_ends_does_not_wait_for_more_than_one_step_of_the_compiler(compiles):
+    script = (
+        "import time\n"
+        "from thresher import waiting\n"
+        "from thresher.lowering.inductor import later\n"
+        "def compile():\n"
+        "    for _ in range(600):\n"
+        "        time.sleep(.1)\n"
+        "        later.still_wanted()\n"
+        "one = later.Later(lambda: None, compile)\n"
+        "with waiting.at_once():\n"
+        "    one()\n"
+        "later.begin()\n"
+    )
+    environment = {**os.environ, waiting.SWITCH: "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, timeout=45, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "could not be compiled" not in done.stderr
 
 
 def test_a_program_that_nobody_has_is_not_compiled(compiles):
