@@ -180,9 +180,9 @@ class Report:
         checks = given.get("operators", {}).items()
         operators = {name: OpCheck(**known_fields(OpCheck, check)) for name, check in checks}
         engines = [EngineReport(**known_fields(EngineReport, e)) for e in given.get("engines", ())]
-        return cls(
-            **{**known_fields(cls, given), "passes": passes, "operators": operators, "engines": engines}
-        )
+        seconds = {str(name): float(spent) for name, spent in given.get("phases", {}).items()}
+        own = {"passes": passes, "operators": operators, "engines": engines, "phases": seconds}
+        return cls(**{**known_fields(cls, given), **own})
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
