@@ -21,7 +21,7 @@ from thresher.plain_form import Plain
 from thresher.pricing import Prices, dtype_of
 
 from .. import arguments
-from .rows import MEMORY, by_expert, check_experts, each_row
+from .rows import MEMORY, by_expert, check_experts, check_rows, each_row
 
 # fp32: another order of summation. Half types round the result once; a kernel may also round partial sums.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float64: 1e-12}
@@ -29,8 +29,9 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3, tor
 
 def check(x, weight, experts) -> None:
     """Raise ArgumentError unless the arguments fit together."""
+    check_rows(x)
     if weight.dim() != 3 or weight.dtype != x.dtype or weight.shape[2] != x.shape[-1]:
-        accepted = f"{x.dtype} [experts, out_features, {x.shape[-1] if x.dim() else 'in_features'}]"
+        accepted = f"{x.dtype} [experts, out_features, {x.shape[-1]}]"
         raise ArgumentError(
             "weight", arguments.given(weight), accepted, "One matrix an expert, in x's dtype."
         )

@@ -14,10 +14,15 @@ from .. import arguments
 MEMORY = "It gathers the matrices of each row's expert: memory grows with rows times a matrix, which a few tokens afford."
 
 
-def check_experts(x: torch.Tensor, experts: torch.Tensor, count: int) -> None:
-    """Raise ArgumentError unless `experts` names one of `count` matrices for each row of x [..., K]."""
+def check_rows(x: torch.Tensor) -> None:
+    """Raise ArgumentError unless x is of floating-point rows [..., K]."""
     if not x.is_floating_point() or x.dim() < 1:
         raise ArgumentError("x", arguments.given(x), "floating [..., in_features]", "Convert it first.")
+
+
+def check_experts(x: torch.Tensor, experts: torch.Tensor, count: int) -> None:
+    """Raise ArgumentError unless `experts` names one of `count` matrices for each row of x [..., K]."""
+    check_rows(x)
     lead = tuple(x.shape[:-1])
     fits = experts.dim() <= len(lead) and all(
         (isinstance(e, int) and e == 1) or e == n for e, n in zip(experts.shape[::-1], lead[::-1])
