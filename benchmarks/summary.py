@@ -32,8 +32,6 @@ HIGHLIGHTS = (
     ("nvfp4", "4096x4096, 512 rows: bf16 time / slowest nvfp4 form", "The same at 512 rows", "{:.2f}x"),
     ("rsq", "3-bit RSQ: KL against rotate + GPTQ, seed 1", "RSQ at 3 bits, SmolLM2-135M: KL to fp32, of rotate + GPTQ's, worst of three seeds", "{:.2f}x"),
     ("rsq", "3-bit RSQ: KL of llm-compressor's GPTQ over its own", "The same: KL of llm-compressor's GPTQ over RSQ's", "{:.1f}x"),
-    ("rsq", "whole-model decode: time of fp32 Inductor over ours", "RSQ at 4 bits: whole decode step of SmolLM2 over fp32 Inductor", "{:.1f}x"),
-    ("lowering", "SmolLM2-135M int4 decode through ORT MatMulNBits, speed over fp32 ORT", "SmolLM2 exported to ONNX at 4 bits: decode over fp32 in ONNX Runtime", "{:.1f}x"),
 )  # fmt: skip
 _HEAD = """# Results
 
