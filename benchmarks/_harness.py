@@ -180,8 +180,13 @@ class Benchmark:
         return holds
 
     def not_measured(self, claim: str, reason: str) -> None:
-        """A claim that this machine cannot test, and why."""
-        self.missing.append({"claim": claim, "reason": reason})
+        """A claim that this machine cannot test, and why; of places on it only the last part is kept."""
+        told = re.sub(
+            r"(?<!\S)\(?(?:/[\w.+-]+){2,}",
+            lambda m: "(" * m[0].startswith("(") + m[0].rsplit("/", 1)[1],
+            reason,
+        )
+        self.missing.append({"claim": claim, "reason": told})
 
     def record(self) -> dict[str, Any]:
         """The JSON record."""
