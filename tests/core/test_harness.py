@@ -18,9 +18,16 @@ def harness():
     spec = importlib.util.spec_from_file_location("_harness", _PATH)
     module = importlib.util.module_from_spec(spec)
     sys.modules["_harness"] = module  # dataclasses look their module up by name
+    sys.path.append(str(_PATH.parent))  # where its own helpers stand
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(_PATH.parent))
     del sys.modules["_harness"]
+
+
+def test_a_record_keeps_no_place_on_a_machine(bench):
+    bench.not_measured("a", "ImportError: no x (/home/me/lib/x.py), nor /opt/y; see https://example.org/a/b.")
+    assert bench.missing[-1]["reason"] == "ImportError: no x (x.py), nor y; see https://example.org/a/b."
 
 
 @pytest.fixture
