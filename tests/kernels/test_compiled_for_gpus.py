@@ -6,7 +6,6 @@ THRESHER_UPDATE_DOCS=1 python -m pytest tests/kernels/test_compiled_for_gpus.py 
 
 import ast
 import json
-import os
 import re
 from pathlib import Path
 
@@ -16,6 +15,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import launches
 import triton_aot as aot
+import written_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "gpu_kernels.json"
@@ -59,15 +59,7 @@ def table() -> str:
 
 
 def test_the_page_has_the_records_table():
-    written = PAGE.read_text()
-    before, _, rest = written.partition(BEGIN)
-    expected = f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}"
-    if os.environ.get("THRESHER_UPDATE_DOCS"):
-        PAGE.write_text(expected)
-        return
-    assert written == expected, (
-        "run: THRESHER_UPDATE_DOCS=1 python -m pytest tests/kernels/test_compiled_for_gpus.py"
-    )
+    written_tables.is_up_to_date(PAGE, BEGIN, END, table(), "tests/kernels/test_compiled_for_gpus.py")
 
 
 def jitted():

@@ -4,12 +4,12 @@ What a site says (which rows make which head, what a norm's scale is, what cross
 checked by computing with it: the same numbers must come out as the graph computes.
 """
 
-import os
 from pathlib import Path
 
 import captures
 import pytest
 import torch
+import written_tables
 import zoo
 from sampled import sampled
 from torch import fx
@@ -282,12 +282,4 @@ def table() -> str:
 
 def test_the_page_is_up_to_date():
     """THRESHER_UPDATE_DOCS=1 writes the table in docs/structure.md anew."""
-    written = PAGE.read_text()
-    before, _, rest = written.partition(BEGIN)
-    expected = f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}"
-    if os.environ.get("THRESHER_UPDATE_DOCS"):
-        PAGE.write_text(expected)
-        return
-    assert written == expected, (
-        "run: THRESHER_UPDATE_DOCS=1 python -m pytest tests/passes/structure/test_recover.py"
-    )
+    written_tables.is_up_to_date(PAGE, BEGIN, END, table(), "tests/passes/structure/test_recover.py")
