@@ -26,11 +26,11 @@ RULES: tuple[tuple[str, int], ...] = (
      r"|_attention_heads$", 4),
     (r"(num_key_value_heads|num_kv_heads|n_kv_heads|kv_heads)$", 2),
     (r"^(attention_)?head_dim$|^d_kv$|^kv_channels$|^d_head$|^v_head_dim$|^qk_nope_head_dim$", 16),
-    (r"^qk_rope_head_dim$", 8),
+    (r"^(qk_rope_head_dim|rotary_dim)$", 8),
     (r"^(q|kv)_lora_rank$", 32),
     (r"^(num_|n_)(local_|routed_)?experts$", 4),
-    (r"^(num_experts_per_tok|moe_topk|moe_k|num_selected_experts|moe_top_k|experts_per_token|top_k_experts)$", 2),
-    (r"^(n_group|topk_group)$", 1),
+    (r"^(num_experts_per_tok(en)?|moe_topk|moe_k|num_selected_experts|moe_top_k|experts_per_token|top_k_experts)$", 2),
+    (r"^(n_group|topk_group|num_expert_group)$", 1),
     (r"^(first_k_dense_replace)$", 1),
     (r"^image_size$", 32), (r"^patch_size$", 8),
     (r"^(mamba_)?(d_state|state_size|ssm_state_size)$", 8),
@@ -49,12 +49,40 @@ HINTS: dict[str, tuple[dict[str, Any], str]] = {
     "XLNetConfig": ({"d_head": 16}, "d_head times n_head must be d_model"),
     "GptOssConfig": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "its YaRN expects 4096 positions"),
     "Phi3Config": ({"partial_rotary_factor": 1.0}, "its rotary share is of another head width"),
-    "DbrxConfig": ({}, "its sizes lie in attn_config and ffn_config, which the rules reach"),
+    "GPTNeoConfig": ({"attention_types": [[["global", "local"], 1]]}, "its kinds of layers are written as multiples"),
+    "Gemma3nTextConfig": ({"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4,
+                           "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 16,
+                           "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "vocab_size_per_layer_input": 128},
+                          "its last layers use keys and values of earlier ones of each kind"),
+    "Gemma4TextConfig": ({"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16},
+                         "it has a second vocabulary, of inputs by layer"),
+    "GraniteMoeHybridConfig": ({"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 16,
+                                "mamba_chunk_size": 16}, "all its layers are Mamba by default"),
+    "Lfm2MoeConfig": ({"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, "it has no layer_types"),
+    "DeepseekV2Config": ({"num_experts_per_tok": 2}, "it leaves out the number of experts a token"),
+    "Dots1Config": ({"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}, "it leaves out its experts"),
+    "DoryConfig": ({"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, "it has three parts"),
+    "LongcatFlashConfig": ({"head_dim": 8, "zero_expert_num": 2}, "its head_dim is what rotates"),
+    "CohereCompassTextConfig": ({"rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in
+                                 ("full_attention", "sliding_attention")}}, "it has no rotary parameters by default"),
+    "ReformerModelWithLMHead": ({"is_decoder": True}, "its language model is refused as an encoder"),
+    "XmodConfig": ({"default_language": "en_XX"}, "it wants to know its language"),
+    "EsmcConfig": ({"num_key_value_heads": 4}, "it refuses grouped heads"),
+    "CpmAntConfig": ({"dim_head": 16, "dim_ff": 96, "prompt_length": 8, "position_bias_num_buckets": 32}, "its own names"),
+    "LukeConfig": ({"entity_vocab_size": 64, "entity_emb_size": 16}, "it has a second vocabulary, of entities"),
+    "LiltConfig": ({"hidden_size": 96}, "its width is six coordinates'"),
+    "LayoutLMv3Config": ({"hidden_size": 96, "coordinate_size": 16, "shape_size": 16}, "its width is six coordinates'"),
+    "KimiLinearConfig": ({"linear_num_heads": 4, "linear_head_dim": 16}, "its delta layers have sizes of their own"),
+    "BailingHybridConfig": ({"linear_num_heads": 4, "linear_head_dim": 16}, "its delta layers have sizes of their own"),
+    "FalconH1Config": ({"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 16},
+                       "its scans have sizes of their own"),
+    "FSMTConfig": ({"src_vocab_size": 128, "tgt_vocab_size": 128}, "its own names"),
     "EsmConfig": ({"vocab_size": 128, "mask_token_id": 32, "pad_token_id": 1}, "it has no vocabulary by default"),
     "BambaConfig": ({"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1,
                      "mamba_chunk_size": 16}, "its kinds of layers come from the numbers of those with attention"),
 }  # fmt: skip
-"""Configs that need more than the rules: values, and the reason."""
+"""Configs, or models, that need more than the rules: values, `part.name` for one in a nested config, and the reason."""
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
 
@@ -115,24 +143,56 @@ def shrunk(config: Any) -> dict[str, Any]:
             given[name] = 3
     if getattr(config, "is_encoder_decoder", False) or "decoder_start_token_id" in vars(config):
         given["decoder_start_token_id"] = 0
-    layers = next((given[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if n in given), None)
-    kinds = getattr(config, "layer_types", None)
-    if "layer_types" in vars(config) and layers and isinstance(kinds, (list, tuple)) and kinds:
-        given["layer_types"] = (list(dict.fromkeys(kinds)) * layers)[:layers]
+    given.update(_by_layer(config, given))
+    rope = vars(config).get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        heads = given.get("num_attention_heads", getattr(config, "num_attention_heads", 4))
+        width = given.get("head_dim") or given.get("hidden_size", 64) // heads
+        third = 3 * (half := int(width * rope.get("partial_rotary_factor", 1.0)) // 2) // 8
+        given["rope_parameters"] = {**rope, "mrope_section": [half - 2 * third, third, third]}
+    for name, small in _UNSAID.items():
+        if vars(config).get(name, 0) is None and name not in given:
+            given[name] = small
     return given
 
 
-def tiny(config_class: type) -> Any:
-    """The small config of a class."""
+_UNSAID = {"head_dim": 16, "num_key_value_heads": 2}
+"""Integers that a config leaves out, and that its model wants."""
+
+
+def _by_layer(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of each layer, for the layers that are kept: one of each kind, as they come."""
+    counted = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in given), None)
+    layers, known = (given[counted], getattr(config, counted)) if counted else (None, None)
+    lists = {n: list(v) for n, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == known}
+    if not layers or not lists:
+        kinds = vars(config).get("layer_types") if layers else None
+        return {"layer_types": (list(dict.fromkeys(kinds)) * layers)[:layers]} if kinds else {}
+    kinds = next(
+        (lists[n] for n in ("layer_types", "layers_block_type") if n in lists), next(iter(lists.values()))
+    )
+    kept = [kinds.index(kind) for kind in dict.fromkeys(map(str, kinds)) if kind in kinds]
+    kept = ((kept or [0]) * layers)[:layers]
+    return {n: type(v)(lists[n][i] for i in kept) for n, v in vars(config).items() if n in lists}
+
+
+def tiny(config_class: type, model: str = "") -> Any:
+    """The small config of a class; `model` may have a hint of its own."""
     given = shrunk(config_class())
-    given.update(HINTS.get(config_class.__name__, ({}, ""))[0])
+    hints = {**HINTS.get(config_class.__name__, ({}, ""))[0], **HINTS.get(model, ({}, ""))[0]}
+    for name, value in hints.items():
+        inner, _, field = name.rpartition(".")
+        if inner:
+            setattr(given[inner], field, value)
+        else:
+            given[name] = value
     return config_class(**given)
 
 
 def build(model_class: type, config_class: type) -> torch.nn.Module:
     """A random model in eval mode, its matrices of a size that lets tokens differ."""
     torch.manual_seed(0)
-    model = model_class(tiny(config_class)).eval()
+    model = model_class(tiny(config_class, model_class.__name__)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() >= 2 and p.is_floating_point():
@@ -144,6 +204,13 @@ def build(model_class: type, config_class: type) -> torch.nn.Module:
 
 class NoBatch(Exception):
     """Why no batch is made for a class, as a sentence."""
+
+
+def _image(config: Any, rows: int, make: torch.Generator) -> torch.Tensor:
+    """Random pixels [rows, channels, height, width] for a vision config."""
+    size = getattr(config, "image_size", None)
+    size = size if isinstance(size, int) else 32
+    return torch.randn(rows, getattr(config, "num_channels", 3), size, size, generator=make)
 
 
 def batch(
@@ -162,11 +229,11 @@ def batch(
         given = {"input_ids": ids, "attention_mask": real.long()}
         if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
             given["decoder_input_ids"] = torch.randint(4, 120, (rows, 5), generator=make)
+    elif "input_ids" in takes and "pixel_values" not in takes:
+        given = {"input_ids": ids}  # a model without a padding mask
     elif "pixel_values" in takes:
         vision = getattr(config, "vision_config", config)
-        size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
-        size = size if isinstance(size, int) else 32
-        given = {"pixel_values": torch.randn(2, channels, size, size, generator=make)}
+        given = {"pixel_values": _image(vision, 2, make)}
     elif "input_features" in takes:
         width = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", 80)
         frames = 2 * getattr(config, "max_source_positions", 50)
@@ -187,10 +254,10 @@ def batch(
         getattr(config, n, None) is not None for n in ("image_token_id", "image_token_index")
     )  # two towers, and no text with images in it
     if dual and "pixel_values" in takes and "pixel_values" not in given:
-        vision = config.vision_config
-        given["pixel_values"] = torch.randn(
-            rows, vision.num_channels, vision.image_size, vision.image_size, generator=make
-        )
+        given["pixel_values"] = _image(config.vision_config, rows, make)
+    if "input_ids" in given and "bbox" in takes:
+        corner = torch.randint(0, 90, (rows, longest, 2), generator=make)
+        given["bbox"] = torch.cat((corner, corner + 9), -1)
     if "use_cache" in takes:
         given["use_cache"] = False
     return given

@@ -12,6 +12,7 @@ ends it or takes too long. --state holds rows as they come, one JSON a line; row
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def work(names: list[str], state: Path, checks: tuple[str, ...]) -> None:
     """Run classes one after another and write each row as soon as it is there."""
     import _zoo_run
 
+    gc.freeze()  # what was imported is not looked through again at each collection
     for name in names:
         print(name, flush=True)  # the parent watches this line's age
         row = _zoo_run.run(name, checks)
@@ -61,10 +63,15 @@ def work(names: list[str], state: Path, checks: tuple[str, ...]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def _missing(names: list[str], state: Path) -> list[str]:
+    known = rows_in(state)
+    return [n for n in names if n not in known]
+
+
 def sweep(names: list[str], state: Path, checks: tuple[str, ...]) -> None:
     """Have every class that the file has no row of run in a process of its own kind, and write one for those that die."""
     while True:
-        left = [n for n in names if n not in rows_in(state)]
+        left = _missing(names, state)
         if not left:
             return
         command = [
@@ -80,15 +87,15 @@ def sweep(names: list[str], state: Path, checks: tuple[str, ...]) -> None:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         known, since = len(left), time.monotonic()
         while process.poll() is None:
-            time.sleep(0.5)
-            now = len([n for n in left if n not in rows_in(state)])
+            time.sleep(1)
+            now = len(_missing(left, state))
             if now != known:
                 known, since = now, time.monotonic()
                 print(f"{len(names) - now} of {len(names)}", flush=True)
             if time.monotonic() - since > SECONDS:
                 process.kill()
                 process.wait()
-        first = next((n for n in left if n not in rows_in(state)), None)
+        first = next(iter(_missing(left, state)), None)
         if first is not None:
             how = (
                 f"took more than {SECONDS} s"

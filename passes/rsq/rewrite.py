@@ -47,7 +47,7 @@ def rotate(program: Program, plan: RotationPlan, lazy: bool = False) -> None:
     for stream, r in plan.streams:
         _rotate_stream(program, stream, r, plan, lazy)
     for edit in plan.edits.values():
-        if edit.changes:
+        if edit.changes or edit.transposed:  # codes are [out, in], however the model stores the weight
             _rotate_linear(program, edit, plan, lazy)
 
 

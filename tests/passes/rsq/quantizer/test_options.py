@@ -50,3 +50,29 @@ def test_a_mask_of_minus_infinity_is_no_broken_weight():
 def test_widths_of_a_head_are_checked(options):
     with pytest.raises(ArgumentError, match="rsq option head_bits"):
         RSQConfig(**options).validate()
+
+
+def test_a_product_by_a_matrix_stored_the_other_way_is_quantized_unrotated(tmp_path):
+    """Nothing rotates a weight [in, out] outside the layers, and with rotation switched off nothing rotates any."""
+    import thresher
+
+    class Bare(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.up = torch.nn.Parameter(torch.randn(8, width))
+
+        def forward(self, x):
+            return x @ self.up
+
+    torch.manual_seed(0)
+    for width in (8, 24):  # a square one fits either way, and only its values tell
+        model, x = Bare(width).eval(), torch.randn(4, 6, 8)
+        plain = thresher.RSQ(bits=8, group_size=-1, rotate=False, rotate_heads=False, rotate_down=False,
+                             rotate_inputs=False)  # fmt: skip
+        low = thresher.quantize(model, [{"x": x}], plain)
+        low.save(tmp_path / f"{width}.safetensors")
+        with torch.no_grad():
+            got = thresher.compile(model, {"x": x}, target="reference", **low.options)(x=x)
+            want = model(x)
+        assert [r.site for r in low.report.linears] == ["up"]
+        assert (got - want).abs().max() <= 0.02 * want.abs().max()
