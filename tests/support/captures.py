@@ -10,12 +10,13 @@ import zoo
 
 from thresher.graph import capture
 from thresher.graph.program import Program
+from thresher.model_capture import specialized_floats
 
 WAYS = ("dynamo", "export", "dynamo-dynamic", "export-dynamic")
 
 
 def dynamo(model: torch.nn.Module, inputs: zoo.Inputs, dynamic: bool = False) -> Program:
-    """What a backend of torch.compile is given. The model must be one graph."""
+    """What a backend of torch.compile is given, epsilons and scales as constants. The model must be one graph."""
     programs = []
 
     def backend(graph_module, example_inputs):
@@ -23,7 +24,7 @@ def dynamo(model: torch.nn.Module, inputs: zoo.Inputs, dynamic: bool = False) ->
         return graph_module.forward
 
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), specialized_floats():
         torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(**inputs)
     (program,) = programs
     return program
