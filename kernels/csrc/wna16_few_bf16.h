@@ -148,16 +148,20 @@ INLINE void tile(const Weight& w, const int64_t* row, const uint16_t* x, int64_t
 template <int kBits, bool kAlone, int M>
 void rows(const Weight& w, const uint16_t* x, int64_t apart, const float* sums, const uint16_t* bias, uint16_t* out,
           int real, int threads) {
-    constexpr int R = M == 1 ? 4 : M == 8 && !kAlone ? 1 : kAlone ? (M == 8 ? 2 : 4) : (M == 4 ? 2 : 4);
+    // Eight rows of 4 bits go by as twice four: their sums and x then stay in registers and the first cache, which gains
+    // more than decoding twice takes. 8 bits take more to decode.
+    constexpr int T = kBits == 4 && M == 8 ? 4 : M;
+    constexpr int R = T == 1 ? 4 : T == 8 ? (kAlone ? 2 : 1) : kAlone ? 4 : (T == 4 ? 2 : 4);
     const int64_t blocks = (w.n + 15) / 16;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t b = 0; b < blocks; ++b) {
         float found[M * 16];
-        for (int part = 0; part < 16; part += R) {
-            int64_t row[R];
-            for (int r = 0; r < R; ++r) row[r] = std::min(b * 16 + part + r, w.n - 1);
-            tile<kBits, kAlone, R, M>(w, row, x, apart, sums, found + part);
-        }
+        for (int t = 0; t < real; t += T)
+            for (int part = 0; part < 16; part += R) {
+                int64_t row[R];
+                for (int r = 0; r < R; ++r) row[r] = std::min(b * 16 + part + r, w.n - 1);
+                tile<kBits, kAlone, R, T>(w, row, x + t * apart, apart, sums + t * w.groups, found + t * 16 + part);
+            }
         const int64_t first = b * 16, rest = w.n - first;
         const __mmask16 there = rest >= 16 ? 0xFFFF : (__mmask16)((1u << rest) - 1);
         for (int t = 0; t < real; ++t) {
