@@ -18,6 +18,7 @@ import torch
 from thresher.graph.edit import replace
 from thresher.graph.nodes import value
 from thresher.graph.program import Program, Weight
+from thresher.machine.devices import bf16_products
 from thresher.recipe import PassConfig
 
 from .base import Context, Effect, Match, Miss, Pass, register_pass
@@ -114,6 +115,6 @@ def no_instructions(device: torch.device) -> str | None:
     """Why bfloat16 products are no faster than fp32 ones on a device, as a sentence, or None."""
     if device.type != "cpu":
         return None
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if bf16_products():
         return None
     return "This processor multiplies no bfloat16 (neither AVX512-BF16 nor AMX); emulate=True does it all the same."

@@ -206,7 +206,7 @@ def _plan_streams(program: Program, structure: Structure, config: RSQConfig, pla
 
 def _plan_heads(structure: Structure, site: AttentionSite, config: RSQConfig, plan: RotationPlan) -> None:
     layer = structure.layer_of(site)
-    cached = site.past is not None or (layer is not None and bool(layer.exports))
+    cached = site.past is not None or (_leaves(site) if layer is None else bool(layer.exports))
     reason = None
     if site.v.rows.shape != (site.kv_heads, site.value_dim):
         reason = "The rows of its value heads are not all known."
@@ -228,6 +228,20 @@ def _plan_heads(structure: Structure, site: AttentionSite, config: RSQConfig, pl
     out.heads_out, out.rows, out.cached = r, site.v.rows, cached
     into = plan.edit(site.o)
     into.heads_in, into.cached = r, cached
+
+
+def _leaves(site: AttentionSite) -> bool:
+    """Whether the values come out of the graph, as for a cache, by a way around the attention."""
+    seen: set[fx.Node] = set()
+    stack = [site.v.linear.output]
+    while stack:
+        node = stack.pop()
+        if node.op == "output":
+            return True
+        if node not in seen and node is not site.node:
+            seen.add(node)
+            stack += node.users
+    return False
 
 
 def _plan_inputs(config: RSQConfig, plan: RotationPlan) -> None:

@@ -21,7 +21,8 @@ mul, add, div = call(aten.mul.Tensor), call(aten.add.Tensor), call(aten.div.Tens
 pow_, rsqrt, sqrt = call(aten.pow.Tensor_Scalar), call(aten.rsqrt.default), call(aten.sqrt.default)
 mean = call(aten.mean.dim)
 
-_x, _eps = Var("x"), Number("eps")
+# Half-precision T5 squares a cast of what it multiplies, so that x is told by what stands before its casts.
+_x, _eps = Var("x", through_casts=True), Number("eps")
 _weight = Var(
     "weight", lambda n: n.op == "get_attr" and value(n).dim() == 1, "a weight of one dimension", True
 )

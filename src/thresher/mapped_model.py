@@ -37,10 +37,13 @@ class MappedModel:
             held.settle()
 
 
-def open_model(directory: str | Path, model: torch.nn.Module | None = None) -> MappedModel:
+def open_model(
+    directory: str | Path, model: torch.nn.Module | None = None, dtype: torch.dtype | None = None
+) -> MappedModel:
     """The model that `save_pretrained` wrote into a directory, as its config names it; or the weights for one on meta.
 
-    model: a module without values, whose state dict has the names in the files. Raises ThresherError (naming file and
+    model: a module without values, whose state dict has the names in the files. dtype: of the weights, by default what the
+    config says; another one than the files' is a copy in memory. Raises ThresherError (naming file and
     tensor) for a shard that is missing or truncated and for weights that are missing or of another shape, and
     ArgumentError for a directory that holds no model.
     """
@@ -49,7 +52,7 @@ def open_model(directory: str | Path, model: torch.nn.Module | None = None) -> M
     tensors = {name: held.tensor(name) for held in maps for name in held.entries}
     files = {name: held.path for held in maps for name in held.entries}
     if model is None or hasattr(type(model), "from_pretrained"):
-        found = _from_config(directory, tensors, model)
+        found = _from_config(directory, tensors, model, dtype)
     else:
         found = _filled(model, tensors, directory)
     places = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in map(_whole, maps)]
@@ -58,6 +61,24 @@ def open_model(directory: str | Path, model: torch.nn.Module | None = None) -> M
         p.numel() * p.element_size() for at, p in weights.items() if not any(a <= at < b for a, b in places)
     )
     return MappedModel(found.eval(), directory, files, copied, maps)
+
+
+def source_of(model: Any, weights: str | Path | None) -> MappedModel | None:
+    """The directory behind a model, opened; None for a module with values of its own."""
+    if isinstance(model, MappedModel):
+        return model
+    if isinstance(model, (str, Path)):
+        if weights is not None:
+            raise ArgumentError("weights", str(weights), "None beside a directory", "Name one directory.")
+        return open_model(model)
+    on_meta = any(p.is_meta for p in model.parameters()) if isinstance(model, torch.nn.Module) else False
+    if on_meta and weights is None:
+        raise ArgumentError("model", f"{type(model).__name__} on meta", "weights=directory with it, or values of its own",
+                            "Pass weights=, the directory of its safetensors files.")  # fmt: skip
+    if weights is not None and not on_meta:
+        raise ArgumentError("weights", str(weights), "None beside a model with values",
+                            "Leave it out, or build the model under torch.device('meta').")  # fmt: skip
+    return open_model(weights, model) if weights is not None else None
 
 
 def _whole(held: MappedFile) -> torch.Tensor:
@@ -89,7 +110,10 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def _from_config(
-    directory: Path, tensors: dict[str, torch.Tensor], model: torch.nn.Module | None
+    directory: Path,
+    tensors: dict[str, torch.Tensor],
+    model: torch.nn.Module | None,
+    dtype: torch.dtype | None,
 ) -> torch.nn.Module:
     """Built by the library, which knows older names of weights and makes the buffers that no file holds."""
     if importlib.util.find_spec("transformers") is None:
@@ -101,7 +125,7 @@ def _from_config(
         config, kind = model.config, type(model)
     with _quiet(transformers), reading(directory, f"the weights of {kind.__name__}", "Fetch them again."):
         found, said_of = kind.from_pretrained(
-            None, config=config, state_dict=tensors, dtype="auto", output_loading_info=True
+            None, config=config, state_dict=tensors, dtype=dtype or "auto", output_loading_info=True
         )
     missing, wrong = sorted(said_of["missing_keys"]), said_of["mismatched_keys"]
     if wrong:

@@ -32,6 +32,7 @@ from thresher.passes.rsq.quantizer.driver import Driver
 from thresher.passes.rsq.quantizer.estimate import Estimate
 from thresher.passes.rsq.quantizer.outcome import Outcome
 from thresher.passes.rsq.quantizer.pieces import Batch
+from thresher.passes.rsq.quantizer.ranks import Ranks
 from thresher.passes.rsq.quantizer.states import Keeping, check_place
 from thresher.passes.structure.recover import recover
 
@@ -44,7 +45,7 @@ from .hashing import of_tensors
 from .low_bit.checkpoint import push, with_codes, write
 from .low_bit.fuse import portable as fusable
 from .machine.memory import give_back
-from .mapped_model import MappedModel, open_model, tokenizer_of
+from .mapped_model import MappedModel, source_of, tokenizer_of
 from .model_capture import shown_to, without_cache
 from .recipe import Recipe
 from .records.quantization_report import QuantizeReport
@@ -74,20 +75,26 @@ class Quantized:
         Raises ArgumentError where a rotation cannot be in weights (`rotate_down`, layer norms), with the option that
         leaves it out; `thresher.quantize(..., portable=True)` leaves those out from the start.
         """
+        return self._made(shared=False)
+
+    def _made(self, shared: bool) -> Any:
+        """The same; shared: with the model's own tensors where they stay as they are, to be written and not changed."""
         model = self.model
         if model is None or not hasattr(model, "save_pretrained") or self.example is None:
             raise ArgumentError("model", type(model).__name__, "a transformers model that thresher.quantize was given",
                                 "Save the codes by .save.")  # fmt: skip
-        return with_codes(model, _capture(model, [self.example]), self.config, self.statistics["rsq"])
+        program = _capture(model, [self.example])
+        return with_codes(model, program, self.config, self.statistics["rsq"], shared)
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
         """Write the model as compressed-tensors with its config and tokenizer (the one quantized with, or this one), for
         transformers, vLLM and `thresher.integrations.transformers.from_pretrained`. Raises as `as_model`."""
-        return write(self.as_model(), folder, tokenizer if tokenizer is not None else self.tokenizer)
+        made = self._made(shared=True)
+        return write(made, folder, tokenizer if tokenizer is not None else self.tokenizer)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """`save_pretrained` to a repository of the Hugging Face hub, made if need be; its address."""
-        return push(self.as_model(), self.tokenizer, repo_id, private, token)
+        return push(self._made(shared=True), self.tokenizer, repo_id, private, token)
 
     def save(self, path: str | Path) -> Path:
         """Write the safetensors file; an old one stays whole until the new one is complete."""
@@ -110,24 +117,24 @@ class Quantized:
 
 @overload
 def quantize(
-    model: torch.nn.Module | str | Path, data: Any = ..., recipe: Any = ..., *, dry_run: Literal[True],
+    model: torch.nn.Module | MappedModel | str | Path, data: Any = ..., recipe: Any = ..., *, dry_run: Literal[True],
     tokenizer: Any = ..., sequences: int = ..., length: int = ..., batch_size: int = ..., seed: int = ...,
     folder: str | Path | None = ..., weights: str | Path | None = ..., activations: str = ..., narrow: bool = ...,
-    portable: bool = ...,
+    portable: bool = ..., group: Any = ...,
 ) -> Estimate: ...  # fmt: skip
 
 
 @overload
 def quantize(
-    model: torch.nn.Module | str | Path, data: Any = ..., recipe: Any = ..., *, dry_run: Literal[False] = ...,
+    model: torch.nn.Module | MappedModel | str | Path, data: Any = ..., recipe: Any = ..., *, dry_run: Literal[False] = ...,
     tokenizer: Any = ..., sequences: int = ..., length: int = ..., batch_size: int = ..., seed: int = ...,
     folder: str | Path | None = ..., weights: str | Path | None = ..., activations: str = ..., narrow: bool = ...,
-    portable: bool = ...,
+    portable: bool = ..., group: Any = ...,
 ) -> Quantized: ...  # fmt: skip
 
 
 def quantize(
-    model: torch.nn.Module | str | Path,
+    model: torch.nn.Module | MappedModel | str | Path,
     data: Any = None,
     recipe: Any = None,
     *,
@@ -142,11 +149,12 @@ def quantize(
     narrow: bool = False,
     dry_run: bool = False,
     portable: bool = False,
+    group: Any = None,
 ) -> Quantized | Estimate:
     """Quantise a model's linears by RSQ: rotate, weigh tokens, round with error feedback.
 
-    model: a module, or the directory that `save_pretrained` wrote: its weights are then read from the files as each
-        layer needs them, and finished layers are files too, so that the model need not fit into memory.
+    model: a module, or the directory that `save_pretrained` wrote (also as a MappedModel): its weights are then read from
+        the files as each layer needs them, and finished layers are files too, so that the model need not fit into memory.
     data: a list of strings (with `tokenizer`; a directory's own is found there), token ids int64 [sequences, length],
         an iterable of batches (dicts of the model's keyword arguments; an `attention_mask` tells pads), or None for the
         demo's text.
@@ -156,9 +164,13 @@ def quantize(
         own. A directory's are kept in the cache by default, for the same model, data and options.
     weights: of a module on meta, the directory of its safetensors files.
     activations: where the calibration batches wait between layers, "memory" or "disk" (in `folder`). narrow: round them
-        to bf16 there, which halves an fp32 model's.
+        to bf16 there, which halves an fp32 model's, and multiply in bf16 where the CPU does so in hardware, which halves the
+        time of its linears.
     dry_run: run nothing, and return what it would take: memory by part, time, and bytes written.
     portable: leave out the rotations that a saved model (`save_pretrained`) cannot hold, and say which.
+
+    group: a process group of torch.distributed whose ranks all make this call, with the same arguments: each runs a share of
+        the batches and rounds a share of the rows, and all of them return the whole. `torch.distributed.group.WORLD`.
 
     What it will take is said before it starts (logging, level INFO), and kept in the report.
 
@@ -169,7 +181,7 @@ def quantize(
     config = _config(recipe)
     check_place(activations)
     started = time.perf_counter()
-    source = _source(model, weights)
+    source = source_of(model, weights)
     found: torch.nn.Module = model if source is None else source.model  # type: ignore[assignment]
     check_model(found)
     if source is not None and tokenizer is None and is_text(data):
@@ -180,7 +192,7 @@ def quantize(
     program = _capture(found, batches)
     left_out: list[str] = []
     if portable:
-        config, left_out = fusable(config, program, next(found.parameters()).dtype)
+        config, left_out = fusable(config, program, found)
     nothing: list[str] = []
     kept_layers(recover(program), config.keep, nothing)
     for word in config.keep:
@@ -192,7 +204,7 @@ def quantize(
         torch.bfloat16 if narrow else None,
         {} if source is None else {name: str(path) for name, path in source.files.items()},
     )
-    driver = Driver(program, batches, config, keeping)
+    driver = Driver(program, batches, config, keeping, Ranks.of(group))
     gc.collect()  # what capturing left behind is more than a small layer
     give_back()
     estimate = driver.estimate()
@@ -210,22 +222,6 @@ def quantize(
     report.notes[:0] = left_out
     example = Batch({k: v[:2] for k, v in batches[0].inputs.items()})
     return Quantized(statistics, report, config, model=found, example=example, tokenizer=tokenizer)
-
-
-def _source(model: Any, weights: str | Path | None) -> MappedModel | None:
-    """The directory behind a model, opened; None for a module with values of its own."""
-    if isinstance(model, (str, Path)):
-        if weights is not None:
-            raise ArgumentError("weights", str(weights), "None beside a directory", "Name one directory.")
-        return open_model(model)
-    on_meta = any(p.is_meta for p in model.parameters()) if isinstance(model, torch.nn.Module) else False
-    if on_meta and weights is None:
-        raise ArgumentError("model", f"{type(model).__name__} on meta", "weights=directory with it, or values of its own",
-                            "Pass weights=, the directory of its safetensors files.")  # fmt: skip
-    if weights is not None and not on_meta:
-        raise ArgumentError("weights", str(weights), "None beside a model with values",
-                            "Leave it out, or build the model under torch.device('meta').")  # fmt: skip
-    return open_model(weights, model) if weights is not None else None
 
 
 def _folder(

@@ -6,6 +6,7 @@ import onnx
 import pytest
 import tiny_directories
 import torch
+from safetensors.torch import load_file, save_file
 
 from thresher import cli
 from thresher.errors import ArgumentError
@@ -111,6 +112,45 @@ def test_quantize_writes_a_directory_that_transformers_loads(folders, main, tmp_
     ):
         code, _, err = main("quantize", folders["llama"], "--out", tmp_path / "new", *words)
         assert code == 2 and f"rsq option {name}" in err and "Traceback" not in err
+
+
+def test_quantize_goes_on_after_an_interruption_and_names_what_is_wrong(folders, main, tmp_path, monkeypatch):
+    from thresher.passes.rsq.quantizer import driver
+
+    out, words = tmp_path / "low", ("--data", folders["data"], "--length", 8, "--group-size", 32)
+    accept, calls = driver.Driver._save, []
+
+    def save(self, piece):
+        calls.append(piece.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        accept(self, piece)
+
+    monkeypatch.setattr(driver.Driver, "_save", save)
+    assert main("quantize", folders["llama"], "--out", out, *words)[0] == 130
+    layers = tmp_path / "low.layers"
+    assert len(list(layers.iterdir())) == 1 and not any(out.glob("*"))
+    code, _, said = main("quantize", folders["llama"], "--out", out, *words)
+    assert code == 0 and calls[2:] == calls[1:2] and not layers.exists(), said
+    broken = tiny_directories.save(tiny_directories.llama(), tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    code, _, said = main("quantize", broken, "--out", tmp_path / "new", *words)
+    assert code == 2 and "up_proj.weight in " in said and "has 1 NaN or infinite values" in said, said
+    gpt2 = tiny_directories.save(tiny_directories.gpt2(), tmp_path / "gpt2")
+    code, _, said = main("quantize", gpt2, "--out", tmp_path / "new", *words)
+    assert code == 2 and "of which no linear can be quantized and saved" in said and "Conv1D" in said, said
+
+
+def test_quantize_takes_an_encoder_decoder_in_the_type_of_its_files(folders, main, tmp_path):
+    where = tiny_directories.save(tiny_directories.t5().bfloat16(), tmp_path / "t5")
+    out = tmp_path / "low"
+    code, _, said = main("quantize", where, "--out", out, "--data", folders["data"], "--length", 8)
+    assert code == 0, said
+    kept = load_file(out / "model.safetensors")
+    assert kept["encoder.block.0.layer.0.SelfAttention.q.weight_packed"].dtype == torch.int32
+    assert kept["shared.weight"].dtype == torch.bfloat16
 
 
 def test_rows_fit_the_models_positions(folders):

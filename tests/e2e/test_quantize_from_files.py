@@ -134,10 +134,25 @@ def test_interrupted_and_resumed_gives_the_same_codes(saved, whole, tmp_path, mo
     assert kept.stat().st_mtime_ns == before, "a finished layer is not quantized again"
 
 
-def test_narrow_activations_change_little(saved, whole, tmp_path):
-    low = from_files(saved[0], tmp_path, narrow=True)
-    mine = {r.site: r.quantized for r in low.report.linears}
-    assert all(mine[r.site] < 1.2 * r.quantized + 1e-4 for r in whole.report.linears)
+def test_narrow_activations_and_products_change_little(saved, whole, tmp_path, monkeypatch):
+    multiplied = []
+    linear = torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        multiplied.append((x.dtype, weight.dtype))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    codes = []
+    for fast in (True, False):
+        monkeypatch.setattr("thresher.passes.rsq.quantizer.states.bf16_products", lambda fast=fast: fast)
+        multiplied.clear()
+        low = from_files(saved[0], tmp_path, narrow=True)  # the second does not take the first one's layers
+        assert ((torch.bfloat16, torch.bfloat16) in multiplied) == fast
+        mine = {r.site: r.quantized for r in low.report.linears}
+        assert all(mine[r.site] < 1.2 * r.quantized + 1e-4 for r in whole.report.linears)
+        codes.append({n: t["codes"] for n, t in low.statistics["rsq"].items() if "codes" in t})
+    assert any(not torch.equal(t, codes[1][n]) for n, t in codes[0].items())
 
 
 def test_a_dry_run_says_what_it_takes_and_runs_nothing(saved, whole, tmp_path, monkeypatch):

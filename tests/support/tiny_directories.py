@@ -75,6 +75,11 @@ def t5():
     return hf.T5ForConditionalGeneration(hf.T5Config(**_T5))
 
 
+def gpt2():
+    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY, n_positions=64,
+                                            bos_token_id=1, eos_token_id=1))  # fmt: skip
+
+
 def save(model, path: Path, **given) -> Path:
     """The directory, with weights drawn from one seed."""
     torch.manual_seed(0)

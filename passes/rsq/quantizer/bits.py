@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from thresher.progress import progress
 
 from ...structure.experts import ExpertSite
+from ...structure.recover import LinearSite
 from ..config import RSQConfig
+from ..plan import RotationPlan
 from . import codes as rsq_codes
 from .gptq import round_to_nearest
 from .grid import Grid
+from .pieces import Batch, Piece, matrix
 from .sweep import Sweep, bind
-
-if TYPE_CHECKING:
-    from .pieces import Batch, Piece
 
 WIDTHS = (2, 3, 4, 8)
 _PROBE_BITS = 3
@@ -66,8 +66,7 @@ def _rounded(site: Any, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
         return round_to_nearest(weight.float(), grid).values.to(weight.dtype)
     made = torch.empty_like(weight)
     for expert, w in enumerate(weight):
-        found = round_to_nearest((w.t() if site.transposed else w).float(), grid).values
-        made[expert] = found.t() if site.transposed else found
+        made[expert] = matrix(site, round_to_nearest(matrix(site, w).float(), grid).values)
     return made
 
 
@@ -112,3 +111,25 @@ def allocate(sensitivity: Mapping[str, float], sizes: Mapping[str, int], average
         left -= (WIDTHS[at + 1] - WIDTHS[at]) * sizes[best]
         bits[best] = WIDTHS[at + 1]
     return bits
+
+
+def widths(
+    pieces: Sequence[Piece],
+    plan: RotationPlan,
+    head: LinearSite | None,
+    config: RSQConfig,
+    sensitivity: Mapping[str, float] | None,
+) -> dict[str, int]:
+    """Bits by piece: `bits`, or by what each does to the output where that is given; the head's own where it has some."""
+    alone = {p.name for p in pieces if config.head_bits and [[head]] == p.groups}
+    apart = dict.fromkeys(alone, config.head_bits)
+    if config.head_bits and not apart:
+        plan.notes.append("head_bits: no linear stands alone as the head, so it changes nothing.")
+    if sensitivity is None:
+        return {p.name: config.bits for p in pieces} | apart
+    sizes = dict.fromkeys((p.name for p in pieces if p.name not in apart), 0)
+    for piece in pieces:
+        for site in (s for group in piece.groups for s in group if piece.name in sizes):
+            count = site.count if isinstance(site, ExpertSite) else 1
+            sizes[piece.name] += count * site.in_features * site.out_features
+    return allocate(sensitivity, sizes, config.average_bits) | apart

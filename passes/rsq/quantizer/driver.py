@@ -42,6 +42,7 @@ from .hessian import HessianError
 from .linears import LinearGroup
 from .outcome import LinearReport, Outcome
 from .pieces import Batch, Piece, Site, pieces, seen_from
+from .ranks import ALONE, Ranks
 from .sizes import Sizes
 from .states import Keeping, States, Values
 from .steps import Step, steps
@@ -60,13 +61,19 @@ class Driver:
     """
 
     def __init__(
-        self, program: Program, batches: Sequence[Batch], config: RSQConfig, keeping: Keeping | None = None
+        self,
+        program: Program,
+        batches: Sequence[Batch],
+        config: RSQConfig,
+        keeping: Keeping | None = None,
+        ranks: Ranks = ALONE,
     ):
         if not batches:
             raise ThresherError("There was not a single calibration sequence.")
         self.keeping = keeping = keeping or Keeping()
         checks.check_weights(program, keeping.files)
         self.config, self.batches = config, batches
+        self.ranks, self.mine = ranks, ranks.share(batches)
         self.original = program
         self.rotated = program.copy()
         self.structure: Structure = recover(self.rotated)
@@ -75,7 +82,7 @@ class Driver:
         rsq_rewrite.rotate(self.rotated, plan, lazy=True)
         self.rotated.clean()
         rsq_rewrite.rebind_layers(self.rotated, self.structure)
-        self.sweep = Sweep(self.rotated)
+        self.sweep = Sweep(self.rotated, narrow=keeping.multiplied)
         self.outcome = Outcome(weights_fingerprint(program), config, plan, 0.0)
         self.owners = Owners(self.rotated)
         self.pieces = list(pieces(self.structure, plan, self.sweep.order))
@@ -86,7 +93,7 @@ class Driver:
             list(steps(self.sweep, self.structure, self.pieces, scorers, first, widest))
             for widest in (_ALWAYS, _WIDEST_STATE)
         ]
-        self.sizes = Sizes(self.rotated, self.structure, batches, keeping.narrow)
+        self.sizes = Sizes(self.rotated, self.structure, self.mine or batches[:1], keeping.narrow)
         wide = self.sizes.waiting(plans[0])
         self.steps: list[Step] = plans[0] if keeping.activations == "disk" or wide <= _ROOM else plans[1]
 
@@ -103,20 +110,24 @@ class Driver:
             stamp = ""
             if folder is not None:
                 inputs = [b.inputs for b in self.batches]
-                stamp = stamp_of(self.original, self.config.to_json(), inputs)
+                stamp = stamp_of(self.original, self.config.to_json() + self.keeping.changes, inputs)
             self.files = LayerFiles(folder, stamp)
-            checks.check_activations(self.original, self.batches[0])
+            self.ranks.once(lambda: checks.check_activations(self.original, self.batches[0]))
             if prove:
-                self.outcome.exact = checks.check_rotation(self.original, self.rotated, self.batches[0])
+                self.outcome.exact = self.ranks.once(
+                    lambda: checks.check_rotation(self.original, self.rotated, self.batches[0])
+                )
             self._choose_bits()
             place = folder if self.keeping.activations == "disk" else None
-            self.states = States(place, self.keeping.narrow, self.sizes.hidden)
+            own = f"-{self.ranks.rank}" if self.ranks.size > 1 else ""
+            self.states = States(place, self.keeping.narrow, self.sizes.hidden, f"activations{own}")
             self.follow = self.config.follow_original > 0
-            self.plain = Sweep(self.rotated)  # with the original's weights throughout, where it is followed
-            self.plain_states = States(place, self.keeping.narrow, self.sizes.hidden, "original")
+            # With the original's weights throughout, where it is followed.
+            self.plain = Sweep(self.rotated, narrow=self.keeping.multiplied)
+            self.plain_states = States(place, self.keeping.narrow, self.sizes.hidden, f"original{own}")
             try:
                 for sweep, states in self._running():
-                    states.start(sweep.start(bind(self.rotated, b.inputs)) for b in self.batches)
+                    states.start(sweep.start(bind(self.rotated, b.inputs)) for b in self.mine)
                 for piece in progress(self.pieces, "quantizing", len(self.pieces)):
                     self._piece(piece)
             finally:
@@ -132,44 +143,32 @@ class Driver:
         return both if self.follow else both[:1]
 
     def _piece(self, piece: Piece) -> None:
-        found = self._load(piece)
+        found = self.ranks.together(lambda: self._load(piece))
+        if not all(self.ranks.gather(found is not None)):
+            found = None
         self.weights: list[torch.Tensor | None] = []
         for step in (s for s in self.steps if s.piece is piece):
             if found is None:
                 self._quantise(step)
-            else:
-                self._advance(step, None)
-                self._accept(step, found)
+                continue
+            self.ranks.together(functools.partial(self._advance, step, None))
+            self._accept(step, found)
         if found is None:
             self._save(piece)
 
     def _choose_bits(self) -> None:
-        names = {s.fqn: piece for piece in self.pieces for g in piece.groups for s in g}
-        head = self.structure.head
-        alone = {p.name for p in self.pieces if self.config.head_bits and [[head]] == p.groups}
-        apart = dict.fromkeys(alone, self.config.head_bits)
-        if self.config.head_bits and not apart:
-            self.outcome.plan.notes.append(
-                "head_bits: no linear stands alone as the head, so it changes nothing."
-            )
-        if not self.config.average_bits:
-            self.outcome.bits = {p.name: self.config.bits for p in self.pieces} | apart
-            return
+        plan, head = self.outcome.plan, self.structure.head
+        sensitivity = self.ranks.once(self._sensitivity) if self.config.average_bits else None
+        self.outcome.sensitivity = sensitivity or {}
+        self.outcome.bits = rsq_bits.widths(self.pieces, plan, head, self.config, sensitivity)
+
+    def _sensitivity(self) -> dict[str, float]:
         saved = self.files.read("sensitivity")
         if saved is not None:
-            sensitivity = {k: float(v) for k, v in saved[0].items()}
-        else:
-            sensitivity = rsq_bits.sensitivities(self.sweep, self.pieces, self.batches, self.config)
-            self.files.write("sensitivity", {k: torch.tensor(v) for k, v in sensitivity.items()}, {})
-        sizes = dict.fromkeys((p.name for p in self.pieces if p.name not in apart), 0)
-        for site in self.outcome.plan.quantise:
-            if names[site.fqn].name in apart:
-                continue
-            sizes[names[site.fqn].name] += site.in_features * site.out_features
-        for mixture in self.outcome.plan.experts:
-            sizes[names[mixture.fqn].name] += mixture.count * mixture.in_features * mixture.out_features
-        self.outcome.sensitivity = sensitivity
-        self.outcome.bits = rsq_bits.allocate(sensitivity, sizes, self.config.average_bits) | apart
+            return {k: float(v) for k, v in saved[0].items()}
+        found = rsq_bits.sensitivities(self.sweep, self.pieces, self.batches, self.config)
+        self.files.write("sensitivity", {k: torch.tensor(v) for k, v in found.items()}, {})
+        return found
 
     def _quantise(self, step: Step) -> None:
         x, scorer, piece = step.x, step.scorer, step.piece
@@ -181,10 +180,11 @@ class Driver:
         raw: list[torch.Tensor] = []
 
         def collect(index: int, values: Values, plain: Values) -> None:
-            batch = self.batches[index]
+            batch = self.mine[index]
             if not gathered.finite(values, batch):
+                number = index * self.ranks.size + self.ranks.rank
                 raise HessianError(
-                    f"{gathered.names}: batch {index} of the calibration data reaches it as NaN or infinite values."
+                    f"{gathered.names}: batch {number} of the calibration data reaches it as NaN or infinite values."
                 )
             if step.first:
                 layers = seen_from(self.owners, weighed, batch, values[weighed])
@@ -195,7 +195,8 @@ class Driver:
             # Cross attention reads another tower's tokens, which this layer did not weigh.
             gathered.add(values, plain, self.weights[index] if owner == self.owner else None, batch)
 
-        self._advance(step, collect)
+        self.ranks.together(lambda: self._advance(step, collect))
+        raw = self.ranks.interleaved(raw)
         if raw:
             self.outcome.importance[piece.name] = torch.cat(raw)
         try:
@@ -209,9 +210,9 @@ class Driver:
         """What a step gathers, empty."""
         first = group[0]
         if not isinstance(first, ExpertSite):
-            return LinearGroup(group, self.owners, self.config)  # type: ignore[arg-type]
+            return LinearGroup(group, self.owners, self.config, self.ranks)  # type: ignore[arg-type]
         shared = rsq_experts.reads_shared(self.sweep, self.structure.experts, first)
-        return rsq_experts.ExpertGroup(first, self.owners, self.config, shared)
+        return rsq_experts.ExpertGroup(first, self.owners, self.config, shared, self.ranks)
 
     def _accept(self, step: Step, made: Mapping[str, dict[str, torch.Tensor]]) -> None:
         """From here on the batches see these linears quantised."""
@@ -272,9 +273,10 @@ class Driver:
         if piece.name in self.outcome.importance:
             flat["importance"] = self.outcome.importance[piece.name]
         reports = json.dumps([vars(self.outcome.reports[s.fqn]) for s in sites])
-        self.files.write(piece.name, flat, {"reports": reports})
+        self.ranks.once(lambda: self.files.write(piece.name, flat, {"reports": reports}))
         read = self.files.read(piece.name)
-        assert read is not None
+        if read is None:
+            return  # another machine's disk
         found = by_site({k: t for k, t in read[0].items() if k != "importance"})
         for site in sites:
             self._use(site, found[site.fqn])

@@ -8,7 +8,7 @@ to nearest for an expert that saw nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import fx
@@ -21,7 +21,8 @@ from . import codes as rsq_codes
 from .hessian import Drift, Hessian, HessianError, factor
 from .linears import Made
 from .outcome import LinearReport, report
-from .pieces import Batch, real_of
+from .pieces import Batch, matrix, real_of
+from .ranks import ALONE, Ranks
 from .rounding import round_group
 from .sweep import Sweep, Values
 
@@ -121,8 +122,10 @@ def reads_shared(sweep: Sweep, sites: Sequence[ExpertSite], site: ExpertSite) ->
 class ExpertGroup:
     """One product by experts, as `LinearGroup` is for linears. shared: see `ExpertHessians`."""
 
-    def __init__(self, site: ExpertSite, owners: Owners, config: RSQConfig, shared: bool):
-        self.site, self.owners, self.config = site, owners, config
+    def __init__(
+        self, site: ExpertSite, owners: Owners, config: RSQConfig, shared: bool, ranks: Ranks = ALONE
+    ):
+        self.site, self.owners, self.config, self.ranks = site, owners, config, ranks
         self.names = site.fqn
         self.hessians = ExpertHessians(site, shared)
         self.drifts: list[Drift] | None = None
@@ -160,46 +163,37 @@ class ExpertGroup:
     def quantise(self, sweep: Sweep, bits: int) -> tuple[Made, list[LinearReport]]:
         """Stacked codes, and one report for all experts. Raises HessianError, naming the expert."""
         sweep.forget()
-        weight, count = sweep.weight(self.site.weight), range(self.site.count)
-        hessians = (self.hessians.matrix(e) for e in count)
+        weight = sweep.weight(self.site.weight)
+        for hessian in self.hessians.each:
+            hessian.put_together(self.ranks)
+        for drift in self.drifts or ():
+            self.ranks.sum(drift.total)
         drifts = None
         if self.drifts is not None:
             drifts = [(d, self.hessians.counted(e)) for e, d in enumerate(self.drifts)]
-        tensors, found = quantise(self.site, weight, hessians, self.config, bits, drifts)
+        tensors, found = quantise(
+            self.site, weight, self.hessians.matrix, self.config, bits, drifts, self.ranks
+        )
         return {self.site.fqn: tensors}, [found]
 
 
 def quantise(
     site: ExpertSite,
     weight: torch.Tensor,
-    hessians: Iterable[torch.Tensor],
+    hessians: Callable[[int], torch.Tensor],
     config: RSQConfig,
     bits: int,
     drifts: Sequence[tuple[Drift, int]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, torch.Tensor], LinearReport]:
     """Codes of all experts, stacked as the operators take them, and how far they are from the weights.
 
-    weight: as the model stores it, [experts, out, in] or [experts, in, out]. hessians: fp64 [K, K], one an expert. drifts:
+    weight: as the model stores it, [experts, out, in] or [experts, in, out]. hessians: an expert's, fp64 [K, K]. drifts:
     with how many tokens each one's Hessian counts, to follow the original's outputs. The report's errors are means over
-    the experts.
+    the experts. ranks: round some of the experts each.
     """
-    parts, reports = [], []
-    grid = rsq_codes.make_grid(config, bits)
-    for expert, (matrix, hessian) in enumerate(zip(weight, hessians, strict=True)):
-        mine = (matrix.t() if site.transposed else matrix).float()
-        try:
-            factored = factor(hessian, config.damping, config.activation_order)
-        except HessianError as reason:
-            raise HessianError(f"expert {expert}: {reason}") from None
-        correction = None
-        if drifts is not None:
-            drift, tokens = drifts[expert]
-            correction = drift.correction(factored, tokens).mul_(config.follow_original)
-        (found,) = round_group([mine], factored, grid, config, correction)
-        tensors = rsq_codes.to_tensors(found, config, bits)
-        parts.append(tensors)
-        size = weight.element_size()
-        reports.append(report(site.fqn, found, hessian, factored.damping, tensors, config, size))
+    made = ranks.together(lambda: _some(site, weight, hessians, config, bits, drifts, ranks))
+    parts, reports = zip(*ranks.interleaved(made))
     stacked = {
         n: torch.stack([p[n] for p in parts]) if n in rsq_codes.STACKED else t for n, t in parts[0].items()
     }
@@ -213,3 +207,32 @@ def quantise(
         sum(r.bytes_before for r in reports),
         sum(r.bytes_after for r in reports),
     )
+
+
+def _some(
+    site: ExpertSite,
+    weight: torch.Tensor,
+    hessians: Callable[[int], torch.Tensor],
+    config: RSQConfig,
+    bits: int,
+    drifts: Sequence[tuple[Drift, int]] | None,
+    ranks: Ranks,
+) -> list[tuple[dict[str, torch.Tensor], LinearReport]]:
+    """Codes and report of each expert of this rank's."""
+    made = []
+    grid = rsq_codes.make_grid(config, bits)
+    for expert in ranks.share(range(site.count)):
+        mine, hessian = matrix(site, weight[expert]).float(), hessians(expert)
+        try:
+            factored = factor(hessian, config.damping, config.activation_order)
+        except HessianError as reason:
+            raise HessianError(f"expert {expert}: {reason}") from None
+        correction = None
+        if drifts is not None:
+            drift, tokens = drifts[expert]
+            correction = drift.correction(factored, tokens).mul_(config.follow_original)
+        (found,) = round_group([mine], factored, grid, config, correction)
+        tensors = rsq_codes.to_tensors(found, config, bits)
+        size = weight.element_size()
+        made.append((tensors, report(site.fqn, found, hessian, factored.damping, tensors, config, size)))
+    return made

@@ -74,6 +74,14 @@ class LayerFiles:
         return self.folder / f"{safe}.safetensors"
 
 
+def discard(folder: Path) -> None:
+    """Remove the layers' files of a folder, and the folder where nothing else is in it."""
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def by_site(flat: Tensors) -> dict[str, Tensors]:
     """A layer's tensors by linear, from their names `linear:part`."""
     found: dict[str, Tensors] = {}

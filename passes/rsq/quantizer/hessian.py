@@ -12,7 +12,10 @@ import torch
 
 from thresher.errors import ArgumentError, ThresherError
 
-_STRIPE = 512  # columns of X^T X computed at a time; only the stripes' upper parts are needed
+from .ranks import Ranks
+
+_STRIPE = 512  # columns of the matrix handled at a time
+_COLUMNS = 192  # of X^T X, computed at a time; only the stripes' upper parts are needed, and narrow ones leave out more
 _BLOCK = 512  # columns factored at a time
 
 
@@ -50,11 +53,19 @@ class Hessian:
         if weights is not None:
             flat = weights.reshape(-1).float()
             kept = flat > 0
-            rows = rows[kept] * flat[kept].sqrt()[:, None]
-        for first in range(0, width, _STRIPE):
-            last = min(first + _STRIPE, width)
+            if not bool(kept.all()):
+                rows, flat = rows[kept], flat[kept]
+            rows = rows * flat.sqrt()[:, None]
+        for first in range(0, width, _COLUMNS):
+            last = min(first + _COLUMNS, width)
             self.total[first:last, first:].addmm_(rows[:, first:last].t(), rows[:, first:])
         self.tokens += rows.shape[0]
+
+    def put_together(self, ranks: Ranks) -> None:
+        """From here on it is that of all ranks' tokens."""
+        tokens = torch.tensor(self.tokens)
+        ranks.sum(self.total, tokens)
+        self.tokens = int(tokens)
 
     def matrix(self) -> torch.Tensor:
         """fp64 [K, K]: H = 2/n sum w x x^T."""
@@ -72,7 +83,7 @@ class Hessian:
 
     def whole(self) -> torch.Tensor:
         """fp32 [K, K]: the sum itself, whose lower triangle is filled in."""
-        for first, last, rest in _stripes(len(self.total), _STRIPE):
+        for first, last, rest in _stripes(len(self.total), _COLUMNS):
             self.total[rest, first:last] = self.total[first:last, rest].t()
         return self.total
 

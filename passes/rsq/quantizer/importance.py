@@ -10,11 +10,14 @@ real: bool [batch, length], false at padding; None means that every token is rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from thresher.errors import ArgumentError
 
 _BLOCK = 1 << 22  # attention probabilities held at a time: 16 MiB in fp32
+_QUERIES = 128  # multiplied at a time at most: what lies behind them in a causal map is not computed
 
 
 def attention_concentration(
@@ -33,7 +36,7 @@ def attention_concentration(
     default dim ** -0.5. window_left: -1 for none, else a query sees at most that many keys before itself
     (and with causal=False as many after). softcap: 0 for none. normalize: divide by the number of queries
     that see the key, which the paper does not.
-    A block of queries of one head is held at a time, never a [length, length] map of all heads.
+    Some queries of the heads that share keys are held at a time, never a [length, length] map of all heads.
     """
     batch, heads, length, dim = q.shape
     if k.shape[0] != batch or k.shape[2:] != q.shape[2:] or heads % k.shape[1]:
@@ -43,29 +46,91 @@ def attention_concentration(
             f"[{batch}, kv_heads, {length}, {dim}] with kv_heads a divisor of {heads}",
             "Pass the queries and keys of one layer.",
         )
-    scale = dim**-0.5 if scale is None else scale
     real = _real(real, q, (batch, length))
-    received = torch.zeros(batch, length, device=q.device)
-    seen_by = torch.zeros(batch, length, device=q.device)
-    step = max(1, min(length, _BLOCK // max(1, batch * length)))
     at = torch.arange(length, device=q.device)
-    for first in range(0, length, step):
-        rows = at[first : first + step]
-        distance = rows[:, None] - at
-        seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    all_real = bool(real.all())
+
+    def seen(first: int, last: int, heads: slice) -> torch.Tensor:
+        distance = at[first:last, None] - at
+        found = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
         if window_left >= 0:
-            seen = seen & (distance.abs() <= window_left)
-        seen = seen & real[:, None, :] & real[:, rows, None]
-        seen_by += seen.sum(1)
-        for head in range(heads):
-            scores = q[:, head, rows].float() @ k[:, head // (heads // k.shape[1])].float().transpose(1, 2)
-            scores = scores * scale
-            if softcap > 0:
-                scores = softcap * torch.tanh(scores / softcap)
-            scores = scores.masked_fill(~seen, -torch.inf)
-            # A query that sees nothing gives a row of NaN, not of weights.
-            received += torch.softmax(scores, -1).nan_to_num(0.0).sum(1)
+            found = found & (distance.abs() <= window_left)
+        if all_real:
+            return found[None, None]
+        return (found & real[:, None, :] & real[:, first:last, None])[:, None]
+
+    received, seen_by = _received(q, k, seen, scale, softcap, None)
     return received / seen_by.clamp_min(1) if normalize else received
+
+
+def masked_concentration(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float | None = None,
+    real: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """AttnCon under any mask: fp32 [batch, keys], some queries of some heads at a time.
+
+    q: [batch, heads, length, dim]; k: [batch, kv_heads, keys, dim]. mask: as scaled_dot_product_attention
+    takes it, bool (True is seen) or added to the scores, and broadcast to [batch, heads, length, keys].
+    """
+    mask = mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, q.shape[2], k.shape[2])))
+
+    def part(first: int, last: int, heads: slice) -> torch.Tensor:
+        return mask[:, heads if mask.shape[1] > 1 else slice(None), first:last]
+
+    return _received(q, k, part, scale, 0.0, real)[0]
+
+
+def _received(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask_of: Callable[[int, int, slice], torch.Tensor],
+    scale: float | None,
+    softcap: float,
+    real: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [batch, keys] each: the attention that keys receive, and how many queries see them.
+
+    mask_of(first, last, heads): of some queries of some heads, broadcast to [batch, heads, queries, keys], bool or added to
+    the scores. Keys behind the last that any of these queries sees are left out: half of a causal map. A query that sees
+    nothing gives nothing. Heads that share keys are multiplied together, and never more than _BLOCK scores are held.
+    """
+    batch, heads, length, dim = q.shape
+    keys, group = k.shape[2], heads // k.shape[1]
+    scale = dim**-0.5 if scale is None else scale
+    received = torch.zeros(batch, keys, device=q.device)
+    seen_by = torch.zeros(batch, keys, device=q.device)
+    step = max(1, min(length, _QUERIES, _BLOCK // max(1, batch * keys * group)))
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        for shared in range(k.shape[1]):
+            own = slice(shared * group, (shared + 1) * group)
+            mask = mask_of(first, last, own)
+            seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+            reached = seen.flatten(0, 2).any(0).nonzero()
+            if not len(reached):
+                continue
+            end = int(reached[-1]) + 1
+            seen = seen[..., :end]
+            rows = (q[:, own, first:last].float() * scale).reshape(batch, -1, dim)
+            scores = rows @ k[:, shared, :end].float().transpose(1, 2)
+            if softcap > 0:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            scores = scores.view(batch, group, last - first, end)
+            if mask.dtype != torch.bool:
+                scores += mask[..., :end]
+            scores.masked_fill_(~seen, -torch.inf)  # whatever a pad computes
+            share = torch.softmax(scores, -1)
+            if real is not None or not bool(seen.any(-1).all()):
+                share.nan_to_num_(0.0)  # of a query that sees nothing, and of a pad
+            if real is not None:
+                share *= real[:, None, first:last, None]
+            received[:, :end] += share.sum((1, 2))
+            if not shared:
+                seen_by[:, :end] += seen[:, 0].sum(-2)
+    return received, seen_by
 
 
 def chunks(real: torch.Tensor, parts: int, chosen: tuple[int, ...]) -> torch.Tensor:
@@ -169,39 +234,3 @@ def _real(real: torch.Tensor | None, like: torch.Tensor, shape) -> torch.Tensor:
             "real", f"{real.dtype} {tuple(real.shape)}", f"bool {tuple(shape)}", "True marks a real token."
         )
     return real
-
-
-def masked_concentration(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float | None = None,
-    real: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """AttnCon under any mask: fp32 [batch, length], a block of queries of one head at a time.
-
-    q: [batch, heads, length, dim]; k: [batch, kv_heads, length, dim]. mask: as scaled_dot_product_attention
-    takes it, bool (True is seen) or added to the scores, and broadcast to [batch, heads, length, length].
-    """
-    batch, heads, length, dim = q.shape
-    keys = k.shape[2]
-    scale = dim**-0.5 if scale is None else scale
-    mask = mask.expand(batch, heads, length, keys)
-    received = torch.zeros(batch, keys, device=q.device)
-    step = max(1, min(length, _BLOCK // max(1, batch * keys)))
-    for first in range(0, length, step):
-        last = min(first + step, length)
-        for head in range(heads):
-            scores = q[:, head, first:last].float() @ k[:, head // (heads // k.shape[1])].float().transpose(
-                1, 2
-            )
-            part = mask[:, head, first:last]
-            scores = scores * scale
-            scores = (
-                scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.float()
-            )
-            seen = torch.softmax(scores, -1).nan_to_num(0.0)
-            if real is not None:
-                seen = seen * real[:, first:last, None]
-            received += seen.sum(1)
-    return received

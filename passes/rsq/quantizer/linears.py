@@ -17,6 +17,7 @@ from . import scores as rsq_scores
 from .hessian import Drift, Hessian, factor
 from .outcome import LinearReport, report
 from .pieces import Batch, seen_from
+from .ranks import ALONE, Ranks
 from .rounding import round_group
 from .sweep import Sweep, Values
 
@@ -26,8 +27,8 @@ Made = dict[str, dict[str, torch.Tensor]]
 class LinearGroup:
     """See the module's docstring. The Hessian [K, K] is gathered batch by batch, and used up by `quantise`."""
 
-    def __init__(self, sites: Sequence[LinearSite], owners: Owners, config: RSQConfig):
-        self.sites, self.owners, self.config = sites, owners, config
+    def __init__(self, sites: Sequence[LinearSite], owners: Owners, config: RSQConfig, ranks: Ranks = ALONE):
+        self.sites, self.owners, self.config, self.ranks = sites, owners, config, ranks
         self.x = sites[0].x
         self.names = ", ".join(s.fqn for s in sites)
         self.hessian, self.drift = Hessian.empty(sites[0].in_features), None
@@ -51,7 +52,12 @@ class LinearGroup:
         """Codes by linear, and how far each is from the original. Raises HessianError, and ThresherError for weights
         that are no numbers."""
         config = self.config
-        factored = factor(self.hessian.matrix(), config.damping, config.activation_order, consume=True)
+        self.hessian.put_together(self.ranks)
+        if self.drift is not None:
+            self.ranks.sum(self.drift.total)
+        factored = self.ranks.together(
+            lambda: factor(self.hessian.matrix(), config.damping, config.activation_order, consume=True)
+        )
         sweep.forget()
         weights = [sweep.weight(s.weight) for s in self.sites]
         if not all(bool(torch.isfinite(w).all()) for w in weights):
@@ -60,7 +66,7 @@ class LinearGroup:
         damping, correction = factored.damping, None
         if self.drift is not None:
             correction = self.drift.correction(factored, self.hessian.tokens).mul_(config.follow_original)
-        rounded = round_group(weights, factored, grid, config, correction)
+        rounded = round_group(weights, factored, grid, config, correction, self.ranks)
         del weights, factored, correction
         made, reports = {}, []
         for site, found in zip(self.sites, rounded, strict=True):

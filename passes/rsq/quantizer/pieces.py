@@ -76,6 +76,11 @@ def pieces(structure: Structure, plan: RotationPlan, order: Mapping[fx.Node, int
     yield from sorted(found.values(), key=lambda p: order[p.groups[0][0].x])
 
 
+def matrix(site: ExpertSite, weight: torch.Tensor) -> torch.Tensor:
+    """An expert's weight as [out, in], whichever way the model stores it; and back again."""
+    return weight.t() if site.transposed else weight
+
+
 def reads(group: Sequence[Site]) -> list[fx.Node]:
     """The values that a group's statistics are made of: its input, and of experts whose each row is."""
     chosen = getattr(group[0], "experts", None)

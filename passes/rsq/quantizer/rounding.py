@@ -7,7 +7,7 @@ touches in the processor's caches. Linears that read one input are rounded toget
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -15,6 +15,7 @@ from ..config import RSQConfig
 from .gptq import Quantized, gptq, round_to_nearest
 from .grid import Grid, NVFP4Grid
 from .hessian import Factor
+from .ranks import ALONE, Ranks
 
 SAMPLE = 64  # rows of a weight that its errors are estimated from
 _ELEMENTS = 1 << 22  # of a weight, rounded at a time
@@ -51,18 +52,20 @@ def round_group(
     grid: Grid,
     config: RSQConfig,
     correction: torch.Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Rounded]:
     """Weights [N, K] that read one input, each rounded onto the grid. NVFP4's tensor scale is each weight's own.
 
-    correction: [K, K]; what is rounded is W + W @ correction, see `Drift`.
+    correction: [K, K]; what is rounded is W + W @ correction, see `Drift`. ranks: round a part of the rows each, and all
+    of them have the whole then.
     """
     if isinstance(grid, NVFP4Grid):
         return [
             r
             for w in weights
-            for r in _stacked([w], factored, grid.bind(_live(w, factored)), config, correction)
+            for r in _stacked([w], factored, grid.bind(_live(w, factored)), config, correction, ranks)
         ]
-    return _stacked(weights, factored, grid, config, correction)
+    return _stacked(weights, factored, grid, config, correction, ranks)
 
 
 def _live(weight: torch.Tensor, factored: Factor) -> torch.Tensor:
@@ -76,10 +79,12 @@ def _stacked(
     grid: Grid,
     config: RSQConfig,
     correction: torch.Tensor | None,
+    ranks: Ranks,
 ) -> list[Rounded]:
     parts = [_Parts() for _ in weights]
     bound = grid
-    for run in _runs([len(w) for w in weights], rows_at_once(weights[0].shape[1])):
+    mine = [tuple(len(w) * r // ranks.size for r in (ranks.rank, ranks.rank + 1)) for w in weights]
+    for run in _runs(mine, rows_at_once(weights[0].shape[1])):
         rows = torch.cat([weights[i][first:last].float() for i, first, last in run])
         wanted = rows if correction is None else rows + rows @ correction
         found = round_to_nearest(wanted, grid) if config.method == "nearest" else gptq(wanted, factored, grid)
@@ -87,6 +92,7 @@ def _stacked(
         for i, first, last in run:
             _take(parts[i], found, rows, slice(at, at + last - first), _sampled(len(weights[i]), first, last))
             at += last - first
+    parts = [_joined(of_weight) for of_weight in zip(*ranks.gather(parts))]
     return [
         Rounded(
             torch.cat(p.codes),
@@ -97,6 +103,11 @@ def _stacked(
         )
         for p in parts
     ]
+
+
+def _joined(parts: Sequence[_Parts]) -> _Parts:
+    """One weight's parts, of every rank in turn."""
+    return _Parts(*([x for p in parts for x in getattr(p, f.name)] for f in fields(_Parts)))
 
 
 def _take(part: _Parts, found: Quantized, rows: torch.Tensor, mine: slice, sample: torch.Tensor) -> None:
@@ -112,12 +123,11 @@ def _sampled(rows: int, first: int, last: int) -> torch.Tensor:
     return torch.arange(-(-first // step) * step, last, step) - first
 
 
-def _runs(rows: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Runs of (weight, first row, last row) of up to `most` rows together, in order."""
+def _runs(rows: Sequence[tuple[int, ...]], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Runs of (weight, first row, last row) of up to `most` rows together, in order. rows: first and last of each weight."""
     run: list[tuple[int, int, int]] = []
     room = most
-    for index, count in enumerate(rows):
-        first = 0
+    for index, (first, count) in enumerate(rows):
         while first < count:
             taken = min(room, count - first)
             run.append((index, first, first + taken))

@@ -13,6 +13,7 @@ from torch import fx
 
 from thresher import tensor_files
 from thresher.errors import ArgumentError
+from thresher.machine.devices import bf16_products
 
 Values = dict[fx.Node, Any]
 _SMALL = 1 << 16  # bytes: what stays in memory whatever was asked for
@@ -103,13 +104,24 @@ class Keeping:
     """Where a run keeps what it has.
 
     folder: of finished layers, and of activations on disk; None for memory alone. activations: "memory" or "disk".
-    narrow: round activations to this dtype while they wait. files: by a weight's name, the file it came from.
+    narrow: round activations to this dtype while they wait, and where this CPU multiplies it in hardware what linears
+    multiply too. files: by a weight's name, the file it came from.
     """
 
     folder: Path | None = None
     activations: str = "memory"
     narrow: torch.dtype | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> str:
+        """What of this decides codes, in words; files of a run with others are not taken for this one's."""
+        return f" {self.narrow} {self.multiplied}" if self.narrow else ""
+
+    @property
+    def multiplied(self) -> torch.dtype | None:
+        """What linears of wider types are rounded to; None where that is no faster here."""
+        return self.narrow if self.narrow == torch.bfloat16 and bf16_products() else None
 
 
 class _OnDisk:

@@ -68,11 +68,13 @@ class Sweep:
     """A program, executed in pieces.
 
     overrides: by attribute name, what computes a tensor to use instead of the program's weight (a quantised one).
-    dtype: compute in this floating dtype, whatever the program says; None leaves dtypes alone.
+    dtype: compute in this floating dtype, whatever the program says; None leaves dtypes alone. narrow: round what linears of
+    wider types multiply to this dtype, and nothing else: their sums stay wide inside, and norms and positions exact.
     """
 
-    def __init__(self, program: Program, dtype: torch.dtype | None = None):
-        self.program, self.dtype = program, dtype
+    def __init__(self, program: Program, dtype: torch.dtype | None = None, narrow: torch.dtype | None = None):
+        self.program, self.dtype, self.narrow = program, dtype, narrow
+        self._narrowed: dict[str, torch.Tensor] = {}
         self.overrides: dict[str, Callable[[], torch.Tensor]] = {}
         self._held: dict[str, torch.Tensor] = {}
         self.order = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -128,6 +130,7 @@ class Sweep:
     def forget(self) -> None:
         """Drop the weights computed so far, and what was read of mapped files."""
         self._held.clear()
+        self._narrowed.clear()
         tensor_files.release()
 
     def steps(self, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, Any]]:
@@ -150,6 +153,8 @@ class Sweep:
         """What the node gives on the values in `env`, in the sweep's precision."""
         if node.target is aten.linear.default and self.dtype == torch.float64:
             return self._wide_linear(node, env)
+        if node.target is aten.linear.default and self.narrow is not None:
+            return self._narrow_linear(node, env, self.narrow)
         if node.target is aten.embedding.default and self._looks_up_first(node):
             return self._look_up(node, env)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._value(n, env))
@@ -180,6 +185,20 @@ class Sweep:
         ]
         table = held.derive(*tensors) if held.derive else tensors[0]
         return table[place]
+
+    def _narrow_linear(self, node: fx.Node, env: Values, narrow: torch.dtype) -> torch.Tensor:
+        """A linear by a stored weight, both rounded where their type is a wider one. The bias is added in it."""
+        x, read = self._value(node.args[0], env), node.args[1]  # type: ignore[arg-type]
+        bias = self._value(node.args[2], env) if len(node.args) > 2 and node.args[2] is not None else None  # type: ignore[arg-type]
+        weight = self._value(read, env)  # type: ignore[arg-type]
+        wide = x.dtype
+        if read.op != "get_attr" or wide.itemsize <= narrow.itemsize or weight.dtype != wide:  # type: ignore[union-attr]
+            return torch.nn.functional.linear(x, weight, bias)
+        name = str(read.target)  # type: ignore[union-attr]
+        if name not in self._narrowed:
+            self._narrowed[name] = weight.to(narrow)
+        out = torch.nn.functional.linear(x.to(narrow), self._narrowed[name]).to(wide)
+        return out if bias is None else out.add_(bias)
 
     def _wide_linear(self, node: fx.Node, env: Values) -> torch.Tensor:
         """A linear whose weight is converted in parts, where it is large and its rows do not depend on each other."""

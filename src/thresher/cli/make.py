@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ from .options import (
     blamed,
     load,
     load_with_batch,
+    ranks,
     recipe_of,
 )
 
@@ -82,30 +83,47 @@ def quantize(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model by RSQ and write it for transformers, vLLM and Thresher (compressed-tensors)."""
+    """Quantize a model by RSQ and write it for transformers, vLLM and Thresher (compressed-tensors).
+
+    Finished layers lie in OUT.layers until OUT is written: the same command goes on there after an interruption. Under
+    torchrun, the processes share the work.
+    """
+    from thresher.passes.rsq.quantizer.files import discard
+
     from ..calibration_data import cut_text
     from ..files import check_folder
+    from ..mapped_model import MappedModel
     from ..quantization import RSQ
     from ..quantization import quantize as run
     from ..records.quantization_report import summary
     from ..tools import models, text
 
-    say = Say(as_json, quiet)
+    group, speaks = ranks()
+    say = Say(as_json and speaks, quiet or not speaks)
     check_folder("--out", out)
     recipe = RSQ(bits=bits, group_size=group_size, grid=grid, keep=tuple(keep or ("head",)))
     recipe.validate()
     texts = None if data is None else text.read(data)
-    loaded, tokenizer = load(say, model, task, dtype)
+    source, tokenizer = load(say, model, task, dtype, mapped=True)
+    loaded = source.model if isinstance(source, MappedModel) else source
     length = min(length, text.room(loaded, tokenizer))
     ids = cut_text(texts if texts is not None else models.texts(), tokenizer, sequences, length, 0)
     text.check_known(loaded, ids)
+    shifted = text.written(loaded, ids)
+    batches: Any = ids
+    if shifted is not None:
+        batches = [{"input_ids": i, "decoder_input_ids": d} for i, d in zip(ids.split(4), shifted.split(4))]
+    layers = out.with_name(out.name + ".layers")
     with (
         say.phase(f"quantizing on {len(ids)} windows of {length} tokens"),
-        blamed(loaded, [{"input_ids": ids[:2]}]),
+        blamed(loaded, [{"input_ids": ids[:2]} if shifted is None else batches[0]]),
     ):
-        made = run(loaded, ids, recipe, tokenizer=tokenizer, portable=True)
+        made = run(source, batches, recipe, tokenizer=tokenizer, portable=True, folder=layers, group=group)
+    if not speaks:
+        return
     with say.phase("writing"):
         made.save_pretrained(out)
+        discard(layers)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     found = made.report
     missed = {m.site: m.reason for m in found.missed}

@@ -48,8 +48,8 @@ def recipe_of(name: str, stats: Path | None) -> Any:
     return Recipe.of(name, **({"stats": str(stats)} if stats is not None else {}))
 
 
-def load(say: Say, model: str, task: str | None, dtype: str | None) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+def load(say: Say, model: str, task: str | None, dtype: str | None, mapped: bool = False) -> tuple[Any, Any]:
+    """The model and its tokenizer. mapped: a MappedModel, where its weights can stay in their files."""
     from ..errors import unknown_key
     from ..tools import models
     from ..tools.directory import DTYPES
@@ -57,7 +57,20 @@ def load(say: Say, model: str, task: str | None, dtype: str | None) -> tuple[Any
     if dtype is not None and dtype not in DTYPES:
         raise unknown_key("--dtype", dtype, DTYPES)
     with say.phase("loading the model"), _still():
-        return models.load(model, task, DTYPES[dtype] if dtype is not None else None)
+        take = models.mapped if mapped else models.load
+        return take(model, task, DTYPES[dtype] if dtype is not None else None)
+
+
+def ranks() -> tuple[Any, bool]:
+    """(the process group of those that torchrun started, which share the work; whether this one speaks for them). None for
+    a process alone."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        return None, True
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.group.WORLD, dist.get_rank() == 0
 
 
 def load_with_batch(

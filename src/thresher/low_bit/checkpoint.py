@@ -118,10 +118,18 @@ def _empty(linear: nn.Linear, weights: Mapping[str, Any], dtype: torch.dtype) ->
 
 
 def with_codes(
-    model: Any, program: Program, config: RSQConfig, codes: Mapping[str, Mapping[str, torch.Tensor]]
+    model: Any,
+    program: Program,
+    config: RSQConfig,
+    codes: Mapping[str, Mapping[str, torch.Tensor]],
+    shared: bool = False,
 ) -> Any:
-    """A copy of a transformers model with the codes in it, described in its config; see `fuse` for the arguments."""
-    made = copy.deepcopy(model)
+    """A copy of a transformers model with the codes in it, described in its config; see `fuse` for the arguments.
+
+    shared: what stays as it is are the model's own tensors, which need not fit into memory twice.
+    """
+    own = [*model.parameters(), *model.buffers()] if shared else []
+    made = copy.deepcopy(model, {id(t): t for t in own})
     fuse(made, program, config, {name: t for name, t in codes.items() if name != HEADER})
     made.config.quantization_config = describe(made)
     return made

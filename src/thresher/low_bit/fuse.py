@@ -39,13 +39,21 @@ _EXPERTS = (
     "{} products by a mixture's experts stay as they are, {} among them: a saved model holds codes of nn.Linear modules "
     "alone. Compiled with codes by .save they are quantized too."
 )
+_NO_LINEAR = (
+    "{} linears stay as they are, {} among them: a saved model holds codes of nn.Linear modules alone, and these are none "
+    "(GPT-2's are Conv1D). Compiled with codes by .save they are quantized too."
+)
 _SCALES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def portable(config: RSQConfig, program: Program, dtype: torch.dtype) -> tuple[RSQConfig, list[str]]:
+def portable(config: RSQConfig, program: Program, model: nn.Module) -> tuple[RSQConfig, list[str]]:
     """The options without what cannot be fused, and a sentence for each that was left out. Scales are of the model's
-    type, which is what transformers loads them in."""
+    type, which is what transformers loads them in. model: what the program was captured from.
+
+    Raises ArgumentError for a model without a linear that could be quantized and saved.
+    """
     said = []
+    dtype = next(model.parameters()).dtype
     if config.rotate_down or config.rotate_inputs:
         config, said = dataclasses.replace(config, rotate_down=False, rotate_inputs=False), [R4]
     if not config.symmetric and config.grid == "integer":
@@ -56,6 +64,17 @@ def portable(config: RSQConfig, program: Program, dtype: torch.dtype) -> tuple[R
         names = [s.fqn for s in plan.experts]
         config = dataclasses.replace(config, keep=(*config.keep, *names))
         said.append(_EXPERTS.format(len(names), names[0]))
+    others = [s.fqn for s in plan.quantise if type(_module(model, s.fqn)) is not nn.Linear]
+    if others:
+        config = dataclasses.replace(config, keep=(*config.keep, *others))
+        said.append(_NO_LINEAR.format(len(others), others[0]))
+    if len(others) == len(plan.quantise):
+        left = " ".join(said) or "; ".join(f"{m.site}: {m.reason}" for m in plan.missed[:3])
+        raise ArgumentError(
+            "model", f"{type(model).__name__}, of which no linear can be quantized and saved as a model ({left})",
+            "a model with nn.Linear modules that the options do not keep",
+            "Quantize it in Python without portable=True, and save the codes by .save for thresher.compile.",
+        )  # fmt: skip
     centred = _centred(plan)
     if centred is not None:
         config = dataclasses.replace(config, rotate=False)

@@ -137,6 +137,11 @@ _WIDER = {
 }
 
 
+def bf16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware, and so faster than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def _gpu(name: str, sheet: Mapping[str, float], terabytes: float) -> Device:
     """From a data sheet: TFLOP/s dense, TB/s. 70 % of the printed rate and 85 % of the bandwidth are what
     large kernels reach; 4 microseconds is a launch from a CUDA graph-less stream."""

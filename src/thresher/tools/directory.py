@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..errors import ArgumentError, unknown_key
+from ..errors import ArgumentError, ThresherError, unknown_key
+from ..mapped_model import open_model
 
 TASKS: dict[str, str] = {
     "feature-extraction": "AutoModel",
@@ -27,9 +28,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _FIX = "Save the model and its tokenizer into it."
 
 
-def load(path: str, task: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) in eval mode.
+def load(path: str, task: str | None, dtype: torch.dtype | None, mapped: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) in eval mode; with `mapped` a MappedModel, where the files are safetensors and no task is named.
 
+    dtype: of the weights, None for the one they are stored in.
     task: one of TASKS; None for the class that config.json names under `architectures`. A head that the files do
     not hold is refused, since its weights would be random. Raises ArgumentError for whatever is wrong with the files.
     """
@@ -45,14 +47,22 @@ def load(path: str, task: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         config = hf.AutoConfig.from_pretrained(path, **given)
         kind = _class(config, task)
+        mapped = mapped and task is None and any(Path(path).glob("*.safetensors"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **given)
+            if mapped:
+                model, found = open_model(path, dtype=dtype), {}
+            else:
+                model, found = kind.from_pretrained(
+                    path, dtype=dtype or "auto", output_loading_info=True, **given
+                )
         tokenizer = hf.AutoTokenizer.from_pretrained(path, **given)
         if len(tokenizer) <= len(
             tokenizer.all_special_tokens
         ):  # what transformers makes of no tokenizer's files
             raise ValueError("its tokenizer knows no words")
+    except ThresherError:
+        raise
     except (
         OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError,
     ) as reason:  # fmt: skip
@@ -75,7 +85,7 @@ def load(path: str, task: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
             raise ArgumentError("model", f"{path!r}, whose tokenizer has neither a pad token nor an end token",
                                 "a tokenizer that can pad", "Set tokenizer.pad_token and save it again.")  # fmt: skip
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return model if mapped else model.eval(), tokenizer
 
 
 def _class(config: Any, task: str | None) -> Any:

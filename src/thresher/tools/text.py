@@ -93,17 +93,25 @@ def batch(
         made = dict(tokenizer(chosen, padding=True, truncation=True, max_length=longest, return_tensors="pt"))
     ids = made["input_ids"]
     check_known(model, ids)
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
-        start = getattr(config, "decoder_start_token_id", None)
-        start = start if start is not None else getattr(config, "bos_token_id", None) or 0
-        shifted = torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), 1)
+    shifted = written(model, ids)
+    if shifted is not None:
         mask = made.get("attention_mask")
         made["decoder_input_ids"] = shifted
         if mask is not None:
             made["decoder_attention_mask"] = torch.cat((torch.ones_like(mask[:, :1]), mask[:, :-1]), 1)
     accepted = _parameters(model)
     return {name: value for name, value in made.items() if name in accepted}
+
+
+def written(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """What an encoder-decoder is given to write where it reads `ids` [rows, length]: the same behind its start token; None
+    for other models."""
+    config = model.config
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        return None
+    start = getattr(config, "decoder_start_token_id", None)
+    start = start if start is not None else getattr(config, "bos_token_id", None) or 0
+    return torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), 1)
 
 
 def check_known(model: Any, ids: torch.Tensor) -> None:

@@ -105,7 +105,7 @@ def test_error_feedback_beats_rounding_for_each_expert():
     hessians = ExpertHessians(site, shared=True)
     x = torch.randn(600, 6) @ torch.randn(6, 32) + 0.1 * torch.randn(600, 32)  # features that go together
     hessians.add(x, torch.arange(600) % 3, None)
-    tensors, report = quantise(site, weight, hessians.matrices(), RSQConfig(bits=3, group_size=32), 3)
+    tensors, report = quantise(site, weight, hessians.matrix, RSQConfig(bits=3, group_size=32), 3)
     assert tensors["codes"].shape[:2] == (3, 8)
     assert report.quantized < 0.5 * report.nearest
 
@@ -168,7 +168,7 @@ def test_experts_that_are_left_are_misses_by_name_and_size(options, said):
 
 def test_a_saved_model_leaves_experts_and_says_so():
     program, structure = _mixtral()
-    config, said = portable(RSQConfig(), program, torch.float32)
+    config, said = portable(RSQConfig(), program, mixtures.build("mixtral"))
     assert any("2 products by a mixture's experts stay as they are" in s for s in said)
     assert not make_plan(program, structure, config).experts
     site, plain = structure.experts[1].fqn, dict.fromkeys(("rotate", "rotate_heads", "rotate_down"), False)

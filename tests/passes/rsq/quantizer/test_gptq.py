@@ -8,6 +8,7 @@ import torch
 from thresher.errors import ArgumentError
 from thresher.passes.rsq.quantizer.gptq import gptq, output_error, round_to_nearest
 from thresher.passes.rsq.quantizer.grid import IntegerGrid, NVFP4Grid
+from thresher.passes.rsq.quantizer.hessian import _COLUMNS as hessian_columns
 from thresher.passes.rsq.quantizer.hessian import Hessian, HessianError, factor
 
 GRIDS = [
@@ -134,10 +135,18 @@ def test_hessian_is_the_weighted_second_moment_and_ignores_pads():
     torch.testing.assert_close(h.matrix(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_whole_sum_is_symmetric_whatever_is_computed_at_a_time():
+    x = torch.randn(30, 2 * hessian_columns + 60)
+    h = Hessian.empty(x.shape[1])
+    h.add(x)
+    torch.testing.assert_close(h.whole(), x.t() @ x, rtol=1e-5, atol=1e-4)
+
+
 def test_hessian_in_stripes_and_resumed_is_the_same(monkeypatch):
     _, x = layer(width=100)
     whole = hessian(x)
-    monkeypatch.setattr("thresher.passes.rsq.quantizer.hessian._STRIPE", 32)
+    for name in ("_STRIPE", "_COLUMNS"):
+        monkeypatch.setattr(f"thresher.passes.rsq.quantizer.hessian.{name}", 32)
     h = Hessian.empty(100)
     h.add(x[:150])
     resumed = Hessian(h.total.clone(), h.tokens)
