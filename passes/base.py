@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .cost.model import CostModel
     from .structure.recover import Structure
 
-__all__ = ["PASSES", "Context", "Effect", "Match", "Miss", "Pass", "register_pass"]
+__all__ = ["PASSES", "Context", "Declined", "Effect", "Match", "Miss", "Pass", "register_pass"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Effect:
 
 
 EXACT = Effect(exact=True, budget=1e-4)
+
+
+class Declined(Exception):
+    """Raised by `rewrite` where only editing shows that a site cannot be rewritten: why, as a full sentence."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from thresher.recipe import PassConfig, Recipe
 from thresher.report import Miss, PassReport, Report
 
 from . import weights
-from .base import EXACT, PASSES, Context, Match, Pass
+from .base import EXACT, PASSES, Context, Declined, Match, Pass
 from .candidates import candidates
 from .contain import Containment
 from .cost.ledger import Gain, Ledger
@@ -191,7 +191,7 @@ class Pipeline:
 
         most: rewrite at most so many sites. avoid: sites to leave alone, each with the reason.
         """
-        account, after = PassReport(rewriter.name), before.copy()
+        account, after, fuel = PassReport(rewriter.name), before.copy(), self.fuel
         context = self._context(config, after, account)
         account.budget, account.exact = rewriter.budget(context), rewriter.exact(context)
         claims: dict[str, str] = {}
@@ -210,7 +210,11 @@ class Pipeline:
                 account.missed.append(refused)
                 continue
             assert isinstance(site, Match)
-            rewriter.rewrite(after, site, context)
+            try:
+                rewriter.rewrite(after, site, context)
+            except Declined as reason:  # the copy is half edited
+                self.fuel = fuel
+                return self._rewrite(rewriter, config, before, most, {**avoid, site.site: str(reason)})
             if site.of_calls:
                 continue
             done.append(site)

@@ -194,6 +194,9 @@ def link(branches: Sequence[Branch], norms: Norms) -> list[list[list[Branch]]]:
     return towers
 
 
+_FURTHER = 4  # additions between a branch's stream and the one that made it, itself included
+
+
 def _carrier(branch: Branch, made_by: dict[fx.Node, Branch], norms: Norms) -> fx.Node | None:
     """The addition whose result this branch's stream is, noting a norm that lies between them."""
     stream = behind_views(branch.stream)
@@ -201,10 +204,19 @@ def _carrier(branch: Branch, made_by: dict[fx.Node, Branch], norms: Norms) -> fx
     if norm is not None and behind_views(norm.input) in made_by:
         stream = behind_views(norm.input)
         made_by[stream].stream_norm = norm
-    if stream.target is aten.add.Tensor and stream not in made_by:  # past a branch that was not recovered
-        before = [a for a in map(behind_views, stream.args) if a in made_by]
-        stream = before[0] if len(before) == 1 else stream
-    return stream if stream in made_by else None
+    return _made_before(stream, made_by)
+
+
+def _made_before(stream: fx.Node, made_by: Container[fx.Node]) -> fx.Node | None:
+    """The nearest of these additions behind others: of branches that were not recovered, of features added in between."""
+    near = [stream]
+    for _ in range(_FURTHER):
+        found = [node for node in near if node in made_by]
+        if found:
+            return found[0] if len(found) == 1 else None
+        sums = [node for node in near if node.target is aten.add.Tensor]
+        near = [behind_views(a) for node in sums for a in node.args if isinstance(a, fx.Node)]
+    return None
 
 
 def _begins_layer(branch: Branch, layer: Sequence[Branch]) -> bool:

@@ -1,4 +1,4 @@
-"""Where the tokens are after a reshape: dimensions that are merged and taken apart, by their sizes."""
+"""Where the tokens are after a reshape: dimensions that are merged and taken apart, by their sizes, come and go."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from typing import Any
 
 from torch import fx
 
-from thresher.graph.token_labels import BATCH, SEQUENCE, Labels, Stop, TokenAxes, copied, copies, first
+from thresher.graph.nodes import value
+from thresher.graph.token_labels import (
+    BATCH,
+    SEQUENCE,
+    TOKENS,
+    Labels,
+    Stop,
+    TokenAxes,
+    copied,
+    copies,
+    first,
+    free,
+)
 
 from .labels import aten, rule_of, sizes
 
@@ -23,6 +35,30 @@ def _like(node: fx.Node, labels: TokenAxes) -> Any:
     if node.args[1] not in labels:
         raise Stop("takes the shape of other values than tokens")
     return _reshape(node, labels)
+
+
+@rule_of(aten.unsqueeze.default)
+def _unsqueeze(node: fx.Node, labels: TokenAxes) -> Any:
+    of_x = list(first(node, labels))
+    dim = node.args[1] % (len(of_x) + 1)  # type: ignore[operator]
+    if dim == 0 and of_x[:1] == [TOKENS] and labels.batch == 1 and isinstance(value(node).shape[1], int):
+        return (BATCH, SEQUENCE, *of_x[1:])  # sizes that no call changes: there is one row
+    of_x.insert(dim, None)
+    return tuple(of_x)
+
+
+@rule_of(aten.squeeze.dim, aten.squeeze.dims, aten.select.int)
+def _drop(node: fx.Node, labels: TokenAxes) -> Any:
+    of_x = first(node, labels)
+    dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+    gone = {d % len(of_x) for d in dims}  # type: ignore[arg-type]
+    if node.target is not aten.select.int:
+        gone = {d for d in gone if sizes(node.args[0])[d] == 1}  # type: ignore[arg-type]
+        if 0 in gone and of_x[:2] == (BATCH, SEQUENCE):
+            return (TOKENS, *(label for d, label in enumerate(of_x) if d > 1 and d not in gone))
+    for d in gone:
+        free(of_x[d], "picks from")
+    return tuple(label for d, label in enumerate(of_x) if d not in gone)
 
 
 def regroup(of_x: Labels, before: Sequence[int], after: Sequence[int], axes: TokenAxes) -> Labels:
@@ -52,6 +88,8 @@ def _regroup_one(rows: list[tuple[str | None, int]], columns: list[int], axes: T
     kept = [d for d, size in enumerate(columns) if size != 1]
     if len(named) == 1 and not kept and len(rows) == len(columns) == 1:
         return list(named)  # one row only: its dimension of size 1 stays itself
+    if named == [TOKENS] and len(rows) == 1 and columns == [axes.batch, axes.sequence]:
+        return [BATCH, SEQUENCE]  # of one row, too, whose dimension of size 1 is the batch
     if not named:
         given: list[str | None] = []
     elif len(rows) == len(kept) == 1 or (

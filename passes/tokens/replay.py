@@ -240,6 +240,10 @@ class Replay:
         known, home = self.env[node], self.home.get(node, self.root)
         index = home.since(self.root)
         labels = self.axes.get(node)
+        if index is not None and isinstance(labels, tuple) and any(map(copied, labels)):
+            raise Stop(
+                f"{module_fqn(node) or node.name} is read whole, and its rows were merged into one dimension"
+            )
         if index is None or not isinstance(labels, tuple) or SEQUENCE not in labels:
             return known
         if BATCH not in labels:

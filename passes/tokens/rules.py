@@ -27,7 +27,7 @@ from thresher.graph.token_labels import (
     row_by_row,
 )
 
-from .labels import aten, rule_of, sizes
+from .labels import aten, rule_of
 
 rule_of(
     aten.to.dtype,
@@ -144,25 +144,6 @@ def _complex(node: fx.Node, labels: TokenAxes) -> Any:
         return (*of_x, None)
     free(of_x[-1], "pairs")
     return of_x[:-1]
-
-
-@rule_of(aten.unsqueeze.default)
-def _unsqueeze(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = list(first(node, labels))
-    of_x.insert(_dim(node.args[1], len(of_x) + 1), None)  # type: ignore[arg-type]
-    return tuple(of_x)
-
-
-@rule_of(aten.squeeze.dim, aten.squeeze.dims, aten.select.int)
-def _drop(node: fx.Node, labels: TokenAxes) -> Any:
-    of_x = first(node, labels)
-    dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-    gone = {_dim(d, len(of_x)) for d in dims}  # type: ignore[arg-type]
-    if node.target is not aten.select.int:
-        gone = {d for d in gone if sizes(node.args[0])[d] == 1}  # type: ignore[arg-type]
-    for d in gone:
-        free(of_x[d], "picks from")
-    return tuple(label for d, label in enumerate(of_x) if d not in gone)
 
 
 @rule_of(

@@ -28,7 +28,7 @@ from thresher.graph.program import Program
 from thresher.graph.sizes import example_of
 from thresher.undone import FEEDING
 
-from ..base import Context, Effect, Match, Miss, Pass, register_pass
+from ..base import Context, Declined, Effect, Match, Miss, Pass, register_pass
 from ..causal_mask import prepare_causal
 from ..structure.recover import Tower
 from ..tokens.axes import BATCH, SEQUENCE, Stop, TokenAxes, propagate
@@ -203,7 +203,10 @@ class TransPrune(Pass[TransPruneConfig]):
             extra.append("token_scores")
         if config.user_turn:
             extra.append(given_tokens.ASKING)
-        kept, shortened = prune(program, found, config, extra)
+        try:
+            kept, shortened = prune(program, found, config, extra)
+        except Stop as reason:
+            raise Declined(_sentence(reason)) from reason
         plan = program.calls or CallPlan()
         program.calls = CallPlan(
             {**plan.choices, self.name: choice},

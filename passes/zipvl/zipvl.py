@@ -31,7 +31,7 @@ from thresher.graph.program import Program
 from thresher.graph.sizes import allow_decided_by_data, example_of
 from thresher.undone import FEEDING
 
-from ..base import Context, Effect, Match, Miss, Pass, register_pass
+from ..base import Context, Declined, Effect, Match, Miss, Pass, register_pass
 from ..calibrate import Tap
 from ..causal_mask import prepare_causal
 from ..structure.recover import LayerSite
@@ -259,7 +259,10 @@ class ZipVL(Pass[ZipVLConfig]):
             choices[self.name] = Choice((plan.protected,), asked, Rule("zipvl.protected", facts))
         else:
             sizes = self._counted(program, plan, config)
-        done = rewrite_layers(program, plan, config, extra, sizes)
+        try:
+            done = rewrite_layers(program, plan, config, extra, sizes)
+        except Stop as reason:
+            raise Declined(f"Its tokens cannot be followed: {reason}.") from reason
         program.calls = CallPlan(
             choices,
             [*old.extra_inputs, *extra],

@@ -29,6 +29,7 @@ def script(monkeypatch):
             "Qwen3-VL", ("whole", "cut", "rows", "turn"), marks=pytest.mark.thorough
         ),  # features behind layers
         pytest.param("SmolVLM", ("rows", "zipvl"), marks=pytest.mark.thorough),  # two graphs
+        pytest.param("Qwen3-VL-MoE", ("cut", "rows"), marks=pytest.mark.thorough),  # experts, one row and two
         pytest.param("Gemma 3", ("whole", "cut", "rows"), marks=pytest.mark.thorough),  # windows
         pytest.param("Qwen2-Audio", ("cut", "rows"), marks=pytest.mark.thorough),
     ],

@@ -79,3 +79,15 @@ def row(given: Batch, rows: Sequence[int], index: int) -> Batch:
             each = count // every
             alone[name] = tensor[first * each : last * each]
     return {name: tensor.contiguous() for name, tensor in alone.items()}
+
+
+def padded_right(given: Batch) -> Batch:
+    """The same rows with their padding on the right."""
+    mask = given["attention_mask"]
+    order = (mask == 0).to(torch.int8).argsort(dim=1, stable=True)  # real tokens first
+    found = dict(given)
+    for name, tensor in given.items():
+        if tensor.shape[:2] == mask.shape:
+            at = order.view(*order.shape, *[1] * (tensor.dim() - 2)).expand_as(tensor)
+            found[name] = tensor.gather(1, at)
+    return found

@@ -21,6 +21,7 @@ from thresher.notices import warn
 
 from . import windows
 from .last_call import LastCall
+from .padding import on_the_left
 from .prefill import move, prompt_cache
 from .programs import CACHES, cache_of
 from .request import Request, check_model
@@ -44,7 +45,7 @@ def generate(
 
     A prompt runs compiled over a cache that it hands back, in which tokens may be packed or left out, and what it holds
     moves into the one to generate with: a static one, or, behind a recipe that leaves tokens out or rounds them, one of
-    ours (see `request`).
+    ours (see `request`). Rows padded on the right are moved first (see `padding`).
 
     wait: compile each program before it runs first. Without, what a compiler needs seconds for runs node by node until it is
     compiled, in the background, once this call is done; `LastCall.early` counts such calls of the model.
@@ -55,6 +56,7 @@ def generate(
     Raises ArgumentError for what cannot work, before the first token.
     """
     check_model(model, kwargs)
+    args, kwargs = on_the_left(model, args, kwargs)
     request = Request(model, getattr(compiled, "recipe", None), kwargs)
     calls = _Calls(compiled, model, request)
     began, programs, early = time.perf_counter(), _programs(compiled), _early(compiled)
