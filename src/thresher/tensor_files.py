@@ -200,6 +200,10 @@ def need_room(folder: Path, wanted: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < wanted:
         raise ThresherError(
-            f"{what} take {wanted / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free there. Name another "
+            f"{what} take {_amount(wanted)} in {folder}, and {_amount(free)} are free there. Name another "
             "folder, or make room."
         )
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -72,9 +72,8 @@ class Driver:
             raise ThresherError("There was not a single calibration sequence.")
         self.keeping = keeping = keeping or Keeping()
         checks.check_weights(program, keeping.files)
-        self.config, self.batches = config, batches
+        self.original, self.config, self.batches = program, config, batches
         self.ranks, self.mine = ranks, ranks.share(batches)
-        self.original = program
         self.rotated = program.copy()
         self.structure: Structure = recover(self.rotated)
         plan = make_plan(self.rotated, self.structure, config)
