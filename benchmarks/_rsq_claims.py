@@ -48,6 +48,12 @@ def claims(bench: Any, rows: Sequence[Row], said: str) -> None:
     compare(
         "RSQ onto NVFP4: KL over that of NVFP4 RTN", "nvfp4-rsq", "nvfp4-rtn", "kl", "<= 0.75", invert=False
     )
+    compare("RSQ onto NVFP4: perplexity over fp32's", "nvfp4-rsq", "fp32", "ppl", "<= 1.12", invert=False)
+    if "w4a4_ppl_python" in found.get(("nvfp4-rsq", 0), {}):
+        for text in texts:
+            ratio = found["nvfp4-rsq", 0][f"w4a4_ppl_{text}"] / found["fp32", 0][f"ppl_{text}"]
+            bench.claim(f"RSQ onto NVFP4, activations of quantized linears too: perplexity over fp32's, {text}", ratio,
+                        "<= 1.2")  # fmt: skip
     absent = [name for name in CURVE if (name, 0) not in found]
     if absent:
         there = (

@@ -36,6 +36,8 @@ from thresher.files import cache_dir
 from thresher.graph.program import Program
 from thresher.passes.rsq.config import RSQConfig
 from thresher.passes.rsq.quantizer.driver import quantise_program
+from thresher.passes.rsq.quantizer.gptq import round_to_nearest
+from thresher.passes.rsq.quantizer.grid import NVFP4Grid
 from thresher.passes.rsq.quantizer.outcome import Outcome
 from thresher.passes.rsq.quantizer.pieces import Batch
 from thresher.passes.rsq.quantizer.sweep import Sweep, bind
@@ -50,6 +52,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "rsq4-g64-asym": dict(bits=4, group_size=64, symmetric=False),
     "nvfp4-rtn": dict(grid="nvfp4", method="nearest", clip_search=False, **PLAIN),
     "nvfp4-rsq": dict(grid="nvfp4"),
+    "nvfp4-search": dict(grid="nvfp4", method="nearest", **PLAIN),
+    "nvfp4-gptq": dict(grid="nvfp4", **PLAIN),
+    "nvfp4-quarot": dict(grid="nvfp4", importance="uniform"),
+    "nvfp4-rsq, no search": dict(grid="nvfp4", clip_search=False),
     "gptq3": dict(bits=3, **PLAIN),
     "rsq3-asym": dict(bits=3, symmetric=False),
     "rsq4": dict(bits=4),
@@ -165,6 +171,9 @@ def measure(name: str, program: Program, tokens: torch.Tensor, judge: Judge, see
     def finish(sweep: Sweep) -> None:
         spent.extend((time.perf_counter() - wall, time.process_time() - cpu))
         found.update(judge(lambda window: run(sweep, window)))
+        if config.grid == "nvfp4":
+            round_inputs(sweep)
+            found.update({f"w4a4_{k}": v for k, v in judge(lambda window: run(sweep, window)).items()})
 
     prove = name in ("rsq3", "gptq3")  # every rotation is proved exact once
     outcome: Outcome = quantise_program(program, batches, config, None, finish, prove)
@@ -191,6 +200,22 @@ def run(sweep: Sweep, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits = sweep.run(sweep.start(bind(sweep.program, {"input_ids": tokens})), {output})[output]
     return logits
+
+
+def round_inputs(sweep: Sweep) -> None:
+    """From here on what quantized linears read is rounded to NVFP4 as well (W4A4, emulated), each call's values with a
+    tensor scale of their own: behind the rotations, which spread what one channel would have alone."""
+    call, grid = sweep.call, NVFP4Grid(search=False)
+
+    def rounded(node: torch.fx.Node, env: Any) -> Any:
+        read = node.args[1] if node.target is torch.ops.aten.linear.default else None
+        if isinstance(read, torch.fx.Node) and str(read.target) in sweep.overrides:
+            x = env[node.args[0]]
+            flat = x.reshape(-1, x.shape[-1]).float()
+            env = {**env, node.args[0]: round_to_nearest(flat, grid).values.to(x.dtype).view_as(x)}
+        return call(node, env)
+
+    sweep.call = rounded  # type: ignore[method-assign]
 
 
 def kept_rows(folder: Path) -> list[dict[str, Any]]:

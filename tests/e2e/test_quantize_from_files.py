@@ -242,7 +242,7 @@ def test_a_full_disk_is_said_first(saved, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(
-        ThresherError, match="Finished layers and activations take .* MB in .* 0.00 MB are free"
+        ThresherError, match=r"Finished layers and activations take .* MB in .* 0.00 MB are free"
     ):
         from_files(saved[0], tmp_path / "new")
 
