@@ -10,7 +10,7 @@ import torch
 
 from .tensor_files import release
 
-_PIECE = 1 << 26  # elements brought to the main memory at a time
+_PIECE = 1 << 23  # elements brought to the main memory at a time
 
 
 def add_tensor(digest: Any, tensor: torch.Tensor) -> None:
@@ -22,6 +22,7 @@ def add_tensor(digest: Any, tensor: torch.Tensor) -> None:
     flat = tensor.contiguous().reshape(-1)
     for piece in flat.split(_PIECE):
         digest.update(memoryview(piece.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        release()  # of a mapped tensor no more than a piece is held
 
 
 def of_tensors(named: Iterable[tuple[str, torch.Tensor]], *texts: str) -> str:
@@ -32,5 +33,4 @@ def of_tensors(named: Iterable[tuple[str, torch.Tensor]], *texts: str) -> str:
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{len(name)}:{name}".encode())
         add_tensor(digest, tensor)
-        release()
     return digest.hexdigest()

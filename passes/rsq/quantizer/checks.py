@@ -26,7 +26,11 @@ TOKENS = 64  # of one sequence, that a model is tried with
 def bad_values(tensor: torch.Tensor) -> int:
     """How many NaN and infinite values a floating tensor has; a piece at a time."""
     flat = tensor.detach().reshape(-1)
-    return sum(int((~torch.isfinite(piece)).sum()) for piece in flat.split(_PIECE)) if flat.numel() else 0
+    bad = 0
+    for piece in flat.split(_PIECE) if flat.numel() else ():
+        bad += int((~torch.isfinite(piece)).sum())
+        tensor_files.release()  # of a mapped table no more than a piece is held
+    return bad
 
 
 def check_weights(program: Program, files: Mapping[str, str]) -> None:
@@ -45,7 +49,6 @@ def check_weights(program: Program, files: Mapping[str, str]) -> None:
             if bad and not _may_be_mask(node, tensor):
                 place = f" in {files[held.fqn]}" if held.fqn in files else ""
                 said.append(f"{held.fqn}{place} has {bad} NaN or infinite values; repair the weight.")
-            tensor_files.release()
     if said:
         raise ThresherError(" ".join(said[:8]) + (f" And {len(said) - 8} more." if len(said) > 8 else ""))
 

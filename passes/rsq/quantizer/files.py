@@ -18,7 +18,7 @@ from thresher.errors import ThresherError
 from thresher.graph.program import Program
 from thresher.hashing import add_tensor, of_tensors
 from thresher.reading import reading
-from thresher.tensor_files import MappedFile, release, write_tensors
+from thresher.tensor_files import MappedFile, write_tensors
 
 Tensors = dict[str, torch.Tensor]
 _FIX = "Delete the file, and the layer is quantized anew."
@@ -107,7 +107,6 @@ def stamp_of(program: Program, options: str, inputs: Iterable[Mapping[str, Any]]
         digest.update(name.encode())
         if has_values(weight.tensor):
             add_tensor(digest, weight.tensor)
-            release()
     for named in inputs:
         for name, given in sorted(named.items()):
             digest.update(name.encode())

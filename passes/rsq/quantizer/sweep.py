@@ -22,6 +22,10 @@ from ..rewrite import RowWise, materialise
 aten = torch.ops.aten
 Values = dict[fx.Node, Any]
 
+_HUGE, _PART = (
+    1 << 26,
+    1 << 24,
+)  # elements: a weight that is multiplied in parts in its own type too, and a part of it
 _CHUNK = 1 << 21  # weights converted to fp64 at a time: 16 MiB, of which rotating holds a few copies
 
 
@@ -151,8 +155,8 @@ class Sweep:
 
     def call(self, node: fx.Node, env: Values) -> Any:
         """What the node gives on the values in `env`, in the sweep's precision."""
-        if node.target is aten.linear.default and self.dtype == torch.float64:
-            return self._wide_linear(node, env)
+        if node.target is aten.linear.default and (self.dtype == torch.float64 or self._is_huge(node)):
+            return self._linear_in_parts(node, env)
         if node.target is aten.linear.default and self.narrow is not None:
             return self._narrow_linear(node, env, self.narrow)
         if node.target is aten.embedding.default and self._looks_up_first(node):
@@ -200,7 +204,13 @@ class Sweep:
         out = torch.nn.functional.linear(x.to(narrow), self._narrowed[name]).to(wide)
         return out if bias is None else out.add_(bias)
 
-    def _wide_linear(self, node: fx.Node, env: Values) -> torch.Tensor:
+    def _is_huge(self, node: fx.Node) -> bool:
+        """Whether a linear's weight is a head's of a large vocabulary, which a product may copy as a whole."""
+        read = node.args[1]
+        held = self.program.weights.get(str(read.target)) if read.op == "get_attr" else None  # type: ignore[union-attr]
+        return held is not None and held.tensor.numel() > _HUGE
+
+    def _linear_in_parts(self, node: fx.Node, env: Values) -> torch.Tensor:
         """A linear whose weight is converted in parts, where it is large and its rows do not depend on each other."""
         x, read = self._value(node.args[0], env), node.args[1]  # type: ignore[arg-type]
         bias = self._value(node.args[2], env) if len(node.args) > 2 and node.args[2] is not None else None  # type: ignore[arg-type]
@@ -208,17 +218,18 @@ class Sweep:
         by_rows = held is not None and (isinstance(held.derive, RowWise) or not held.source)
         if held is None or not by_rows or str(read.target) in self.overrides or held.tensor.numel() <= _CHUNK:  # type: ignore[union-attr]
             return torch.nn.functional.linear(x, self._value(read, env), bias)  # type: ignore[arg-type]
-        assert self.dtype is not None
+        dtype = self.dtype or held.tensor.dtype
         rows, columns = held.tensor.shape
-        step = max(1, _CHUNK // columns)
+        step = max(1, (_CHUNK if self.dtype else _PART) // columns)
         parts = []
         for first in range(0, rows, step):
             chosen = slice(first, first + step)
             if isinstance(held.derive, RowWise):
-                part = held.derive.rows(held.made_from, chosen, self.dtype)
+                part = held.derive.rows(held.made_from, chosen, dtype)
             else:
-                part = held.tensor[chosen].to(self.dtype)
+                part = held.tensor[chosen].to(dtype)
             parts.append(torch.nn.functional.linear(x, part))
+            tensor_files.release()
         out = torch.cat(parts, -1)
         return out if bias is None else out + bias
 

@@ -91,6 +91,26 @@ def test_large_weights_are_proven_in_parts_only_where_rows_do_not_mix(name, monk
     assert len(counted) > 10 or name == "gpt2"  # whose weights are stored transposed
 
 
+def test_a_huge_head_is_multiplied_in_parts_in_its_own_type(monkeypatch):
+    from thresher.passes.rsq.quantizer import sweep
+
+    program = captures.of_zoo("llama")
+    given = bind(program, batches("llama")[0].inputs)
+
+    def logits():
+        *_, (_, last) = sweep.Sweep(program).steps(given)
+        return last
+
+    whole = logits()
+    parts, cat = [], torch.cat
+    monkeypatch.setattr(sweep, "_HUGE", 1)
+    monkeypatch.setattr(sweep, "_CHUNK", 1)
+    monkeypatch.setattr(sweep, "_PART", 40 * 32)
+    monkeypatch.setattr(torch, "cat", lambda found, *rest: parts.append(len(found)) or cat(found, *rest))
+    torch.testing.assert_close(logits(), whole)
+    assert max(parts) > 2
+
+
 def test_an_inexact_rotation_is_noticed(monkeypatch):
     from thresher.passes.rsq import plan as rsq_plan
 
