@@ -290,32 +290,3 @@ def test_the_head_has_a_width_of_its_own():
     assert "lm_head" not in mixed.sensitivity or mixed.bits["lm_head"] == 8
     none = run("bert", head_bits=8, method="nearest")
     assert any("changes nothing" in note for note in none.plan.notes)
-
-
-def test_weights_stored_the_other_way_round_are_quantized_without_a_rotation_too():
-    """GPT-2's Conv1D, whose [in, out] weights nothing turns where nothing is rotated."""
-    seen = {}
-
-    def finish(sweep):
-        given = bind(sweep.program, batches("gpt2")[0].inputs)
-        output = next(o for o in sweep.program.outputs if o is not None)
-        seen["output"] = sweep.run(sweep.start(given), {output})[output]
-
-    program = captures.of_zoo("gpt2")
-    config = RSQConfig(bits=8, average_bits=8, importance="uniform", **PLAIN)
-    outcome = quantise_program(program, batches("gpt2"), config, finish=finish)
-    assert len(outcome.linears) == 8 and set(outcome.bits.values()) == {8}
-    assert all(r.quantized < 1e-3 for r in outcome.reports.values())
-    with torch.no_grad():
-        expected = zoo.ZOO["gpt2"].build()[0](**batches("gpt2")[0].inputs).logits
-    torch.testing.assert_close(seen["output"], expected, rtol=0, atol=0.02 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("way", ["dynamo", "export"])
-def test_a_cache_is_seen_where_no_layer_is_recovered_too(monkeypatch, way):
-    program = captures.of_zoo("llama", way)
-    structure = recover(program)
-    cached = [e.cached for e in make_plan(program, structure, RSQConfig()).edits.values() if e.heads_out]
-    monkeypatch.setattr(type(structure), "layer_of", lambda *_: None)
-    alone = [e.cached for e in make_plan(program, structure, RSQConfig()).edits.values() if e.heads_out]
-    assert alone == cached == [way == "dynamo"] * 2

@@ -7,7 +7,9 @@ import torch
 import thresher.backend  # noqa: F401 (defines the operators)
 from thresher.errors import ArgumentError, ThresherError
 from thresher.passes.rsq.config import RSQConfig
+from thresher.passes.rsq.plan import make_plan
 from thresher.passes.rsq.quantizer import bits as rsq_bits
+from thresher.passes.structure.recover import recover
 
 
 def test_bits_go_where_they_matter():
@@ -76,3 +78,13 @@ def test_a_product_by_a_matrix_stored_the_other_way_is_quantized_unrotated(tmp_p
             want = model(x)
         assert [r.site for r in low.report.linears] == ["up"]
         assert (got - want).abs().max() <= 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("way", ["dynamo", "export"])
+def test_a_cache_is_seen_where_no_layer_is_recovered_too(monkeypatch, way):
+    program = captures.of_zoo("llama", way)
+    structure = recover(program)
+    cached = [e.cached for e in make_plan(program, structure, RSQConfig()).edits.values() if e.heads_out]
+    monkeypatch.setattr(type(structure), "layer_of", lambda *_: None)
+    alone = [e.cached for e in make_plan(program, structure, RSQConfig()).edits.values() if e.heads_out]
+    assert alone == cached == [way == "dynamo"] * 2
