@@ -255,6 +255,13 @@ def tiny_vlm(bench: Benchmark, args: argparse.Namespace) -> None:
     measure.run(bench, args)
 
 
+@part
+def peers(bench: Benchmark, args: argparse.Namespace) -> None:
+    from tiny_vlm import peers
+
+    peers.run(bench, args)
+
+
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--only", nargs="+", choices=sorted(PARTS), help="run these parts only")
@@ -264,11 +271,12 @@ def main() -> None:
         parser.add_argument(
             "--more", type=Path, nargs="+", help="of tiny_vlm: records of other seeds to count in"
         )
+        parser.add_argument("--kvpress", help="of peers: an interpreter with kvpress (see tiny_vlm/peers.py)")
         parser.add_argument("--lock", type=Path, help="a file to lock while timing, where others time too")
 
     args = arguments(__doc__, more)
     bench = Benchmark("tokens", args)
-    skipped = {"tiny_vlm", "zipvl", "agreement"} if args.quick and not args.only else set()
+    skipped = {"tiny_vlm", "zipvl", "agreement", "peers"} if args.quick and not args.only else set()
     for name, measure in PARTS.items():
         if name in (args.only or PARTS):
             if name in skipped:

@@ -14,6 +14,7 @@ from .scores import POLICIES
 RESTORE = ("zeros", "passthrough", "none")
 MODES = ("paper", "official_code")
 POSITION = ("kept", "renumbered")
+RESERVE_BY = ("even", "keys", "attention")
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class TransPruneConfig(PassConfig):
         `thresher.tools.chat.user_turn(tokenizer)` gives them. Only the last such turn then asks, where some of it
         stands behind the image. Empty: all text there asks, the template's own too.
     accumulate_from: first layer whose transitions count; None: the first stage's.
-    reserve: share of the kept tokens that is spread evenly over the image instead of chosen by score. Later
-        questions need what the first did not ask for.
+    reserve: share of the kept tokens that is chosen whatever the question, which later questions need: by `reserve_by`,
+        "even", spread over the image; "keys", those with the longest keys in the next layer; or "attention", those that the
+        image itself looks at there, `instruction` of its tokens being asked.
     restore: what results have at tokens left out. "zeros"; "passthrough": the hidden state they left with,
         through final norm and head; "none": such results are shorter. Keys and values always are.
     position: "kept", or "renumbered" as in the published code: kept tokens stand side by side behind a cut, up to
@@ -52,6 +54,7 @@ class TransPruneConfig(PassConfig):
     user_turn: tuple[tuple[int, ...], ...] = ()
     accumulate_from: int | None = None
     reserve: float = 0.0
+    reserve_by: str = "even"
     restore: str = "zeros"
     position: str = "kept"
     per_image: bool = False
@@ -72,7 +75,7 @@ class TransPruneConfig(PassConfig):
             object.__setattr__(self, "user_turn", _tuples(self.user_turn))
 
     def validate(self) -> None:
-        self.one_of(policy=POLICIES, mode=MODES, restore=RESTORE, position=POSITION)
+        self.one_of(policy=POLICIES, mode=MODES, restore=RESTORE, position=POSITION, reserve_by=RESERVE_BY)
         for stage in self.stages:
             if len(stage) != 2:
                 raise ArgumentError("stages", stage, "pairs (after_layer, keep)", "Write ((2, 0.25),).")

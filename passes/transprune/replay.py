@@ -19,7 +19,7 @@ from ..tokens.retrace import retrace
 from ..tokens.segments import Segments
 from ..tokens.types import Types
 from .rows import choose, ranks_in_runs, runs
-from .scores import Scorer, State, spread
+from .scores import Scorer, State
 
 _EXTRA = {"token_types": torch.int8, "token_scores": torch.float32, given_tokens.ASKING: torch.bool}
 
@@ -121,7 +121,7 @@ class _Builder:
             protected = protected | self._best_of_images(stage, score, state)
         elif self.config.reserve:
             evenly = (self._image_kept(gone, state) * round(self.config.reserve * 1024)) // 1024
-            protected = protected | spread(evenly, state.image, state)
+            protected = protected | self.scorer.reserved(after, replay, state, evenly)
         real: torch.Tensor | None = None
         if state.offsets is None:
             counts = self.lengths - gone if self.uneven else None

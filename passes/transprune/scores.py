@@ -24,6 +24,7 @@ from ..tokens.axes import BATCH, SEQUENCE
 from ..tokens.frame import pick
 from ..tokens.replay import Replay
 from ..tokens.segments import Segments
+from .rows import ranks_in_runs
 
 _HEADS = (BATCH, None, SEQUENCE, None)
 
@@ -144,6 +145,27 @@ class Scorer:
         asked = asked if segment is None else asked.gather(1, segment.long().clamp_max(asked.shape[1] - 1))
         return sums / asked.clamp_min(1)
 
+    def reserved(self, after: int, replay: Replay, state: State, count: torch.Tensor) -> torch.Tensor:
+        """bool [B, n]: as many image tokens of each row as `count` says, int64 [B, 1] or, of packed sequences, [1, n], which
+        are kept whatever the question; see `reserve_by`."""
+        by = self.config.reserve_by
+        if by == "even":
+            return spread(count, state.image, state)
+        layer = self.layers[after]
+        site = layer.attention
+        assert site is not None
+        keys = replay.ahead(site.k.result, layer.input, None)
+        if by == "keys":
+            score = keys.float().norm(dim=-1).mean(1)
+        else:
+            rows = _looking(state, self.config.instruction)
+            queries = replay.ahead(site.q.result, layer.input, rows.clamp_min(0))
+            sums, seen = torch.ops.thresher.probe_scores(queries, keys, rows, state.segments(), site.scale)
+            score = sums / seen.clamp_min(1)
+        segments = state.segments() if state.offsets is not None else None
+        owner = torch.zeros_like(state.position) if segments is None else segments.long().clamp_min(0)
+        return state.image & (ranks_in_runs(score, state.image, owner) < count)
+
     def last_paid(self, after: int, replay: Replay, state: State) -> torch.Tensor:
         """Attention from the last token in the layer before the cut."""
         site = self.layers[after - 1].attention
@@ -154,6 +176,18 @@ class Scorer:
         return torch.ops.thresher.probe_scores(
             q, replay.env[site.k.result], last, state.segments(), site.scale
         )[0]
+
+
+def _looking(state: State, count: int) -> torch.Tensor:
+    """`count` image tokens of each sequence, evenly spaced, int64 [B, P], rising; -1 in front where there are fewer."""
+    each = torch.full_like(state.position[:, :1], count)
+    if state.offsets is not None:
+        each = each.expand(state.position.shape)
+    rows = count if state.offsets is None else count * (state.offsets.shape[0] - 1)
+    place = torch.arange(state.position.shape[1], device=state.position.device)
+    found = torch.where(spread(each, state.image, state), place, -1).sort(1).values
+    short = rows - found.shape[1]
+    return found[:, -rows:] if short <= 0 else found
 
 
 def _asking(state: State, rows: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from thresher.errors import ArgumentError
         (dict(stages=((2, 0.5), (1, 0.4))), "stages"),
         (dict(stages=((1, 0.5), (2, 0.6))), "stages"),
         (dict(reserve=1.5), "reserve"),
+        (dict(reserve=0.5, reserve_by="norm"), "reserve_by"),
         (dict(bucket=0), "bucket"),
     ],
 )

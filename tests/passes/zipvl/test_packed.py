@@ -124,7 +124,14 @@ def test_packed_pruned_and_zipped_each_is_as_alone(model):
     mask = torch.ones_like(ids)
     mask[0, 44:], mask[2, :2] = 0, 0
     inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
-    prune = dict(PRUNE, stages=((1, 0.5),), policy="uniform", reserve=0.5, position="renumbered")
+    prune = dict(
+        PRUNE,
+        stages=((1, 0.5),),
+        policy="uniform",
+        reserve=0.5,
+        reserve_by="attention",
+        position="renumbered",
+    )
     recipe = dict(transprune=prune, zipvl=dict(OPTIONS, keep=0.3, image_token_id=IMAGE))
     call = compiled(model, dict(inputs, use_cache=False), prepack=True, **recipe)
     assert [len(p.rewritten) for p in call.report.passes] == [1, 1, 1], call.report
