@@ -228,7 +228,10 @@ def _stages(config: TransPruneConfig, tower: Tower) -> tuple[tuple[tuple[int, fl
             found[max(1, round(share * depth))] = keep
         given = tuple(found.items())
     misses = [
-        Miss(f"behind layer {after}", f"The model has {depth} layers, and a stage must have one behind it.")
+        Miss(
+            f"behind layer {after}",
+            f"A stage must have a layer behind it, and of this graph's layers {depth} in a row were recovered.",
+        )
         for after, _ in given
         if after >= depth
     ]

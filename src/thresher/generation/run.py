@@ -62,7 +62,12 @@ def generate(
     began, programs, early = time.perf_counter(), _programs(compiled), _early(compiled)
     with calls.standing_in() as stand_in, waiting.at_once(waiting.NO if wait else waiting.SOON):
         # on a GPU, transformers would have Inductor compile a decode step that calls the compiled model
-        result = stand_in.generate(*args, **{"disable_compile": True, **request.options})
+        try:
+            result = stand_in.generate(*args, **{"disable_compile": True, **request.options})
+        except ArgumentError as refused:
+            if calls.called or request.cache is None or refused.argument != "cache":
+                raise
+            raise _calls_another(model) from refused
     done = calls.done
     if not calls.called:
         warn(NOT_CALLED.format(kind=type(model).__name__), stacklevel=3)
@@ -71,6 +76,16 @@ def generate(
     if done.early:
         begin()
     return result, done
+
+
+def _calls_another(model: Any) -> ArgumentError:
+    """Why a model whose `generate` hands its arguments to another one cannot have a cache of ours."""
+    return ArgumentError(
+        "model",
+        f"a {type(model).__name__}, whose generate calls another model than itself",
+        "a model that its own generate calls, with a recipe that shortens or rounds the cache",
+        "Compile the one that it calls (such as its language_model), or leave transprune and zipvl out of the recipe.",
+    )
 
 
 def _programs(compiled: Any) -> int:

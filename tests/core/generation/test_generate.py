@@ -111,6 +111,21 @@ def test_a_model_whose_generate_calls_another_says_so():
         assert any("get_base_model" in str(w.message) for w in said) == (not calls)
 
 
+def test_a_cache_of_ours_is_not_given_to_another_model():
+    """As Blip2's generate does, which calls its language model's."""
+    inner = make(num_hidden_layers=1)
+
+    class Outer(type(inner)):
+        def generate(self, *args, **kwargs):
+            return inner.generate(*args, **kwargs)
+
+    outer = Outer(inner.config).eval()
+    fast = Compiled(outer, Recipe.of(None, transprune=PRUNE), target="reference")
+    with pytest.raises(ArgumentError, match="a Outer, whose generate calls another model") as refused:
+        fast.generate(prompt(1), **GREEDY)
+    assert refused.value.argument == "model" and "language_model" in str(refused.value)
+
+
 def _noted(model):
     """What a model holds, but for the length of its last static cache."""
     return {k: v for k, v in model.__dict__.items() if k != "_previous_max_cache_length"}
