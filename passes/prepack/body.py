@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -189,11 +190,11 @@ def _packed_size(label: str, packed: dict[str, Any]) -> Any:
 
 def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: Any) -> Any:
     site = frontier.sites[node]
-    q, k, v = (env[n] for n in (site.q, *_shared(site.k, site.v, frontier.axes)))
+    q, k, v = _alike(env[n] for n in (site.q, *_shared(site.k, site.v, frontier.axes)))
     scale = site.scale if site.scale is not None else value(site.q).shape[-1] ** -0.5
     seen = frontier.visibilities[node]
     if seen.kind == "generic":
-        return torch.ops.thresher.varlen_attention_masked(
+        result = torch.ops.thresher.varlen_attention_masked(
             q,
             k,
             v,
@@ -204,7 +205,8 @@ def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: A
             given["max_len"],
             scale,
         )
-    return torch.ops.thresher.varlen_attention(
+        return _like(result, node)
+    result = torch.ops.thresher.varlen_attention(
         q,
         k,
         v,
@@ -216,6 +218,7 @@ def _attend(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: A
         site.softcap,
         *([] if site.sinks is None else [env[site.sinks]]),
     )
+    return _like(result, node)
 
 
 def _attend_in_rows(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, given: dict[str, Any]) -> Any:
@@ -235,9 +238,24 @@ def _attend_in_rows(node: fx.Node, env: dict[fx.Node, Any], frontier: Frontier, 
         if seen.window >= 0:
             mask = mask & (distance.abs() <= seen.window)
         masks[seen] = mask.unsqueeze(1)
-    return torch.ops.aten.scaled_dot_product_attention.default(
-        env[site.q], env[site.k], env[site.v], masks[seen], 0.0, False, scale=site.scale
+    q, k, v = _alike((env[site.q], env[site.k], env[site.v]))
+    result = torch.ops.aten.scaled_dot_product_attention.default(
+        q, k, v, masks[seen], 0.0, False, scale=site.scale
     )
+    return _like(result, node)
+
+
+def _alike(operands: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Queries, keys and values in the widest of their dtypes: a model may spell out fp32 scores of bf16 values."""
+    given = list(operands)
+    wide = functools.reduce(torch.promote_types, [x.dtype for x in given])
+    return [x if x.dtype == wide else x.to(wide) for x in given]
+
+
+def _like(result: torch.Tensor, node: fx.Node) -> torch.Tensor:
+    """What attention gives, in the dtype that the model's own gives."""
+    known = value(node).dtype
+    return result if result.dtype == known else result.to(known)
 
 
 def _shared(k: fx.Node, v: fx.Node, axes: TokenAxes) -> tuple[fx.Node, fx.Node]:

@@ -16,6 +16,10 @@ _SAME_IDS = {
     aten.to.dtype,
     aten.clone.default,
     aten.where.self,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
+    aten.clamp.default,
+    aten.clamp_min.default,
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
 }

@@ -87,7 +87,8 @@ def _norm(node: fx.Node, labels: TokenAxes) -> Any:
     return of_x
 
 
-@rule_of(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default, aten.glu.default)
+@rule_of(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default, aten.glu.default,
+       aten.cumprod.default, aten.logcumsumexp.default, aten.argsort.default)  # fmt: skip
 def _along(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = only_first(node, labels)
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
@@ -97,7 +98,8 @@ def _along(node: fx.Node, labels: TokenAxes) -> Any:
 
 @rule_of(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction,
        aten.var.dim, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.argmax.default, aten.any.dim,
-       aten.all.dim, aten.logsumexp.default)  # fmt: skip
+       aten.all.dim, aten.logsumexp.default, aten.max.dim, aten.min.dim, aten.argmin.default, aten.prod.dim_int,
+       aten.std.correction, aten.std.dim)  # fmt: skip
 def _reduce(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = only_first(node, labels)
     at = 2 if node.target in (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim) else 1
@@ -108,9 +110,10 @@ def _reduce(node: fx.Node, labels: TokenAxes) -> Any:
     gone = {_dim(d, len(of_x)) for d in dims}
     for d in gone:
         free(of_x[d], "reduces over")
-    if value(node).dim() == len(of_x):
-        return of_x
-    return tuple(label for d, label in enumerate(of_x) if d not in gone)
+    known = value(node)
+    result = known[0] if isinstance(known, (tuple, list)) else known  # max.dim gives values and places
+    kept = of_x if result.dim() == len(of_x) else tuple(l for d, l in enumerate(of_x) if d not in gone)
+    return kept if result is known else [kept] * len(known)
 
 
 @rule_of(aten.transpose.int, aten.t.default, aten.permute.default, aten.movedim.int)
@@ -207,11 +210,12 @@ def _index(node: fx.Node, labels: TokenAxes) -> Any:
 
 
 @rule_of(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.topk.default,
-       aten.sort.default)  # fmt: skip
+       aten.sort.default, aten.sort.stable)  # fmt: skip
 def _several(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = only_first(node, labels)
-    default, at = (-1, 2 if node.target is aten.topk.default else 1) if node.target in (
-        aten.topk.default, aten.sort.default) else (0, 1 if node.target is aten.unbind.int else 2)  # fmt: skip
+    sorts = node.target in (aten.topk.default, aten.sort.default, aten.sort.stable)
+    default = -1 if sorts else 0
+    at = {aten.topk.default: 2, aten.unbind.int: 1}.get(node.target, 1 if sorts else 2)  # type: ignore[call-overload]
     dim = _dim(node.args[at] if len(node.args) > at else node.kwargs.get("dim", default), len(of_x))  # type: ignore[arg-type]
     free(of_x[dim], "divides")
     each = (

@@ -27,9 +27,11 @@ def unsupported_torch() -> str | None:
 
 
 def source_name(source: Any) -> str:
-    """A Dynamo source's expression, such as `L['self']._parameters['weight']`."""
+    """A Dynamo source's expression, such as `L['self']._parameters['weight']`; so too where Dynamo goes by way of a
+    module's `__dict__`, as it does for modules whose forward sets attributes."""
     name = source.name
-    return name() if callable(name) else name
+    said: str = name() if callable(name) else name
+    return re.sub(r"\.__dict__\[['\"](_parameters|_buffers|_modules)['\"]\]", r".\1", said)
 
 
 def is_fake(value: Any) -> bool:

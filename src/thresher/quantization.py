@@ -259,10 +259,11 @@ def _config(recipe: Any) -> RSQConfig:
 
 def _capture(model: torch.nn.Module, batches: Sequence[Batch]) -> Program:
     """The model as one program that takes any batch and length. It runs nothing."""
-    programs: list[Program] = []
+    programs: list[Program | None] = []  # None for a graph of sizes only, and for any behind the first
 
     def look(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        programs.append(capture.from_dynamo(gm, inputs)[0])
+        apart = bool(programs) or not any(isinstance(x, torch.Tensor) for x in inputs)
+        programs.append(None if apart else capture.from_dynamo(gm, inputs)[0])
         return gm.forward
 
     given = dict(batches[0].inputs)
@@ -273,7 +274,7 @@ def _capture(model: torch.nn.Module, batches: Sequence[Batch]) -> Program:
     given = {k: v.to(device)[:2] if v.shape[0] > 2 else v.to(device) for k, v in given.items()}
     with without_cache(model):
         shown_to(look, model, dynamic=True)(**given)
-    if len(programs) != 1:
+    if len(programs) != 1 or programs[0] is None:
         raise ThresherError(
             f"The model was captured in {len(programs)} graphs, and quantizing needs one. "
             "torch._dynamo.explain(model)(...) shows where it breaks."

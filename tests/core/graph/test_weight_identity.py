@@ -9,7 +9,7 @@ from torch import nn
 
 import thresher
 from thresher import sessions
-from thresher.graph import names
+from thresher.graph import capture, names
 
 PLAIN = {"recipe": "none", "target": "reference"}
 DERIVED = {"recipe": "none", "bf16": {"min_weights": 0, "emulate": True}, "target": "reference"}
@@ -175,3 +175,38 @@ def test_names_are_short_where_that_tells_weights_apart(sources, expected):
 def test_one_tensor_at_two_places_may_have_one_name():
     places = ["L['q']._parameters['w']", "L['d']._parameters['w']"]
     assert names.weight_names(places, [7, 7]) == ["w", "w"]
+
+
+def test_weights_of_a_module_that_keeps_a_state_are_weights():
+    """Dynamo reaches them by way of the module's `__dict__`."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.randn(2, 4, 4))
+            self.shift = nn.Parameter(torch.randn(2, 4))
+            self.last = None
+
+        def forward(self, x):
+            self.last = x[:, -1]
+            return torch.baddbmm(self.shift[:, None, :], x, self.gain)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Keeps()
+
+        def forward(self, x):
+            return self.inner(self.inner(x))
+
+    programs = []
+
+    def look(gm, inputs):
+        programs.append(capture.from_dynamo(gm, inputs)[0])
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Outer(), backend=look)(torch.randn(2, 3, 4))
+    assert programs[0].input_names == ["x"]
+    assert {w.fqn for w in programs[0].weights.values()} == {"inner.gain", "inner.shift"}
