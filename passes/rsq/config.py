@@ -20,6 +20,7 @@ GROUPS = (-1, 32, 64, 128)
 GRIDS = ("integer", "nvfp4")
 METHODS = ("gptq", "nearest")
 STRATEGIES = ("attncon", "first", "first_last", "tokenfreq", "actnorm", "actdiff", "tokensim", "uniform")
+LATENTS = ("none", "queries", "all")
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NOT_NUMERIC = ("budget",)
 
@@ -35,6 +36,8 @@ class RSQConfig(PassConfig):
     rotate: the residual stream (R1). rotate_heads: values and attention outputs (R2). rotate_down: the down
         projection's input, by an online Hadamard transform (R4). rotate_inputs: with `rotate`, the inputs of linears
         that none of these reaches, by an online transform too: where norms stand behind the branches, for example.
+    latents: with `rotate`, what attention compresses hidden states into (MLA): "queries", of which queries are made;
+        "all", also keys and values, for use without a cache, which holds it; or "none".
         rotation: see `rsq_rotation.rotation`.
     importance: which tokens matter: attncon, first, first_last, tokenfreq, actnorm, actdiff, tokensim, or
         uniform (rotate and scale off is plain GPTQ; rotate with uniform is QuaRot). r_min, r_max: weights
@@ -66,6 +69,7 @@ class RSQConfig(PassConfig):
     rotate_heads: bool = True
     rotate_down: bool = True
     rotate_inputs: bool = False
+    latents: str = "queries"
     rotation: str = "auto"
     importance: str = "attncon"
     r_min: float = 0.01
@@ -86,7 +90,7 @@ class RSQConfig(PassConfig):
 
     def validate(self) -> None:
         for field, known in (("grid", GRIDS), ("method", METHODS), ("importance", STRATEGIES),
-                             ("rotation", KINDS), ("scale_dtype", SCALE_DTYPES)):  # fmt: skip
+                             ("rotation", KINDS), ("latents", LATENTS), ("scale_dtype", SCALE_DTYPES)):  # fmt: skip
             if getattr(self, field) not in known:
                 raise unknown_key(f"rsq option {field}", str(getattr(self, field)), known)
         for field, widths in (("bits", BITS), ("group_size", GROUPS)):
@@ -120,6 +124,7 @@ class RSQConfig(PassConfig):
         fields: dict[str, Any] = json.loads(text)
         fields.setdefault("rotate_inputs", False)  # files from before there was such an option
         fields.setdefault("head_bits", 0)
+        fields.setdefault("latents", "none")
         options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return cls(**options)
 

@@ -20,7 +20,7 @@ from thresher.graph.program import Program, Weight
 
 from ..structure.recover import NormSite, Structure
 from ..structure.sites import read_instead
-from .plan import Edit, RotationPlan
+from .edits import Edit, RotationPlan
 from .rotation import Rotation, centre_writer, rotate_reader
 from .stream import Stream
 
@@ -46,6 +46,8 @@ def rotate(program: Program, plan: RotationPlan, lazy: bool = False) -> None:
     """Rotate every stream and linear of the plan in place. Linears become `aten.linear` on derived weights."""
     for stream, r in plan.streams:
         _rotate_stream(program, stream, r, plan, lazy)
+    for norm, _ in plan.latents:
+        _strip_norm(program, norm, plan)
     for edit in plan.edits.values():
         if edit.changes or edit.transposed:  # codes are [out, in], however the model stores the weight
             _rotate_linear(program, edit, plan, lazy)

@@ -32,8 +32,9 @@ from ..structure.recover import LinearSite, Structure
 from ..structure.sites import by_module, read_instead
 from . import rewrite as rsq_rewrite
 from .config import RSQConfig, decode_text, encode_text
+from .edits import Edit, RotationPlan
 from .experts import AS_IT_IS, NO_CODES, CodedExperts, coded_weights, match_experts, put_experts, sizes_of
-from .plan import Edit, RotationPlan, make_plan
+from .plan import make_plan
 
 ops = torch.ops.thresher
 CUTS = {"transprune", "zipvl", "deft"}  # passes behind which layers are no longer whole
@@ -217,7 +218,7 @@ def signature(edit: Edit) -> str:
     if edit.norm is not None:
         parts.append("its norm fused")
     if edit.reads is not None:
-        parts.append("reads the rotated stream")
+        parts.append("reads a rotated latent" if edit.latent_in else "reads the rotated stream")
     if edit.heads_in is not None:
         parts.append("reads rotated heads")
     if edit.online is not None:
@@ -225,7 +226,7 @@ def signature(edit: Edit) -> str:
     if edit.writes is not None:
         parts.append("writes the rotated stream")
     if edit.heads_out is not None:
-        parts.append("makes rotated heads")
+        parts.append("makes a rotated latent" if edit.latent_out else "makes rotated heads")
     return ", ".join(parts) or AS_IT_IS
 
 

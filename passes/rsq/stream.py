@@ -144,6 +144,11 @@ def _check(program: Program, node: fx.Node, held: set[fx.Node]) -> None:
     raise NotRotatable(f"{described(node)} reads the residual stream and does not commute with a rotation.")
 
 
+def scaled_by_number(node: fx.Node) -> bool:
+    """Whether a node only multiplies or divides by a number that stands in the graph."""
+    return node.target in _SCALES and isinstance(node.args[1], (int, float))
+
+
 def _is_one_number(program: Program, node: fx.Node) -> bool:
     known = value(node)
     return not isinstance(known, torch.Tensor) or known.dim() == 0 or known.numel() == 1
@@ -164,7 +169,7 @@ def _readers(structure: Structure, norm: NormSite) -> list[LinearSite]:
         for user in node.users:
             if user in entered or (not isinstance(value(user), torch.Tensor) and user.op != "output"):
                 continue
-            if _keeps_last(user):
+            if _keeps_last(user) or (norm.bias is None and scaled_by_number(user)):
                 stack.append(user)
                 continue
             what = "the output" if user.op == "output" else described(user)

@@ -14,29 +14,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.graph.dialect import unrepeated
 from thresher.graph.nodes import value
 from thresher.graph.program import Program
 
+from .latent import find_latents
 from .masks import read_masks
+from .operands import Parts, trace
 from .pattern import Anything, Number, Var, call, described, either, is_cast, match, uncast
-from .rope import find_rope
 from .sdpa import attention
 from .sinks import split_sinks, unshifted, without_sink
-from .sites import AttentionSite, LinearSite, NormSite, Projection, Rope, Unknown, common_prefix
-from .views import Unviewable, head_rows, is_view, merges_heads, viewed
+from .sites import AttentionSite, LinearSite, Rope, Unknown, common_prefix
+from .views import is_view, merges_heads
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Parts:
-    """Linears and norms already found, by the nodes that lead to them."""
-
-    program: Program
-    linears: dict[fx.Node, LinearSite]
-    readers: dict[fx.Node, list[LinearSite]]
-    norms: dict[fx.Node, NormSite]
 
 
 @dataclass
@@ -57,17 +47,6 @@ class Core:
     sinks: fx.Node | None = None
 
 
-@dataclass
-class Traced:
-    """One operand followed back to its linear."""
-
-    projection: Projection
-    norm: NormSite | None
-    rope: Rope | None
-    scale: float
-    past: fx.Node | None
-
-
 def find_attention(core: Core, parts: Parts) -> AttentionSite:
     """The whole site around one attention core. Raises Unknown."""
     q, k, v = (
@@ -79,78 +58,42 @@ def find_attention(core: Core, parts: Parts) -> AttentionSite:
         )
     heads, head_dim = q.projection.rows.shape
     kv_heads, value_dim = v.projection.rows.shape
-    if k.projection.rows.shape != (kv_heads, head_dim) or heads % kv_heads:
+    key_dim = k.projection.rows.shape[1] + (k.shared.rows.shape[1] if k.shared is not None else 0)
+    if q.shared is not None or v.shared is not None:
+        raise Unknown("Its queries or its values come from two linears, and only keys of two are known.")
+    if (k.projection.rows.shape[0], key_dim) != (kv_heads, head_dim) or heads % kv_heads:
         raise Unknown(
             f"It has {heads} query heads of {head_dim}, {k.projection.rows.shape[0]} key heads of "
-            f"{k.projection.rows.shape[1]} and {kv_heads} value heads, which do not fit together."
+            f"{key_dim} and {kv_heads} value heads, which do not fit together."
         )
-    if v.scale != 1.0 or v.norm is not None or v.rope is not None:
+    if v.scale != 1.0 or v.by_token or v.norm is not None or v.rope is not None:
         raise Unknown("Its values are scaled, normalised or rotated, which no known attention does.")
-    if (k.past is None) != (v.past is None):
+    of_q, of_kv = find_latents(parts.linears, parts.norms, q.projection.linear, k.projection.linear)
+    past = k.past, v.past
+    if of_kv is not None and of_kv.past is not None:  # the cache holds latents, and what all heads share
+        past = of_kv.past, k.past
+    if (past[0] is None) != (past[1] is None):
         raise Unknown("Only one of its keys and its values continues a cache.")
     output = _output_linear(core.node, heads * value_dim, parts)
     visibility = read_masks(core.masks, core.is_causal)
     if core.spelling == "varlen":
         visibility = type(visibility)("causal" if core.is_causal else visibility.kind, core.window)
-    cross = q.projection.linear.x is not k.projection.linear.x
+    cross = not (of_q or of_kv) and q.projection.linear.x is not k.projection.linear.x
     return AttentionSite(
         fqn=common_prefix([p.projection.linear.fqn for p in (q, k, v)] + [output.fqn]),
         node=core.node, spelling=core.spelling, q=q.projection, k=k.projection, v=v.projection, o=output,
         q_norm=q.norm, k_norm=k.norm, rope=q.rope, masks=core.masks, visibility=visibility,
         scale=core.scale * q.scale * k.scale, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         value_dim=value_dim, softcap=core.softcap, cross=cross, probabilities=core.probabilities,
-        past=(k.past, v.past) if k.past is not None and v.past is not None else None, sinks=core.sinks,
+        past=past if past[0] is not None and past[1] is not None else None, sinks=core.sinks,  # type: ignore[arg-type]
+        q_latent=of_q, kv_latent=of_kv, k_shared=k.shared,
     )  # fmt: skip
 
 
 def _same_rope(one: Rope, other: Rope | None) -> bool:
     return other is not None and all(
-        getattr(one, f) == getattr(other, f) for f in ("kind", "cos", "sin", "dim")
+        getattr(one, f) == getattr(other, f) for f in ("kind", "cos", "sin", "dim", "start")
     )
-
-
-def trace(node: fx.Node, parts: Parts, subject: str) -> Traced:
-    """Follow a query, key or value back to the linear that makes it. Raises Unknown."""
-    steps, norm, rope, scale = [], None, None, 1.0
-    result = node = unrepeated(uncast(node)) or node
-    past, node = _continued(node)
-    while node not in parts.linears:
-        factor = node.args[1] if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
-        if (site := parts.norms.get(node)) is not None and norm is None:
-            norm, node = site, site.input
-        elif (rotated := find_rope(node)) is not None and rope is None:
-            rope, node = rotated
-        elif is_view(node):
-            steps.append(node)
-            node = viewed(node)
-        elif is_cast(node):
-            node = node.args[0]  # type: ignore[assignment]
-        elif isinstance(factor, (int, float)) and norm is None:  # a factor before a norm has no effect
-            scale *= factor if node.target is aten.mul.Tensor else 1 / factor
-            node = node.args[0]  # type: ignore[assignment]
-        else:
-            raise Unknown(
-                f"{subject} does not lead back to one linear: {described(node)} is neither a view, a norm, "
-                "a rotary embedding nor a constant factor."
-            )
-    linear = parts.linears[node]
-    if steps and value(result).dim() == 3:  # [batch * heads, tokens, dim], for a batched matrix product
-        steps = steps[1:]
-    try:
-        rows = head_rows(node, linear.out_features, steps[::-1])
-    except Unviewable as reason:
-        raise Unknown(f"{subject} is not laid out as [batch, heads, tokens, head_dim]: {reason}.") from None
-    whole = torch.equal(rows.flatten(), torch.arange(linear.out_features))
-    return Traced(Projection(linear, rows, whole, result), norm, rope, scale, past)
-
-
-def _continued(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
-    """A cache's keys or values that the new ones are put behind, and the new ones."""
-    if node.target is aten.cat.default and len(node.args) == 2 and node.args[1] in (2, -2):
-        parts: Any = node.args[0]
-        if len(parts) == 2 and parts[0].op == "placeholder":
-            return parts[0], parts[1]
-    return None, node
 
 
 def _output_linear(node: fx.Node, width: int, parts: Parts) -> LinearSite:

@@ -11,7 +11,7 @@ from thresher.compat import has_values
 from thresher.graph.nodes import module_fqn, sequence_of, value
 from thresher.graph.program import Program
 
-from .pattern import uncast
+from .pattern import CASTS, uncast
 from .sites import LinearSite, NormSite
 from .tower import EmbeddingSite
 from .views import VIEWS
@@ -90,11 +90,14 @@ def find_embeddings(
 
 def _factor(program: Program, node: fx.Node) -> tuple[float | str | None, fx.Node | None]:
     for factor, other in (node.args, node.args[::-1]):
-        held = program.weight(uncast(factor))
+        source = factor  # the number may be stored as an integer
+        while isinstance(source, fx.Node) and source.target in CASTS:
+            source = source.args[0]
+        held = program.weight(source)
         if isinstance(factor, (int, float)):
             return float(factor), other  # type: ignore[return-value]
         if held is not None and held.tensor.dim() == 0:
-            return str(uncast(factor).target), other  # type: ignore[return-value]
+            return str(source.target), other  # type: ignore[return-value]
     return None, None
 
 

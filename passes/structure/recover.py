@@ -91,7 +91,7 @@ class Structure:
             "place": _words(
                 layer.norm_position + (", parallel" if layer.parallel else "") for layer in self.layers
             ),
-            "attention": _words(f"{a.spelling}, {'fused' if a.fused else 'q k v'}" for a in self.attentions),
+            "attention": _words(f"{a.spelling}, {_made(a)}" for a in self.attentions),
             "heads": f"{attention.heads}/{attention.kv_heads}" if attention else "",
             "rope": _words(a.rope.kind if a.rope else "no" for a in self.attentions),
             "sees": _words(_seen(a) for a in self.attentions),
@@ -100,6 +100,11 @@ class Structure:
             "head": "no" if self.head is None else "tied" if self.head.tied else "own",
             "missed": len(self.missed),
         }
+
+
+def _made(site: AttentionSite) -> str:
+    of = " of ".join(["q k v", *(["latents"] if site.latents else [])])
+    return "fused" if site.fused else of
 
 
 def _seen(site: AttentionSite) -> str:
@@ -166,6 +171,9 @@ def _find_attention(program: Program, found: Structure, by_output: dict[fx.Node,
         for role, operand in operands:
             shares = sum(other.linear is operand.linear for _, other in operands)
             operand.linear.role = {1: role, 2: "kv", 3: "qkv"}[shares]
+        for name, latent in (("q_latent", site.q_latent), ("kv_latent", site.kv_latent)):
+            if latent is not None:
+                latent.down.role = latent.down.role or name
         site.o.role = "o"
 
 

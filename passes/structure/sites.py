@@ -30,9 +30,8 @@ class LinearSite:
         `x` and replaces `output`.
     weight, bias: attribute names in the Program. weight_fqn: the weight's name in the model.
     transposed: the weight is stored [in, out]; otherwise [out, in].
-    role: q k v kv qkv o up gate gate_up down head, router (chooses experts), embedding (between the embeddings and
-        the first layer), or
-        "" when the linear is in none of these places.
+    role: q k v kv qkv o q_latent kv_latent up gate gate_up down head, router (chooses experts), embedding (between the
+        embeddings and the first layer), or "" when the linear is in none of these places.
     tied: some other node reads the same weight.
     """
 
@@ -107,13 +106,32 @@ class Rope:
     """Rotary position embedding. kind: "half" (rotate_half) or "interleaved" (rotate_every_two).
 
     cos, sin: as computed, before they are laid out for the heads or repeated for pairs.
-    dim: how many of the head's leading dimensions are rotated.
+    dim: how many of the head's dimensions are rotated, from `start` on: behind those that are not, or at the front.
+    "split" reads pairs and gives halves; "complex" multiplies pairs by complex numbers, `cos` and `sin` both.
     """
 
     kind: str
     cos: fx.Node
     sin: fx.Node
     dim: int
+    start: int = 0
+
+
+@dataclass(eq=False)
+class Latent:
+    """What an attention compresses the hidden state into, and makes queries, or keys and values, of (MLA).
+
+    down: the linear that makes it, among other things. rows: which of its out_features these are, int64 [rank].
+    norm: between the two. up: the linear that reads it. scale: a factor on the way. past: a cache of earlier tokens'
+    latents that these are put behind, or None.
+    """
+
+    down: LinearSite
+    rows: torch.Tensor
+    norm: NormSite | None
+    up: LinearSite
+    scale: float = 1.0
+    past: fx.Node | None = None
 
 
 @dataclass(eq=False)
@@ -129,6 +147,8 @@ class AttentionSite:
     cross: keys come from another sequence than queries. probabilities: after softmax, eager only.
     past: cached keys and values that are put in front of the new ones, or None.
     sinks: a stored score of each head that takes its share of the softmax and has no value, or None.
+    q_latent, kv_latent: what queries, or keys and values, are made of where that is not the hidden state (MLA).
+    k_shared: the part of the keys that all heads share, rows [1, dim], where `k` is only the rest of them.
     """
 
     fqn: str
@@ -153,6 +173,19 @@ class AttentionSite:
     probabilities: fx.Node | None = None
     past: tuple[fx.Node, fx.Node] | None = None
     sinks: fx.Node | None = None
+    q_latent: Latent | None = None
+    kv_latent: Latent | None = None
+    k_shared: Projection | None = None
+
+    @property
+    def latents(self) -> list[Latent]:
+        """The latents that there are."""
+        return [l for l in (self.q_latent, self.kv_latent) if l is not None]
+
+    @property
+    def apart(self) -> bool:
+        """Queries, keys and values come each from a linear of its own that reads the hidden state."""
+        return not (self.fused or self.latents)
 
     @property
     def fused(self) -> bool:
@@ -161,8 +194,8 @@ class AttentionSite:
 
     @property
     def x(self) -> fx.Node:
-        """What the query projection reads."""
-        return self.q.linear.x
+        """The hidden state that queries are made of."""
+        return self.q.linear.x if self.q_latent is None else self.q_latent.down.x
 
     @property
     def output(self) -> fx.Node:
@@ -184,8 +217,11 @@ class AttentionSite:
 
     @property
     def linears(self) -> list[LinearSite]:
-        """Each once, in the order q, k, v, o."""
-        return list(dict.fromkeys((self.q.linear, self.k.linear, self.v.linear, self.o)))
+        """Each once, in the order q, k, v, o, what makes a latent before those that read it."""
+        first, second = ([l.down] if l is not None else [] for l in (self.q_latent, self.kv_latent))
+        shared = [] if self.k_shared is None else [self.k_shared.linear]
+        between = (self.q.linear, *second, *shared, self.k.linear, self.v.linear, self.o)
+        return list(dict.fromkeys((*first, *between)))
 
 
 @dataclass(eq=False)

@@ -91,7 +91,7 @@ def zip_flops(layer: LayerSite, length: int, kept: int, probes: int, gather: str
     site = layer.attention
     assert site is not None
     linears, attention = layer_flops(layer, length, kept)
-    if gather == "projections" and not site.fused:
+    if gather == "projections" and site.apart:
         q, v, o = (2 * s.in_features * s.out_features for s in (site.q.linear, site.v.linear, site.o))
         linears -= (q + o + v) * (length - kept) - q * probes
     return linears + attention + 2 * probes * length * site.heads * site.head_dim

@@ -67,8 +67,8 @@ class _Builder:
         self.stretches = {s.start: s for s in plan.stretches}
         self.places = {key: f"attending_{i}" for i, key in enumerate(sizes)}
         projections = config.gather == "projections"
-        self.whole = {s.o.output: s for s in self.shares if projections and not s.fused}
-        self.inner = {s.node: s for s in self.shares if not (projections and not s.fused)}
+        self.whole = {s.o.output: s for s in self.shares if projections and s.apart}
+        self.inner = {s.node: s for s in self.shares if not (projections and s.apart)}
         self.chosen: dict[AttentionSite, Chosen] = {}
 
     def replay(self, env: dict[Any, Any], extra: Mapping[str, Any]) -> list[Any]:

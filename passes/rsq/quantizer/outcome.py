@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..config import RSQConfig
-from ..plan import RotationPlan
+from ..edits import RotationPlan
 from . import codes as rsq_codes
 from .gptq import output_error, round_to_nearest
 from .rounding import Rounded

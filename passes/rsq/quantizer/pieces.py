@@ -13,7 +13,7 @@ from torch import fx
 from ...structure.experts import ExpertSite
 from ...structure.recover import LayerSite, LinearSite, Structure
 from ...tokens.owners import Owners
-from ..plan import RotationPlan
+from ..edits import RotationPlan
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from torch import nn
 
 from thresher.graph.program import Program
 from thresher.passes.rsq.config import RSQConfig
-from thresher.passes.rsq.plan import RotationPlan, make_plan
+from thresher.passes.rsq.edits import RotationPlan
+from thresher.passes.rsq.plan import make_plan
 from thresher.passes.rsq.rotation import rotate_reader
-from thresher.passes.structure.recover import recover
+from thresher.passes.structure.recover import NormSite, recover
 
 from ..errors import ArgumentError, ThresherError
 from .linear import from_codes
@@ -172,11 +173,7 @@ def _streams(model: nn.Module, program: Program, plan: RotationPlan) -> None:
     """Rotate the tables that streams start from, and take from norms what their readers now hold."""
     for stream, r in plan.streams:
         for norm in stream.norms:
-            if norm.weight is None:
-                continue
-            owner = _owner(model, program.weights[norm.weight].fqn)
-            gain = program.weights[norm.weight].tensor
-            owner.weight = nn.Parameter(torch.full_like(gain, 1.0 - float(norm.offset)), False)
+            _take_gain(model, program, norm)
         for embedding in stream.tower.embeddings:
             assert embedding.weight is not None
             held = program.weights[embedding.weight]
@@ -184,8 +181,17 @@ def _streams(model: nn.Module, program: Program, plan: RotationPlan) -> None:
             if not isinstance(getattr(owner, "weight", None), torch.Tensor):
                 owner = _owner(model, held.fqn)
             owner.weight = nn.Parameter(rotate_reader(held.tensor.detach(), r), False)
+    for norm, _ in plan.latents:
+        _take_gain(model, program, norm)
     if plan.streams and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         _untie(model)
+
+
+def _take_gain(model: nn.Module, program: Program, norm: NormSite) -> None:
+    if norm.weight is not None:
+        owner = _owner(model, program.weights[norm.weight].fqn)
+        gain = program.weights[norm.weight].tensor
+        owner.weight = nn.Parameter(torch.full_like(gain, 1.0 - float(norm.offset)), False)
 
 
 def _untie(model: Any) -> None:
