@@ -95,12 +95,14 @@ class RotationPlan:
     """What to do. streams: rotated ones with their R1. latents: the same of attentions', by their norms. edits: one a
     linear that is rotated or quantised. quantise: the linears that get low-bit weights, in graph order. experts: the
     same of products by experts, none of which is rotated. missed, notes: for the report.
+    again: of a linear that is quantised and called several times, its later calls.
     turned: online transforms that stand in the graph already, by the value and the rotation."""
 
     streams: list[tuple[Stream, Rotation]] = field(default_factory=list)
     latents: list[tuple[NormSite, Rotation]] = field(default_factory=list)
     edits: dict[LinearSite, Edit] = field(default_factory=dict)
     quantise: list[LinearSite] = field(default_factory=list)
+    again: dict[LinearSite, tuple[LinearSite, ...]] = field(default_factory=dict)
     experts: list[ExpertSite] = field(default_factory=list)
     missed: list[Miss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

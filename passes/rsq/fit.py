@@ -17,8 +17,8 @@ from .config import RSQConfig
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def unfit(program: Program, site: LinearSite, config: RSQConfig) -> str | None:
-    """Why a linear cannot be quantised, or None."""
+def unfit(program: Program, site: LinearSite, config: RSQConfig, calls: int = 1) -> str | None:
+    """Why a linear cannot be quantised, or None. calls: how often the model calls it."""
     weight = program.weights[site.weight].tensor
     x, y = value(site.x), value(site.output)
     if x.dtype not in _FLOATS or y.dtype != x.dtype:
@@ -32,7 +32,7 @@ def unfit(program: Program, site: LinearSite, config: RSQConfig) -> str | None:
         return f"Its weight is stored as {weight.dtype}; fp32, bf16 and fp16 can be quantised."
     if program.weights[site.weight].source:
         return f"{site.weight_fqn} was already rewritten by another pass."
-    if site.tied and site.role not in ("head",) and _read_by_linears(program, site) > 1:
+    if site.tied and site.role not in ("head",) and _read_by_linears(program, site) > calls:
         return f"{site.weight_fqn} is shared with another linear, which would need its own codes."
     if has_values(weight):
         bad = int((~torch.isfinite(weight)).sum())

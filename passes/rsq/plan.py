@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import torch
 from torch import fx
 
 from thresher.formats.hadamard import decompose
@@ -19,14 +18,17 @@ from thresher.report import Miss
 from ..keep import kept_experts, kept_layers
 from ..structure.experts import by_weight
 from ..structure.recover import AttentionSite, Structure
+from ..structure.sites import by_module
 from .config import RSQConfig
 from .edits import RotationPlan
 from .fit import unfit, unfit_experts
 from .latents import plan_latents
 from .rotation import Rotation, rotation
+from .shared import calls, settle_shared
 from .stream import NotRotatable, follow
 
 STREAM_SEED, HEAD_SEED, DOWN_SEED, INPUT_SEED = 0, 1, 2, 3  # added to the seed, so that rotations differ
+SHARED = "{} linears are called again, {} times in all: one set of codes serves all calls of each."
 _LEAST_BLOCK = 4  # of an online transform of inputs: smaller ones spread nothing
 
 
@@ -51,15 +53,22 @@ def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Rota
             plan.edit(mlp.down).online = rotation(mlp.width, config.seed + DOWN_SEED, kind)
     words = [w for w in config.keep if w != "head"] if config.head_bits else config.keep
     kept = kept_layers(structure, words, plan.notes)
-    for linear in structure.linears:
-        reason = kept.get(linear) or unfit(program, linear, config)
+    for first, *others in by_module(structure.linears):
+        reasons = (kept.get(s) or unfit(program, s, config, 1 + len(others)) for s in (first, *others))
+        reason = next((r for r in reasons if r is not None), None)
         if reason is not None:
-            plan.missed.append(Miss(linear.fqn, reason))
-        else:
-            plan.edit(linear)
-            plan.quantise.append(linear)
+            plan.missed.append(Miss(first.fqn, reason))
+            continue
+        for site in (first, *others):
+            plan.edit(site)
+        plan.quantise.append(first)
+        if others:
+            plan.again[first] = tuple(others)
     if config.rotate and config.rotate_inputs:
         _plan_inputs(config, plan)
+    settle_shared(plan)
+    if plan.again:
+        plan.notes.append(SHARED.format(len(plan.again), sum(map(len, plan.again.values()))))
     kept_apart = kept_experts(structure, config.keep)
     for group in by_weight(structure.experts):
         reason = kept_apart.get(group[0]) or unfit_experts(program, group, config)
@@ -166,8 +175,8 @@ def _plan_inputs(config: RSQConfig, plan: RotationPlan) -> None:
     kind = "block" if config.rotation in ("auto", "block") else config.rotation
     if kind == "orthogonal":  # it cannot run online, which the down projections' misses say
         return
-    for site in plan.quantise:
-        edit = plan.edit(site)
+    for edit in [plan.edit(s) for first in plan.quantise for s in calls(plan, first)]:
+        site = edit.site
         if edit.reads is None and edit.heads_in is None and edit.online is None:
             width = site.in_features
             r = made.setdefault(width, rotation(width, config.seed + INPUT_SEED, kind))

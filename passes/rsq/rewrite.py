@@ -225,7 +225,7 @@ def derived(
 def _replace(program: Program, old: fx.Node, new: fx.Node, plan: RotationPlan) -> None:
     """Read the new node instead of the old one, also where the structure points to it."""
     replace(old, new)
-    read_instead([*(edit.site for edit in plan.edits.values()), *plan.quantise, *plan.experts], old, new)
+    read_instead([*(edit.site for edit in plan.edits.values()), *plan.experts], old, new)
 
 
 def rebind_layers(program: Program, structure: Structure) -> None:

@@ -35,6 +35,7 @@ from .config import RSQConfig, decode_text, encode_text
 from .edits import Edit, RotationPlan
 from .experts import AS_IT_IS, NO_CODES, CodedExperts, coded_weights, match_experts, put_experts, sizes_of
 from .plan import make_plan
+from .shared import calls
 
 ops = torch.ops.thresher
 CUTS = {"transprune", "zipvl", "deft"}  # passes behind which layers are no longer whole
@@ -126,7 +127,7 @@ class RSQ(Pass[RSQConfig]):
             found.append(
                 Match(
                     site.fqn,
-                    CodedSite((site,), tensors, sizes_of(held, tensors), rotation),
+                    CodedSite(calls(plan, site), tensors, sizes_of(held, tensors), rotation),
                     claims=(held.fqn,),
                 )
             )

@@ -13,7 +13,7 @@ from thresher.progress import progress
 from ...structure.experts import ExpertSite
 from ...structure.recover import LinearSite
 from ..config import RSQConfig
-from ..plan import RotationPlan
+from ..edits import RotationPlan
 from . import codes as rsq_codes
 from .gptq import round_to_nearest
 from .grid import Grid

@@ -2,11 +2,10 @@
 
 The linears are handled in graph order, those that read one input together: q, k, v; o; gate and up; down. For
 each group the calibration batches are run up to its input, with everything before it already quantised; the
-weighted X^T X is gathered, the group is quantised, and the batches go on from there. One group's statistics
-and, per batch, the values that later nodes read are all that is held.
+weighted X^T X is gathered, the group is quantised, and the batches go on. One group's statistics and the values that
+later nodes read are all that is held.
 
-Each layer is written to its own file when it is done, so that an interrupted run goes on where it was and
-gives the same codes.
+Each layer is written to its own file when it is done, so that an interrupted run goes on and gives the same codes.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ from ...tokens.owners import Owners
 from .. import rewrite as rsq_rewrite
 from ..config import RSQConfig
 from ..plan import make_plan
+from ..shared import calls
+from . import again, checks
 from . import bits as rsq_bits
-from . import checks
 from . import codes as rsq_codes
 from . import experts as rsq_experts
 from . import scores as rsq_scores
@@ -54,10 +54,9 @@ _ALWAYS = 1e9
 
 
 class Driver:
-    """A program, calibration batches and options, ready to be quantised.
+    """A program, calibration batches and options, ready to be quantised; made without running the model.
 
-    Made without running the model. Raises ThresherError, naming the weight and its file, for values that are no
-    numbers, and where there is no batch.
+    Raises ThresherError, naming the weight and its file, for values that are no numbers, and where there is no batch.
     """
 
     def __init__(
@@ -116,6 +115,7 @@ class Driver:
                 self.outcome.exact = self.ranks.once(
                     lambda: checks.check_rotation(self.original, self.rotated, self.batches[0])
                 )
+            self.later = again.gather_again(self.sweep, self.outcome.plan, self.mine, self.owners)
             self._choose_bits()
             place = folder if self.keeping.activations == "disk" else None
             own = f"-{self.ranks.rank}" if self.ranks.size > 1 else ""
@@ -209,7 +209,7 @@ class Driver:
         """What a step gathers, empty."""
         first = group[0]
         if not isinstance(first, ExpertSite):
-            return LinearGroup(group, self.owners, self.config, self.ranks)  # type: ignore[arg-type]
+            return LinearGroup(group, self.owners, self.config, self.ranks, again.of(group, self.later))
         shared = rsq_experts.reads_shared(self.sweep, self.structure.experts, first)
         return rsq_experts.ExpertGroup(first, self.owners, self.config, shared, self.ranks)
 
@@ -227,7 +227,7 @@ class Driver:
         stands_for = functools.partial(rsq_codes.stands_for, tensors, dtype)
         if isinstance(site, ExpertSite):
             stands_for = functools.partial(rsq_codes.experts_for, tensors, dtype, site.transposed)
-        self.sweep.overrides[site.weight] = stands_for
+        self.sweep.overrides |= {call.weight: stands_for for call in calls(self.outcome.plan, site)}
 
     def _advance(self, step: Step, collect: Callable[[int, Values, Values], None] | None) -> None:
         """Run every batch up to a step, show the values to `collect`, and keep what later steps read."""
@@ -257,8 +257,8 @@ class Driver:
                 self.outcome.reports[fields["site"]] = LinearReport(**fields)
             for site in (s for group in piece.groups for s in group):
                 held = rsq_codes.shape(found[site.fqn])
-                shape: tuple[int, ...] = (site.out_features, site.in_features)
-                shape = (site.count, *shape) if isinstance(site, ExpertSite) else shape
+                count = [site.count] if isinstance(site, ExpertSite) else []
+                shape = (*count, site.out_features, site.in_features)
                 if held != shape:
                     raise ThresherError(f"{site.fqn} is {held}, and the model's is {shape}")
         return found

@@ -27,11 +27,20 @@ Made = dict[str, dict[str, torch.Tensor]]
 class LinearGroup:
     """See the module's docstring. The Hessian [K, K] is gathered batch by batch, and used up by `quantise`."""
 
-    def __init__(self, sites: Sequence[LinearSite], owners: Owners, config: RSQConfig, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        sites: Sequence[LinearSite],
+        owners: Owners,
+        config: RSQConfig,
+        ranks: Ranks = ALONE,
+        again: Hessian | None = None,
+    ):
+        """again: of the inputs of the linears' later calls."""
         self.sites, self.owners, self.config, self.ranks = sites, owners, config, ranks
         self.x = sites[0].x
         self.names = ", ".join(s.fqn for s in sites)
-        self.hessian, self.drift = Hessian.empty(sites[0].in_features), None
+        self.hessian = Hessian.empty(sites[0].in_features) if again is None else again
+        self.drift = None
         if config.follow_original:
             self.drift = Drift.empty(sites[0].in_features)
 

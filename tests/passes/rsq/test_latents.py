@@ -142,3 +142,26 @@ def test_the_attention_of_a_mixture_is_rotated_through_its_latents_too():
     assert len(plan.latents) == 2 and not plan.streams
     inputs = [v for k, v in mixtures.batch().items() if k != "use_cache"]
     assert exactness(traced, after, inputs) <= 1e-9
+
+
+def test_codes_serve_prompts_and_steps_with_a_compressed_cache():
+    torch._dynamo.reset()
+    plain = model("deepseek_v3")
+    ids = torch.randint(4, 60, (12, 9), generator=torch.Generator().manual_seed(0))
+    low = thresher.quantize(plain, ids, {"rsq": {"bits": 8}})
+    assert len(low.report.linears) == 16
+    with torch.no_grad(), thresher.sessions.collect() as built:
+        fast = torch.compile(
+            plain, backend="thresher", options={**low.options, "target": "reference"}, dynamic=True
+        )
+        ours, theirs = fast(ids[:2], use_cache=True), plain(ids[:2], use_cache=True)
+        for got, want in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+            assert float((got.keys - want.keys).norm() / want.keys.norm()) < 0.05  # not rotated
+        for token in (5, 6):
+            step = torch.full((2, 1), token)
+            ours, theirs = (
+                fast(step, past_key_values=ours.past_key_values),
+                plain(step, past_key_values=theirs.past_key_values),
+            )
+            assert float((ours.logits - theirs.logits).norm() / theirs.logits.norm()) < 0.05
+    assert len(built) > 1 and all(len(s.report["rsq"].rewritten) == 16 for s in built)

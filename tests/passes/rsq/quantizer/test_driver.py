@@ -112,10 +112,10 @@ def test_a_huge_head_is_multiplied_in_parts_in_its_own_type(monkeypatch):
 
 
 def test_an_inexact_rotation_is_noticed(monkeypatch):
-    from thresher.passes.rsq import plan as rsq_plan
+    from thresher.passes.rsq import edits
 
-    real = rsq_plan.rotate_reader
-    monkeypatch.setattr(rsq_plan, "rotate_reader", lambda w, r: real(w, r) * (1 + 1e-6))
+    real = edits.rotate_reader
+    monkeypatch.setattr(edits, "rotate_reader", lambda w, r: real(w, r) * (1 + 1e-6))
     with pytest.raises(ThresherError, match="differs from the original by"):
         run()
 
