@@ -50,7 +50,7 @@ from .model_capture import shown_to, without_cache
 from .recipe import Recipe
 from .records.quantization_report import QuantizeReport
 from .strict import check_model, names_nothing
-from .tensor_files import need_room
+from .tensor_files import need_room, release
 
 RSQ = RSQConfig
 _log = logging.getLogger(__name__)
@@ -190,6 +190,7 @@ def quantize(
     if not batches:
         raise ArgumentError("data", "no batch", "at least one sequence", "Give some text.")
     program = _capture(found, batches)
+    release()
     left_out: list[str] = []
     if portable:
         config, left_out = fusable(config, program, found)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from . import scores as rsq_scores
 from .estimate import Estimate, estimate
 from .files import LayerFiles, by_site, stamp_of
 from .hessian import HessianError
-from .linears import LinearGroup
+from .linears import LinearGroup, Made
 from .outcome import LinearReport, Outcome
 from .pieces import Batch, Piece, Site, pieces, seen_from
 from .ranks import ALONE, Ranks
@@ -104,8 +104,7 @@ class Driver:
     def run(self, prove: bool = True, finish: Callable[[Sweep], None] | None = None) -> Outcome:
         """Quantise. prove, finish: see `quantise_program`."""
         with torch.no_grad():
-            folder = self.keeping.folder
-            stamp = ""
+            folder, stamp = self.keeping.folder, ""
             if folder is not None:
                 inputs = [b.inputs for b in self.batches]
                 stamp = stamp_of(self.original, self.config.to_json() + self.keeping.changes, inputs)
@@ -148,7 +147,7 @@ class Driver:
         self.weights: list[torch.Tensor | None] = []
         for step in (s for s in self.steps if s.piece is piece):
             if found is None:
-                self._quantise(step)
+                self._accept(step, self._quantise(step))  # whose statistics are gone by then
                 continue
             self.ranks.together(functools.partial(self._advance, step, None))
             self._accept(step, found)
@@ -169,7 +168,8 @@ class Driver:
         self.files.write("sensitivity", {k: torch.tensor(v) for k, v in found.items()}, {})
         return found
 
-    def _quantise(self, step: Step) -> None:
+    def _quantise(self, step: Step) -> Made:
+        """Codes of the step's linears, by the statistics that all batches give."""
         x, scorer, piece = step.x, step.scorer, step.piece
         gathered = self._group(step.group)
         owner = self.owners.of(x)
@@ -203,7 +203,7 @@ class Driver:
         except HessianError as reason:
             raise HessianError(f"{gathered.names}: {reason}") from None
         self.outcome.reports |= {r.site: r for r in reports}
-        self._accept(step, made)
+        return made
 
     def _group(self, group: Sequence[Site]) -> LinearGroup | rsq_experts.ExpertGroup:
         """What a step gathers, empty."""
@@ -213,7 +213,7 @@ class Driver:
         shared = rsq_experts.reads_shared(self.sweep, self.structure.experts, first)
         return rsq_experts.ExpertGroup(first, self.owners, self.config, shared, self.ranks)
 
-    def _accept(self, step: Step, made: Mapping[str, dict[str, torch.Tensor]]) -> None:
+    def _accept(self, step: Step, made: Made) -> None:
         """From here on the batches see these linears quantised."""
         self.sweep.forget()
         self.plain.forget()

@@ -18,7 +18,7 @@ from .hessian import Factor
 from .ranks import ALONE, Ranks
 
 SAMPLE = 64  # rows of a weight that its errors are estimated from
-_ELEMENTS = 1 << 22  # of a weight, rounded at a time
+_ELEMENTS = 1 << 21  # of a weight, rounded at a time
 
 
 def rows_at_once(width: int) -> int:

@@ -16,6 +16,7 @@ from torch import fx
 from thresher import tensor_files
 from thresher.errors import ArgumentError
 from thresher.graph.program import Program
+from thresher.machine.memory import give_back
 
 from ..rewrite import RowWise, materialise
 
@@ -147,7 +148,10 @@ class Sweep:
         last = {argument: i for i, node in enumerate(nodes) for argument in node.all_input_nodes}
         for i, node in enumerate(nodes):
             values[node] = self.call(node, values)
+            large = any(held.numel() > _CHUNK for held in self._held.values())
             self.forget()
+            if large:  # copies of it in fp64 are what a proof takes, and the C library would keep them all
+                give_back()
             yield node, values[node]
             for argument in node.all_input_nodes:
                 if last[argument] == i:
