@@ -61,13 +61,14 @@ def without_cache(model: torch.nn.Module) -> Iterator[None]:
 
 
 def shown_to(
-    backend: Callable[..., Any], model: torch.nn.Module, dynamic: bool | None = None
+    backend: Callable[..., Any], model: torch.nn.Module, dynamic: bool | None = None, whole: bool = False
 ) -> Callable[..., Any]:
     """The model, to be called as it is: Dynamo hands each graph it meets to `backend`, apart from other calls' graphs.
 
+    whole: Dynamo's own error where that is more than one graph.
     It records no gradients. Raises what `backend` raises, where that is an error of ours, as it is.
     """
-    compiled = torch.compile(model, backend=backend, dynamic=dynamic, **isolated())
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=whole, **isolated())
     parts = parts_of(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -75,6 +76,41 @@ def shown_to(
             return compiled(*args, **kwargs)
 
     return call
+
+
+class _Seen(Exception):
+    """The graph was seen, and need not run."""
+
+
+def graphs(model: torch.nn.Module, given: Mapping[str, Any]) -> list[Program | None]:
+    """The graphs of a model called with `given`, at any sizes; None for one of sizes only, and for any behind the first. A
+    single one is not run: that would read every weight."""
+    programs: list[Program | None] = []
+
+    def see(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        apart = bool(programs) or not any(isinstance(x, torch.Tensor) for x in inputs)
+        programs.append(None if apart else capture.from_dynamo(gm, inputs)[0])
+
+    def look(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        see(gm, inputs)
+
+        def stop(*_: Any) -> Any:
+            raise _Seen
+
+        return stop
+
+    def count(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        see(gm, inputs)
+        return gm.forward
+
+    try:
+        shown_to(look, model, dynamic=True, whole=True)(**given)
+    except _Seen:
+        return programs
+    except torch._dynamo.exc.TorchDynamoException:
+        programs.clear()
+    shown_to(count, model, dynamic=True)(**given)
+    return programs
 
 
 def exported(

@@ -39,14 +39,13 @@ from thresher.passes.structure.recover import recover
 from .calibration_data import batches_of, is_text
 from .errors import ArgumentError, ThresherError
 from .files import cache_folder
-from .graph import capture
 from .graph.program import Program
 from .hashing import of_tensors
 from .low_bit.checkpoint import push, with_codes, write
 from .low_bit.fuse import portable as fusable
 from .machine.memory import give_back
 from .mapped_model import MappedModel, source_of, tokenizer_of
-from .model_capture import shown_to, without_cache
+from .model_capture import graphs, without_cache
 from .recipe import Recipe
 from .records.quantization_report import QuantizeReport
 from .strict import check_model, names_nothing
@@ -260,13 +259,6 @@ def _config(recipe: Any) -> RSQConfig:
 
 def _capture(model: torch.nn.Module, batches: Sequence[Batch]) -> Program:
     """The model as one program that takes any batch and length. It runs nothing."""
-    programs: list[Program | None] = []  # None for a graph of sizes only, and for any behind the first
-
-    def look(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        apart = bool(programs) or not any(isinstance(x, torch.Tensor) for x in inputs)
-        programs.append(None if apart else capture.from_dynamo(gm, inputs)[0])
-        return gm.forward
-
     given = dict(batches[0].inputs)
     rows = next(iter(given.values())).shape[0]
     if rows == 1:  # one row would be taken for a constant
@@ -274,7 +266,7 @@ def _capture(model: torch.nn.Module, batches: Sequence[Batch]) -> Program:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     given = {k: v.to(device)[:2] if v.shape[0] > 2 else v.to(device) for k, v in given.items()}
     with without_cache(model):
-        shown_to(look, model, dynamic=True)(**given)
+        programs = graphs(model, given)
     if len(programs) != 1 or programs[0] is None:
         raise ThresherError(
             f"The model was captured in {len(programs)} graphs, and quantizing needs one. "

@@ -83,3 +83,20 @@ def test_no_other_file_captures_a_model():
         "tools/bench.py",
         "tools/demo.py",
     }
+
+
+def test_a_single_graph_is_seen_without_being_run_and_several_are_counted():
+    class Parts(torch.nn.Module):
+        def __init__(self, cut):
+            super().__init__()
+            self.table, self.cut = torch.nn.Embedding(4, 3), cut
+
+        def forward(self, ids):
+            x = self.table(ids)
+            if self.cut:
+                torch._dynamo.graph_break()
+            return x + 1
+
+    beyond = {"ids": torch.full((2, 5), 9)}  # which the table does not hold, so that running it would fail
+    assert len(model_capture.graphs(Parts(False), beyond)) == 1
+    assert len(model_capture.graphs(Parts(True), {"ids": torch.zeros(2, 5, dtype=torch.long)})) == 2
