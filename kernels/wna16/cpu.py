@@ -14,9 +14,9 @@ import torch
 from .. import native
 from . import linear as defs
 
-_PAIR_ROWS = 16  # of bf16 by codes of 4 or 8 bits, decoded for eight rows at a time
+_PAIR_ROWS = {4: 32, 8: 16}  # of bf16 by codes of so many bits, decoded for eight rows at a time
 _FUSED_ROWS = 16  # beyond it, one dequantisation costs less than decoding again for every eight rows
-_FEW_BF16_ROWS = 8  # the same, of bf16 by four bits in strips
+_FEW_BF16_ROWS = 8  # the same, of bf16 by four bits in strips, where that kernel does not take the groups
 _SLAB = 1 << 20  # weights dequantised at a time: 4 MiB, small beside the weight, large enough for a matmul
 _MIN_WORK = 1 << 18  # multiply-adds; below it a second thread costs more than it saves
 _SCALE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,9 +83,9 @@ def _few():
 def pair_rows(bits: int, inputs: int, groups: int) -> int:
     """Up to how many rows of bf16 that product is the fastest; 0 where the CPU, or the groups, are not for it."""
     found = _few()
-    if found is None or not found[1](bits, inputs, groups):
+    if bits not in _PAIR_ROWS or found is None or not found[1](bits, inputs, groups):
         return 0
-    return _PAIR_ROWS if groups == 1 or bits != 4 else _FEW_BF16_ROWS
+    return _PAIR_ROWS[bits]
 
 
 def _few_bf16(x, codes, scales, zeros, bias, bits):

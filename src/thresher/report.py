@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +17,9 @@ from .compat import trace_structured_json
 from .engine_report import EngineReport, known_fields
 from .gains import speed
 from .op_checks import OpCheck
+
+_WIDE = 120
+"""Columns of text that a report has where it is not printed to a terminal."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,14 @@ class PassReport:
         return found
 
     @property
+    def shown_error(self) -> str:
+        return "not measured" if self.error is None else f"{self.error:.1e}"
+
+    @property
+    def shown_own(self) -> str:
+        return "" if self.own is None else f"{self.own:.1e}"
+
+    @property
     def coverage(self) -> float:
         """The share that was rewritten: of the bytes of weights, for passes about weights, else of the candidate sites.
 
@@ -200,38 +211,48 @@ class Report:
         parts = [f"{name} rewrote {done} of {all} sites" for name, done, all in counts]
         return "thresher: " + "; ".join(parts) + "."
 
-    def __rich__(self) -> Group:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        overview = self._table()
+        if console.measure(overview, options=options.update(max_width=_WIDE)).maximum > options.max_width:
+            yield from self._lines()  # a table as narrow would cut its numbers
+        else:
+            yield overview
+        if self.predicted is not None:
+            measured = "" if self.measured is None else f", and {self.measured:.2f}x was measured"
+            yield Text(f"The cost model expects {self.predicted:.2f}x for the whole program{measured}.")
+        yield from (line for p in self.passes for line in _details(p))
+        if self.phases:
+            yield Text(f"compiled in {', '.join(f'{n} {s:.1f} s' for n, s in self.phases.items())}")
+        yield from [Text(f"engine {e}") for e in self.engines]
+        yield from [Text(f"note: {n}") for n in self.notes]
+
+    def _table(self) -> Table:
         overview = Table(title="Thresher report", title_justify="left", expand=False)
         for heading, align in [("pass", "left"), ("rewritten", "right"), ("missed", "right"), ("max rel. error", "right"),
                                ("model's own", "right"), ("budget", "right"), ("expected", "right"), ("measured", "right"),
                                ("seconds", "right")]:  # fmt: skip
             overview.add_column(heading, justify=align)  # type: ignore[arg-type]
         for p in self.passes:
-            error = "not measured" if p.error is None else f"{p.error:.1e}"
+            counts = str(len(p.rewritten)), str(len(p.missed))
+            gains = speed(p.predicted), speed(p.measured)
             overview.add_row(
-                p.name,
-                str(len(p.rewritten)),
-                str(len(p.missed)),
-                error,
-                "" if p.own is None else f"{p.own:.1e}",
-                f"{p.budget:.0e}",
-                speed(p.predicted),
-                speed(p.measured),
-                f"{p.seconds:.1f}",
+                p.name, *counts, p.shown_error, p.shown_own, f"{p.budget:.0e}", *gains, f"{p.seconds:.1f}"
             )
-        if self.predicted is not None:
-            measured = "" if self.measured is None else f", and {self.measured:.2f}x was measured"
-            overview.caption = (
-                f"The cost model expects {self.predicted:.2f}x for the whole program{measured}."
-            )
-        parts: list[Any] = [overview, *(line for p in self.passes for line in _details(p))]
-        if self.phases:
-            parts.append(Text(f"compiled in {', '.join(f'{n} {s:.1f} s' for n, s in self.phases.items())}"))
-        parts += [Text(f"engine {e}") for e in self.engines] + [Text(f"note: {n}") for n in self.notes]
-        return Group(*parts)
+        return overview
+
+    def _lines(self) -> Iterator[Text]:
+        """What the table says, a pass a line."""
+        yield Text("Thresher report", style="italic")
+        for p in self.passes:
+            own = f" (the model's own {p.shown_own})" if p.shown_own else ""
+            gains = (f", {word} {speed(found)}" for word, found in (("expected", p.predicted), ("measured", p.measured))
+                     if speed(found))  # fmt: skip
+            counts = f"{len(p.rewritten)} rewritten, {len(p.missed)} missed"
+            yield Text(f"{p.name}: {counts}; max rel. error {p.shown_error}{own}, budget {p.budget:.0e}{''.join(gains)}; "
+                       f"{p.seconds:.1f} s")  # fmt: skip
 
     def __str__(self) -> str:
-        console = Console(width=120, no_color=True)
+        console = Console(width=_WIDE, no_color=True)
         with console.capture() as capture:
             console.print(self)
         return capture.get()

@@ -250,7 +250,17 @@ def test_a_row_that_is_not_finite_spoils_no_other():
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("outputs", "inputs", "group"),
-    [(48, 128, -1), (33, 576, 64), (13, 77, -1), (50, 192, 32), (17, 256, 128), (17, 64, 8), (1, 3, -1)],
+    [
+        (48, 128, -1),
+        (33, 576, 64),
+        (13, 77, -1),
+        (50, 192, 32),
+        (17, 256, 128),
+        (17, 64, 8),
+        (1, 3, -1),
+        (18, 1088, 64),
+        (16, 512, 256),
+    ],
 )
 def test_few_rows_of_bf16_are_rounded_once(bits, outputs, inputs, group):
     groups = 1 if group < 0 else inputs // group
@@ -259,7 +269,7 @@ def test_few_rows_of_bf16_are_rounded_once(bits, outputs, inputs, group):
         return
     make = torch.Generator().manual_seed(1)
     for m, zeros, kind in ((1, True, torch.float32), (2, False, torch.bfloat16), (3, True, torch.float16),
-                           (7, False, torch.float32), (rows, True, torch.bfloat16)):  # fmt: skip
+                           (7, False, torch.float32), (11, True, torch.float32), (rows, True, torch.bfloat16)):  # fmt: skip
         codes, scales, zero = weight(outputs, inputs, bits, group, zeros, kind)
         packed = bitpack.pack(codes, bits)
         x = torch.randn(m, inputs, generator=make).bfloat16()
@@ -269,4 +279,4 @@ def test_few_rows_of_bf16_are_rounded_once(bits, outputs, inputs, group):
         actual = wna16_cpu.run(x, packed, scales, zero, bias, bits, group)
         most = exact.abs() * 2**-8 + 1e-5 * exact.abs().max()
         assert bool(((actual.double() - exact).abs() <= most).all()), (m, zeros, kind)
-        assert torch.equal(actual[:1], wna16_cpu.run(x[:1], packed, scales, zero, bias, bits, group)) or m > 8
+        assert torch.equal(actual[:1], wna16_cpu.run(x[:1], packed, scales, zero, bias, bits, group)) or m > 2
