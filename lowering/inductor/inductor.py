@@ -132,7 +132,9 @@ def _compile(module: fx.GraphModule, stays: Sequence[bool], mode: Any, config: M
     with tracing(TracingContext(mode)), torch.no_grad():
         call = compile_fx(module, inputs, inner_compile=inner, config_patches=dict(config))
     output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
-    return _without_autograd(call, made, len(output.args[0]))
+    places = [n for n in module.graph.nodes if n.op == "placeholder"]
+    rows = [i for i, place in enumerate(places) if not stays[i] and _lies_in_rows(place)]
+    return _in_rows(_without_autograd(call, made, len(output.args[0])), rows)
 
 
 def _over_a_cache(program: Program) -> bool:
@@ -148,6 +150,46 @@ def _infer_values(module: fx.GraphModule, mode: Any) -> None:
     if any(n.op == "call_function" and n.users and value(n) is None for n in module.graph.nodes):
         with torch.no_grad(), enable_python_dispatcher():
             FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fake_inputs(module))
+
+
+def _lies_in_rows(place: fx.Node) -> bool:
+    """Whether a graph is compiled for an input whose rows follow each other, and only reads it. Asks nothing that would
+    fix a size."""
+    known, expected = value(place), 1
+    if not isinstance(known, torch.Tensor) or known.dim() < 2:
+        return False
+    if any(_writes(user, place) for user in place.users):
+        return False
+    for size, stride in zip(reversed(known.shape), reversed(known.stride())):
+        if str(stride) != str(expected):
+            return False
+        expected = size * expected
+    return True
+
+
+def _writes(user: fx.Node, place: fx.Node) -> bool:
+    """Whether an operator writes to this argument of it."""
+    schema = getattr(user.target, "_schema", None)
+    written = (
+        ()
+        if schema is None
+        else (a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+    )
+    return any(yes and given is place for yes, given in zip(written, user.args))
+
+
+def _in_rows(call: Any, rows: Sequence[int]) -> Any:
+    """`call`, given those inputs in the order in memory that it asserts: what another graph made can have come out in
+    another, as a sum with a position bias does in the bias's."""
+    if not rows:
+        return call
+
+    def run(*given: Any) -> Any:
+        if all(given[i].is_contiguous() for i in rows):
+            return call(*given)
+        return call(*(g.contiguous() if i in rows else g for i, g in enumerate(given)))
+
+    return run
 
 
 def _without_autograd(call: Any, made: Sequence[Any], count: int) -> Any:

@@ -58,7 +58,8 @@ _log = logging.getLogger(__name__)
 @dataclass
 class Quantized:
     """What `quantize` made. statistics: as compile reads it. report: what it cost and saved. model: the one it was made
-    for, with its own weights; of a directory, as it was read from there."""
+    for, with its own weights; of a directory, as it was read from there. program: that model as it was captured, which
+    takes as long as a forward of many layers takes to trace; None where its weights lie in files."""
 
     statistics: Statistics
     report: QuantizeReport
@@ -67,6 +68,7 @@ class Quantized:
     model: torch.nn.Module | None = field(default=None, repr=False)
     example: Batch | None = field(default=None, repr=False)
     tokenizer: Any = field(default=None, repr=False)
+    program: Program | None = field(default=None, repr=False)
 
     def as_model(self) -> Any:
         """A copy of the model with the codes in its linears and the rotations in its weights, run by our operators.
@@ -82,7 +84,7 @@ class Quantized:
         if model is None or not hasattr(model, "save_pretrained") or self.example is None:
             raise ArgumentError("model", type(model).__name__, "a transformers model that thresher.quantize was given",
                                 "Save the codes by .save.")  # fmt: skip
-        program = _capture(model, [self.example])
+        program = _capture(model, [self.example]) if self.program is None else self.program
         return with_codes(model, program, self.config, self.statistics["rsq"], shared)
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
@@ -221,7 +223,8 @@ def quantize(
         source.settle()
     report.notes[:0] = left_out
     example = Batch({k: v[:2] for k, v in batches[0].inputs.items()})
-    return Quantized(statistics, report, config, model=found, example=example, tokenizer=tokenizer)
+    kept = program if source is None else None
+    return Quantized(statistics, report, config, None, found, example, tokenizer, kept)
 
 
 def _folder(

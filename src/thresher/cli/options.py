@@ -32,7 +32,9 @@ Task = Annotated[
     str | None,
     typer.Option(help="The model's head, as pipelines call it. Default: the one it was saved with."),
 ]
-DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Default: float32.")]
+DType = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Default: the files' own.")
+]
 
 
 def recipe_of(name: str, stats: Path | None) -> Any:

@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
@@ -30,12 +31,15 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
     PerTensorScaleParameter,
 )
+from vllm.platforms import current_platform
 
 from thresher.formats import bitpack, nvfp4
 from thresher.kernels import catalog
+from thresher.kernels.wna16.linear import wna16_linear
 
 from ..errors import ThresherError
-from . import vllm_deft
+from ..op import Op
+from . import vllm_deft, vllm_experts
 
 NAME = "thresher"
 _BITS = (2, 3, 4, 8)
@@ -63,17 +67,44 @@ class ThresherQuantization(CompressedTensorsConfig):
         readable = hf_quant_cfg.get("quant_method") == "compressed-tensors"
         return NAME if readable and (user_quant == NAME or NAME in hf_quant_cfg) else None
 
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts) and current_platform.is_cpu():
+            weights = self._experts_weights(layer, prefix)
+            if weights is not None:
+                return vllm_experts.LowBitExperts(weights, layer.moe_config, prefix)
+        return super().get_quant_method(layer, prefix)
+
+    def _experts_weights(self, layer: Any, prefix: str) -> Any:
+        """How the weights of a layer's experts are held, or None where that is not as one kind of integers alone."""
+        self._add_fused_moe_to_target_scheme_map()
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        first, *others = [self.get_scheme_dict(layer, f"{prefix}.0.{name}") or {} for name in names]
+        weights = first.get("weights")
+        whole = (
+            weights is not None and first.get("input_activations") is None and all(o == first for o in others)
+        )
+        return weights if whole and _integers(weights) else None
+
     def get_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
         found = self.get_scheme_dict(layer, layer_name) or {}
         weights = found.get("weights")
         if weights is None or found.get("input_activations") is not None:
             return super().get_scheme(layer, layer_name)
-        kind, strategy = str(weights.type), str(weights.strategy)
-        if kind.endswith("int") and weights.num_bits in _BITS and strategy.endswith(("group", "channel")):
+        if _integers(weights):
             return LowBit(weights.num_bits, weights.group_size or -1, weights.symmetric, str(layer_name))
-        if kind.endswith("float") and weights.num_bits == 4 and weights.group_size == nvfp4.BLOCK:
+        if (
+            str(weights.type).endswith("float")
+            and weights.num_bits == 4
+            and weights.group_size == nvfp4.BLOCK
+        ):
             return NVFP4(str(layer_name))
         return super().get_scheme(layer, layer_name)
+
+
+def _integers(weights: Any) -> bool:
+    """Whether codes are integers that our operators read."""
+    by_group = str(weights.strategy).endswith(("group", "channel"))
+    return str(weights.type).endswith("int") and weights.num_bits in _BITS and by_group
 
 
 class _Scheme(CompressedTensorsScheme):
@@ -149,14 +180,24 @@ class LowBit(_Scheme):
             packed = held.weight_zero_point.data.t().contiguous()
             held.zeros = bitpack.unpack(packed, self.bits, held.weight_packed.shape[0]).t().contiguous()
             del held.weight_zero_point
+        x = held.weight_scale.new_empty(1, held.input_size_per_partition)
+        held.product = _chosen(
+            wna16_linear,
+            x,
+            held.weight_packed,
+            held.weight_scale,
+            held.zeros,
+            None,
+            self.bits,
+            self.group_size,
+        )
 
     def apply_weights(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         held: Any = layer
-        return ops.wna16_linear(
-            x, held.weight_packed, held.weight_scale, held.zeros, bias, self.bits, self.group_size
-        )
+        product = ops.wna16_linear if torch.compiler.is_compiling() else held.product
+        return product(x, held.weight_packed, held.weight_scale, held.zeros, bias, self.bits, self.group_size)
 
 
 class NVFP4(_Scheme):
@@ -216,6 +257,15 @@ class NVFP4(_Scheme):
             )
             first += rows
         return results[0] if len(results) == 1 else torch.cat(results, -1)
+
+
+def _chosen(op: Op, *args: Any) -> Callable[..., torch.Tensor]:
+    """What multiplies in calls such as this one, checked once: a step of a small model is hundreds of calls, and each costs
+    as much to dispatch as a small product. On a GPU the kernel depends on the number of rows, and is chosen at each call."""
+    if args[0].device.type != "cpu" or op.check is None:
+        return op.overload
+    op.check(*args)
+    return op.choose(*args)[0].run
 
 
 def _frozen(tensor: torch.Tensor) -> torch.nn.Parameter:

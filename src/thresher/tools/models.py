@@ -193,7 +193,7 @@ def load(name: str, task: str | None = None, dtype: torch.dtype | None = None) -
         model, tokenizer = known[name]()
         return model if dtype is None else model.to(dtype), tokenizer
     need("transformers", "Loading a model directory")
-    return load_directory(_place(name), task, dtype or torch.float32)
+    return load_directory(_place(name), task, torch.float32 if dtype is None and name in known else dtype)
 
 
 def mapped(name: str, task: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ import urllib.request
 
 import pytest
 import torch
+from vllm_runs import IDS, run
 
 import thresher
 
@@ -19,7 +20,6 @@ transformers = pytest.importorskip("transformers")
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'thresher[vllm]'"
 )
-IDS = (torch.arange(8 * 32).reshape(8, 32) * 7) % 480 + 3
 KINDS = {
     "4 bits": {"bits": 4, "group_size": 32},
     "3 bits": {"bits": 3, "group_size": 64},
@@ -27,33 +27,6 @@ KINDS = {
     "8 bits": {"bits": 8, "group_size": 32},
     "NVFP4": {"grid": "nvfp4"},
 }
-RUN = """
-import json, sys
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    folder, prompts, more = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    llm = LLM(model=folder, dtype="float32", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True, **more)
-    asked = SamplingParams(temperature=0, max_tokens=6, logprobs=1, detokenize=False)
-    done = llm.generate([{"prompt_token_ids": p} for p in prompts], asked)
-    print("DONE", json.dumps([[list(d.outputs[0].token_ids), next(iter(d.outputs[0].logprobs[0].values())).logprob]
-                              for d in done]))
-"""
-
-
-def run(folder, prompts, tmp_path, code=RUN, **more):
-    script = tmp_path / "run.py"
-    script.write_text(code)
-    env = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    command = [sys.executable, str(script), str(folder), json.dumps(prompts), json.dumps(more)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("DONE")), None)
-    assert line, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(line[5:])
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +75,7 @@ def test_deft_leaves_out_the_neurons_that_are_zero(tmp_path):
     with open(folder + ".sites", "w") as file:
         json.dump([[s.sparse, s.union_density] for s in sites], file)
 """
-    found = run(tmp_path / "opt", prompts.tolist(), tmp_path, RUN + count, quantization="thresher-deft")
+    found = run(tmp_path / "opt", prompts.tolist(), tmp_path, count, quantization="thresher-deft")
     assert [got for got, _ in found] == tokens[:, 12:].tolist()
     for sparse, density in json.loads((tmp_path / "opt.sites").read_text()):
         assert sparse >= 5 and density < 0.3  # the steps behind the prefill

@@ -179,3 +179,20 @@ def test_a_program_out_of_the_rewrite_cache_is_in_pieces_too(pieces, tmp_path, m
     places = [n for piece in pieces for n in piece.graph.nodes if n.op == "placeholder"]
     assert all(n.meta["val"] is not None for n in places)  # what Inductor is told of a piece's inputs
     same(again, model, call)
+
+
+def test_inputs_reach_compiled_code_in_the_order_it_was_compiled_for():
+    """Inductor's code asserts strides, and what another graph made can lie in another order, as a T5's position bias."""
+    graph = fx.Graph()
+    places = [graph.placeholder(name) for name in ("rows", "columns", "written", "vector")]
+    for place, one in zip(places, (torch.ones(3, 4), torch.ones(4, 3).t(), torch.ones(3, 4), torch.ones(4))):
+        place.meta["val"] = one
+        graph.call_function(torch.ops.aten.neg.default, (place,))
+    graph.call_function(torch.ops.aten.copy_.default, (places[2], places[0]))
+    assert [inductor._lies_in_rows(p) for p in places] == [True, False, False, False]
+
+    given = [torch.arange(12.0).reshape(4, 3).t(), torch.ones(4, 3).t()]
+    run = inductor._in_rows(lambda *got: got, [0])
+    got = run(*given)
+    assert got[0].is_contiguous() and torch.equal(got[0], given[0]) and got[1] is given[1]
+    assert run(got[0], given[1])[0] is got[0]
