@@ -186,7 +186,7 @@ def load(name: str, task: str | None = None, dtype: torch.dtype | None = None) -
     """(model, tokenizer) for `minilm`, `smollm2`, `gemma3`, or the directory of a Hugging Face model, in eval mode.
 
     task: the head, one of `directory.TASKS`; by default the one that the directory's config names. dtype: of the
-    weights, by default fp32.
+    weights, by default those that a directory holds, and fp32 for a name.
     """
     known = {"minilm": minilm, "smollm2": smollm2, "gemma3": gemma3}
     if name in known and task is None:
