@@ -13,6 +13,8 @@ from ..errors import CaptureError
 from . import sharded
 from .sizes import as_many_values, is_number
 
+_DROPOUTS = (torch.nn.functional.dropout, torch.dropout, torch.ops.aten.dropout.default)
+
 
 class Inliner(fx.Interpreter):
     """Runs a captured graph; sees through grad-mode wrappers and fixes wrapped Python floats.
@@ -45,6 +47,10 @@ class Inliner(fx.Interpreter):
                 return type(self)(body).run(*rest)
         if sharded.takes(args, kwargs):
             return sharded.call(target, args, kwargs)
+        if target in _DROPOUTS and not _trains(*args, **kwargs):
+            return (
+                args[0] if args else kwargs["input"]
+            )  # the tensor itself, which torch's functional tracing would freeze
         if name == "scaled_dot_product_attention":
             as_many_values(*args, **kwargs)
         if target is operator.getitem and isinstance(args[0], torch.Tensor):
@@ -55,6 +61,13 @@ class Inliner(fx.Interpreter):
         if sharded.takes(args, kwargs) and target not in sharded.METHODS:
             return sharded.call(target, args, kwargs)
         return super().call_method(target, args, kwargs)
+
+
+def _trains(
+    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool | None = None
+) -> bool:
+    """Whether a dropout with these arguments drops anything; torch.dropout says `train`."""
+    return training if train is None else train
 
 
 def _last_places(given: slice) -> slice:

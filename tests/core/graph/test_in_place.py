@@ -30,6 +30,22 @@ def test_a_write_to_a_fresh_tensor():
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("drop", [torch.nn.functional.dropout, torch.dropout])
+def test_a_write_to_what_an_inactive_dropout_gives(drop):
+    """It gives its own argument, so that a write changes that too."""
+
+    def function(x, shift):
+        y = x * 2
+        dropped = drop(y, 0.1, False)
+        dropped *= shift
+        return dropped + 1, y
+
+    inputs = torch.randn(4, 5), torch.randn(5)
+    _, results = captured(function, *inputs)
+    for got, expected in zip(results, function(*inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_a_copy_made_before_a_write_keeps_what_it_holds():
     def function(x, table):
         y = x * 2
