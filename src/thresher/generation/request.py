@@ -7,6 +7,7 @@ transformers' caches and masks do not know. It is made here, so that a caller ne
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,10 +60,16 @@ def argument_of_caches() -> str:
 
 
 def _lets_others_attend(model: Any) -> bool:
-    """Whether transformers lets others do the attention of a model's decoder; its tower is left as it is."""
+    """Whether transformers lets others do the attention of a model's decoder; its tower is left as it is.
+
+    A class may not say so (`_supports_attention_backend` asks for more, such as a plan for several devices) and yet look its
+    attention up where others have put theirs, as Qwen3-Next does.
+    """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     both = (model, decoder)
-    return any(getattr(one, "_supports_attention_backend", True) is not False for one in both)
+    if any(getattr(one, "_supports_attention_backend", True) is not False for one in both):
+        return True
+    return hasattr(sys.modules.get(type(decoder).__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
 class Request:

@@ -250,3 +250,16 @@ def test_windows_are_what_they_are_in_the_models_own_cache():
     for inputs in (padded(), dict(input_ids=prompt(1))):
         actual = model.generate(**inputs, past_key_values=MixedPrecisionCache(model.config, policy), **GREEDY)
         assert torch.equal(actual, model.generate(**inputs, **GREEDY))
+
+
+def test_whose_attention_others_may_do_is_read_where_it_is_not_said(model, monkeypatch):
+    """As of Qwen3-Next and Qwen3.5, whose classes do not say so."""
+    from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+    from thresher.generation.request import _lets_others_attend
+
+    class Own(torch.nn.Module):
+        _supports_attention_backend = False
+
+    monkeypatch.setattr(LlamaPreTrainedModel, "_supports_attention_backend", False)
+    assert _lets_others_attend(model) and not _lets_others_attend(Own())
