@@ -40,7 +40,8 @@ def _like(node: fx.Node, labels: TokenAxes) -> Any:
 @rule_of(aten.unsqueeze.default)
 def _unsqueeze(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = list(first(node, labels))
-    dim = node.args[1] % (len(of_x) + 1)  # type: ignore[operator]
+    at: Any = node.args[1]
+    dim = at % (len(of_x) + 1)
     if dim == 0 and of_x[:1] == [TOKENS] and labels.batch == 1 and isinstance(value(node).shape[1], int):
         return (BATCH, SEQUENCE, *of_x[1:])  # sizes that no call changes: there is one row
     of_x.insert(dim, None)
@@ -50,8 +51,8 @@ def _unsqueeze(node: fx.Node, labels: TokenAxes) -> Any:
 @rule_of(aten.squeeze.dim, aten.squeeze.dims, aten.select.int)
 def _drop(node: fx.Node, labels: TokenAxes) -> Any:
     of_x = first(node, labels)
-    dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-    gone = {d % len(of_x) for d in dims}  # type: ignore[arg-type]
+    given: Any = node.args[1]
+    gone = {d % len(of_x) for d in (given if isinstance(given, (list, tuple)) else [given])}
     if node.target is not aten.select.int:
         gone = {d for d in gone if sizes(node.args[0])[d] == 1}  # type: ignore[arg-type]
         if 0 in gone and of_x[:2] == (BATCH, SEQUENCE):

@@ -26,8 +26,9 @@ def on_the_left(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`generate`'s arguments with all padding of a prompt in front; as they are where nothing is padded behind."""
     mask, cache = named.get("attention_mask"), cache_of(named)
-    prompt = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > 0
-    if not prompt or model.config.is_encoder_decoder or (cache is not None and cache.get_seq_length()):
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not mask.shape[1]:
+        return args, named
+    if model.config.is_encoder_decoder or (cache is not None and cache.get_seq_length()):
         return args, named
     if bool((mask[:, -1] != 0).all()):
         return args, named
