@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .report import PassReport, Report
 
+WHOLE = "the whole program"  # the site of a miss that is of no part of a graph
 FEEDING = "the graph that puts image features in"  # a site of token passes
 
 
@@ -28,6 +29,10 @@ def why(accounts: Sequence[PassReport]) -> str:
         if account.rolled_back:
             return f"It was rolled back: {account.rolled_back}"
     reasons = Counter(m.reason for a in accounts for m in a.missed)
+    whole = {m.reason for a in accounts for m in a.missed if m.site == WHOLE}
+    if len(accounts) > 1 and reasons and whole.issuperset(reasons):  # of a graph, which is not the model
+        told = " ".join(f"{n} of them: {r}" for r, n in reasons.most_common(2))
+        return f"None of {len(accounts)} graphs, each looked at alone, has all it needs. {told}"
     return reasons.most_common(1)[0][0] if reasons else "It found no candidate site."
 
 

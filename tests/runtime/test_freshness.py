@@ -1,5 +1,7 @@
 """Weights made from others follow every way a model's weights change, also those that leave no trace."""
 
+import dataclasses
+import threading
 import time
 import types
 
@@ -92,7 +94,7 @@ def live(tensors):
 def test_in_a_tight_loop_a_write_without_a_trace_is_noticed_soon(monkeypatch):
     tensors = [torch.randn(64, 64) for _ in range(20)]
     fresh = Freshness(program(*tensors), "sample")
-    now = [fresh._made]
+    now = [fresh._began]
 
     def clock():
         now[0] += 5e-6  # what a look costs
@@ -113,7 +115,7 @@ def test_in_a_tight_loop_a_write_without_a_trace_is_noticed_soon(monkeypatch):
 def test_looking_takes_no_more_than_its_share_of_the_time(monkeypatch):
     tensors = [torch.randn(8, 8) for _ in range(50)]
     fresh = Freshness(program(*tensors), "sample")
-    looked, now = [], [fresh._made]
+    looked, now = [], [fresh._began]
 
     def clock():
         return now[0]
@@ -130,7 +132,73 @@ def test_looking_takes_no_more_than_its_share_of_the_time(monkeypatch):
         now[0] += 1e-3  # the call itself
         fresh.tensors([], live(tensors))
     assert set(looked) == {f"w{i}" for i in range(50)}  # each in its turn
-    assert len(looked) * 1e-5 <= 1.01 * freshness.SHARE * (now[0] - fresh._made)
+    assert len(looked) * 1e-5 <= 1.01 * freshness.SHARE * (now[0] - fresh._began)
+
+
+def _halving(count):
+    """A program with one weight, half of one given at each call, and how often it was computed."""
+    made = program(torch.ones(8, 8))
+    derive = made.weights["w0"].derive
+
+    def counted(source):
+        count.append(source)
+        return derive(source)
+
+    weights = {n: dataclasses.replace(w, derive=counted) for n, w in made.weights.items()}
+    return types.SimpleNamespace(weights=weights)
+
+
+@pytest.mark.parametrize("mode", ["check", "sample"])
+def test_modules_that_take_turns_are_each_packed_once(mode):
+    """Dynamo has one graph for all experts of a loop, and gives it each one's weights in turn."""
+    count = []
+    fresh = Freshness(_halving(count), mode)
+    experts = [torch.full((8, 8), float(i)) for i in range(3)]
+    for _ in range(4):
+        for expert in experts:
+            (found,), _ = fresh.tensors(["w0"], {"full.0": expert})
+            assert torch.equal(found, expert.half())
+    assert len(count) == 3
+    experts[1].mul_(2)
+    for expert in experts:
+        assert torch.equal(fresh.tensors(["w0"], {"full.0": expert})[0][0], expert.half())
+    assert len(count) == 4
+
+
+def test_what_was_packed_goes_with_its_weight():
+    count = []
+    fresh = Freshness(_halving(count))
+    for i in range(50):  # as where each step makes new weights
+        fresh.tensors(["w0"], {"full.0": torch.full((8, 8), float(i))})
+        count.clear()
+    assert len(fresh._aside["w0"]) <= 1  # what the program was made with
+
+
+def test_a_write_without_a_trace_is_noticed_of_a_weight_that_waits_its_turn(monkeypatch):
+    fresh = Freshness(_halving([]), "sample")
+    one, two = torch.full((8, 8), 1.0), torch.full((8, 8), 2.0)
+    for expert in (one, two):
+        fresh.tensors(["w0"], {"full.0": expert})
+    one.data.mul_(3)
+    monkeypatch.setattr(fresh, "_due", 0.0)
+    assert torch.equal(fresh.tensors(["w0"], {"full.0": one})[0][0], one.half())
+
+
+def test_threads_with_weights_of_their_own_get_these():
+    fresh = Freshness(_halving([]))
+    wrong = []
+
+    def work(expert):
+        for _ in range(300):
+            if not torch.equal(fresh.tensors(["w0"], {"full.0": expert})[0][0], expert.half()):
+                wrong.append(expert)
+
+    threads = [threading.Thread(target=work, args=(torch.full((8, 8), float(i)),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 @pytest.mark.parametrize("mode", ["check", "repack", "trust"])
