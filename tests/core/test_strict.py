@@ -53,7 +53,10 @@ def test_a_model_in_several_graphs_is_said_to_be():
                 x = x * 2
             return self.second(x)
 
-    with pytest.raises(NothingRewrittenError, match=r"None of 2 graphs, each looked at alone.*cut the model into 2 graphs.*TORCH_LOGS"):
+    with pytest.raises(
+        NothingRewrittenError,
+        match=r"None of 2 graphs, each looked at alone.*cut the model into 2 graphs.*TORCH_LOGS",
+    ):
         thresher.compile(Cut().eval(), (torch.randn(3, 8),), prepack=True, target="reference")
 
 
