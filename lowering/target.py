@@ -27,7 +27,8 @@ class Lowered:
 
     Weights stay arguments: whoever calls passes the live ones, so an edited weight is never stale.
     engines: what was built for it, for the report. later: a program that runs plainly until its compiled form is ready
-        (`inductor.later.Later`); None where it is ready.
+        (`inductor.later.Later`); None where it is ready. step: the `steps.program.Step` that `run` calls with inputs and
+        weights, where it is one.
     """
 
     target: str
@@ -35,6 +36,7 @@ class Lowered:
     run: Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
     engines: list[EngineReport] = field(default_factory=list)
     later: Any = None
+    step: Any = None
 
 
 class Target(abc.ABC):

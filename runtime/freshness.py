@@ -94,6 +94,17 @@ class Freshness:
             result.append(made.tensor)
         return result, repacked
 
+    def due(self) -> bool:
+        """Whether samples are to be looked at, which `tensors` does."""
+        return self.mode == "sample" and bool(self._derived) and time.perf_counter() >= self._due
+
+    def sources(self, names: Sequence[str], live: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors whose writes in place make one of these weights stale."""
+        if self.mode == "trust":
+            return []
+        read = dict.fromkeys(fqn for name in names for fqn in self._weights[name].source)
+        return [live[fqn] for fqn in read if fqn in live]
+
     def _of(self, name: str, sources: list[torch.Tensor], now: tuple[Any, ...]) -> tuple[_Made, bool]:
         """A weight of these sources, whose stamps are `now`, and whether it was computed anew."""
         key = tuple(map(id, sources))

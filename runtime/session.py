@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from thresher.notices import warn
 from thresher.phases import LOWERING, phase
 from thresher.report import Report
 
+from .counters import Counters
 from .freshness import Freshness
 from .packing.boundary import argument, make_plan, per_token, restore
 from .packing.plan import PackPlan, survey
@@ -34,26 +33,6 @@ _PRODUCTS = (
     aten.matmul.default,
     aten.conv2d.default,
 )
-
-
-@dataclass
-class Counters:
-    """calls: all of them. packed: run on real tokens only. padded: run as the model was written, with a
-    count for each reason. repacked: weights recomputed because the model's changed. tokens, positions:
-    real tokens, and positions of the padded batches they came in."""
-
-    calls: int = 0
-    packed: int = 0
-    padded: Counter[str] = field(default_factory=Counter)
-    repacked: int = 0
-    lowered: int = 0
-    tokens: int = 0
-    positions: int = 0
-
-    @property
-    def padding(self) -> float:
-        """Share of all positions so far that were padding."""
-        return 1 - self.tokens / self.positions if self.positions else 0.0
 
 
 class Session:
@@ -129,6 +108,23 @@ class Session:
             self.counters.tokens += packing.tokens
             self.counters.positions += packing.batch * packing.width
         return self._run_packed(inputs, early, packing, layout, weights)
+
+    def step(self) -> tuple[Any, list[str], Freshness] | None:
+        """Where all that a call does is a step in C++: the step, the weights behind the inputs, and what keeps them fresh."""
+        if type(self) is not Session or self.program.packing is not None or self._body is None:
+            return None
+        return (self._body.step, self._body.weights, self._fresh) if self._body.step is not None else None
+
+    def live(
+        self, names: list[str], weights: Mapping[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The tensors that a step would be given, and those whose writes in place make one of them stale."""
+        return self._fresh.tensors(names, weights)[0], self._fresh.sources(names, weights)
+
+    def count(self) -> None:
+        """Note a call that a step in C++ answered by itself."""
+        with self._lock:
+            self.counters.calls += 1
 
     def _warn_of_pads_read(self, mask: torch.Tensor, layout: PackedLayout) -> None:
         """Once: a result taken from the first or the last column is a pad's where rows are padded on that side."""

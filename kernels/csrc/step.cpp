@@ -144,8 +144,10 @@ class Run {
                 for (size_t i = 1; i < op.in.size(); ++i) to.shape[d] += in(op, i).shape[d];
                 Value part = place(op, to);
                 for (size_t i = 0; i < op.in.size(); ++i) {
-                    part.shape[d] = in(op, i).shape[d];
-                    copy(part, in(op, i));
+                    const Value& source = in(op, i);
+                    part.shape[d] = source.shape[d];
+                    if (source.data != part.data) copy(part, source);  // else it lies there: a cache with room behind
+                    else if (!source.lies_as(part)) fail("a part that lies where it should go, in another order");
                     part.data += part.shape[d] * part.stride[d] * width(part.type);
                 }
                 return;
@@ -246,6 +248,7 @@ class Run {
     }
 };
 
+constexpr int64_t kStrided = 256;
 thread_local std::string message;
 
 }  // namespace
@@ -287,8 +290,8 @@ void* step_make(const int64_t* code, int64_t length, int64_t values, int64_t slo
 
 void step_free(void* step) { delete static_cast<Step*>(step); }
 
-// data: of each external value; described: type, rank and sizes of each, all contiguous; given: sizes. Null, or what
-// was wrong.
+// data: of each external value; described: type, rank and sizes of each, which is contiguous; or type + kStrided, rank, sizes
+// and strides. given: sizes. Null, or what was wrong.
 const char* step_run(void* handle, void* const* data, const int64_t* described, const int64_t* given, int threads) {
     Step& step = *static_cast<Step*>(handle);
     std::unique_ptr<Work> work;
@@ -301,11 +304,13 @@ const char* step_run(void* handle, void* const* data, const int64_t* described, 
         for (int64_t i = 0; i < step.external; ++i) {
             Value& v = work->values[i];
             v.data = static_cast<char*>(data[i]);
-            v.type = Type(*described++);
+            const bool strided = *described & kStrided;
+            v.type = Type(*described++ & ~kStrided);
             v.rank = int(*described++);
             if (v.rank < 0 || v.rank > kRank) fail("a value of too many dimensions");
             for (int d = 0; d < v.rank; ++d) v.shape[d] = *described++;
             v.lay_out();
+            if (strided) for (int d = 0; d < v.rank; ++d) v.stride[d] = *described++;
         }
         for (size_t i = 0; i < step.constants.size(); ++i) {
             Value& v = work->values[step.external + i];

@@ -43,6 +43,9 @@ struct Value {
         int64_t step = 1;
         for (int d = rank - 1; d >= 0; --d) stride[d] = step, step *= shape[d] > 1 ? shape[d] : 1;
     }
+    bool lies_as(const Value& other) const {
+        return type == other.type && rank == other.rank && std::equal(stride, stride + rank, other.stride);
+    }
     int64_t last() const { return rank ? shape[rank - 1] : 1; }
     bool sized_as(std::initializer_list<int64_t> sizes) const {
         return rank == int(sizes.size()) && std::equal(sizes.begin(), sizes.end(), shape);

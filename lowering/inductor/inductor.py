@@ -51,7 +51,8 @@ class Inductor(Target):
             with torch.no_grad():
                 return list(call(*inputs, *weights))
 
-        return Lowered(self.name, names, run, later=call if isinstance(call, Later) else None)
+        later, step = (call if isinstance(call, kind) else None for kind in (Later, steps.Step))
+        return Lowered(self.name, names, run, later=later, step=step)
 
     def _compile(self, module: fx.GraphModule, program: Program) -> Any:
         mode = program.fake_mode()

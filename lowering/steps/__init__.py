@@ -1,5 +1,5 @@
 """Steps of a decoder run as one call of C++ that was built before, with nothing compiled for the model."""
 
-from .program import lower
+from .program import Step, lower
 
-__all__ = ["lower"]
+__all__ = ["Step", "lower"]

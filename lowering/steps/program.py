@@ -67,78 +67,94 @@ def lower(graph: fx.Graph) -> Callable[..., list[Any]] | None:
 
 
 class Step:
-    """Called with the values of the graph's placeholders, in order; safe to call from several threads."""
+    """Called with the values of the graph's placeholders, in order; safe to call from several threads.
+
+    tape, sizes: of the graph. rooms: the results' shapes from the symbols' values. types: the results' types, also as C++
+    has them. fixed: the weights described. library,
+    handle: for `step_run`.
+    """
 
     def __init__(self, graph: fx.Graph):
         tape = build(graph)
         places = [n for n in graph.nodes if n.op == "placeholder"]
-        self._tape, self._library, self._sizes = tape, _library(), Sizes(places)
-        self._rooms = _shapes(tape.made, self._sizes.symbols)
-        self._types = [(fake.dtype, TYPES[fake.dtype]) for fake in tape.made]
+        self.tape, self.library, self.sizes = tape, _library(), Sizes(places)
+        self.rooms = _shapes(tape.made, self.sizes.symbols)
+        self.types = [(fake.dtype, TYPES[fake.dtype]) for fake in tape.made]
         code, constants = array("q", tape.code), array("d", tape.constants)
-        self._step = ctypes.c_void_p(
-            self._library.step_make(code.buffer_info()[0], len(code), tape.values, tape.slots, len(tape.external),
+        self.handle = ctypes.c_void_p(
+            self.library.step_make(code.buffer_info()[0], len(code), tape.values, tape.slots, len(tape.external),
                                     constants.buffer_info()[0], len(constants)))  # fmt: skip
         fixed = [
             what if kind == "made" else value(places[what]) for kind, what in tape.external[: tape.fixed]
         ]
-        self._fixed = array("q", [n for t in fixed for n in (TYPES[t.dtype], t.dim(), *t.shape)])
+        self.fixed = array("q", [n for t in fixed for n in (TYPES[t.dtype], t.dim(), *t.shape)])
         self._shapes_of_fixed = [(t.dtype, t.shape) for t in fixed]
         self._seen: array[int] = array("Q")  # where the weights lay when they were last looked at
 
     def __del__(self) -> None:
-        step = getattr(self, "_step", None)
+        step = getattr(self, "handle", None)
         if step is not None:
-            self._library.step_free(step)
+            self.library.step_free(step)
 
     def __call__(self, *given: Any) -> list[Any]:
-        tape = self._tape
+        tape = self.tape
         early = tape.prelude.forward(*[given[i] for i in tape.reads])
-        shapes = self._rooms(*self._sizes.of(given))
-        made = [torch.empty(shape, dtype=kind) for shape, (kind, _) in zip(shapes, self._types)]
+        shapes = self.rooms(*self.sizes.of(given))
+        made = [torch.empty(shape, dtype=kind) for shape, (kind, _) in zip(shapes, self.types)]
         sources = {"place": given, "early": early, "result": made}
         tensors = [what if kind == "made" else sources[kind][what] for kind, what in tape.external]
         pointers = array("Q", [t.data_ptr() for t in tensors])
         if pointers[: tape.fixed] != self._seen:
             self._look(tensors, pointers)
-        described = self._fixed[:]
+        described = self.fixed[:]
         for index in range(tape.fixed, len(tensors)):
             kind, what = tape.external[index]
             if kind == "result":
-                described.extend((self._types[what][1], len(shapes[what]), *shapes[what]))
+                described.extend((self.types[what][1], len(shapes[what]), *shapes[what]))
                 continue
             tensor = tensors[index]
             if not tensor.is_contiguous():
-                tensors[index] = tensor = self._ordered(tensor, kind, what)
+                tensors[index] = tensor = self.ordered(tensor, kind, what)
                 pointers[index] = tensor.data_ptr()
             shape = tensor.shape
             described.extend((TYPES[tensor.dtype], len(shape), *shape))
-        numbers = array("q", early[tape.early :])
-        failed = self._library.step_run(
-            self._step, pointers.buffer_info()[0], described.buffer_info()[0], numbers.buffer_info()[0],
-            torch.get_num_threads(),
-        )  # fmt: skip
-        if failed:
-            raise ThresherError(f"A step in C++ failed: {failed.decode()}.")
+        self.run(pointers, described, early[tape.early :])
         return [what if kind == "known" else sources[kind][what] for kind, what in tape.results]
 
-    def _look(self, tensors: list[torch.Tensor], pointers: array[int]) -> None:
-        """Weights lie elsewhere than at the last call: see that they are still laid out as the code reads them."""
-        ordered = True
-        for index, (kind, shape) in enumerate(self._shapes_of_fixed):
-            tensor = tensors[index]
+    def look(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise ThresherError where weights are of other types or sizes than the step was made for."""
+        for tensor, (kind, shape) in zip(tensors, self._shapes_of_fixed):
             if tensor.dtype != kind or tensor.shape != shape:
                 raise ThresherError(
                     f"A weight is {tensor.dtype} {tuple(tensor.shape)}, and the step was made for {kind} {tuple(shape)}."
                 )
-            if not tensor.is_contiguous():
-                ordered = False
-                tensors[index] = self._ordered(tensor, *self._tape.external[index])
-                pointers[index] = tensors[index].data_ptr()
-        self._seen = pointers[: self._tape.fixed] if ordered else array("Q")
 
-    def _ordered(self, tensor: torch.Tensor, kind: str, what: int) -> torch.Tensor:
-        if kind == "place" and what in self._tape.written:
+    def _look(self, tensors: list[torch.Tensor], pointers: array[int]) -> None:
+        """Weights lie elsewhere than at the last call: see that they are still laid out as the code reads them."""
+        ordered = True
+        self.look(tensors)
+        for index in range(self.tape.fixed):
+            if not tensors[index].is_contiguous():
+                ordered = False
+                tensors[index] = self.ordered(tensors[index], *self.tape.external[index])
+                pointers[index] = tensors[index].data_ptr()
+        self._seen = pointers[: self.tape.fixed] if ordered else array("Q")
+
+    def run(self, pointers: array[int], described: array[int], numbers: Sequence[int]) -> None:
+        """Run the code over values that lie at `pointers` and are as `described`; see `step_run`. Raises ThresherError."""
+        given = array("q", numbers)
+        failed = self.library.step_run(
+            self.handle, pointers.buffer_info()[0], described.buffer_info()[0], given.buffer_info()[0],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise ThresherError(f"A step in C++ failed: {failed.decode()}.")
+
+    def ordered(self, tensor: torch.Tensor, kind: str, what: int) -> torch.Tensor:
+        """The tensor laid out in order. Raises ThresherError for one that is written in place and is not."""
+        if tensor.is_contiguous():
+            return tensor
+        if kind == "place" and what in self.tape.written:
             raise ThresherError("A cache that is written in place has to be contiguous.")
         return tensor.contiguous()
 

@@ -20,6 +20,7 @@ from torch import fx
 from thresher import ops
 from thresher.graph.nodes import value
 
+from .growing import grown
 from .operations import HEAVY, PUT, TYPES, VIEW, WRITE, Made, Operation, Unfit, operation, writable
 
 aten = torch.ops.aten
@@ -29,19 +30,23 @@ RESHAPE = 0
 @dataclass
 class Tape:
     """prelude: a module from `reads` (numbers of placeholders) to the tensors in `early` and the numbers in `sizes`.
+    ranks: the dimensions of the tensors in `early`.
     external: what a call gives, in order: ("place", index), ("early", index), ("made", tensor), ("result", index); those
         of sizes that never change come first, `fixed` of them. written: numbers of placeholders that are written to.
     results: for each of the graph's, ("result", index), ("place", index), ("early", index) or ("known", constant).
-    made: the fake tensors of results to make room for. code, values, slots, constants: see `step_make`."""
+    made: the fake tensors of results to make room for. grown: those that are an input of four dimensions with more behind in
+        the third, by number, with the input's: they may lie where the input does, where there is room. code, values, slots, constants: see `step_make`."""
 
     prelude: fx.GraphModule
     reads: list[int]
     early: int
+    ranks: list[int]
     external: list[tuple[str, Any]]
     fixed: int
     written: set[int]
     results: list[tuple[str, Any]]
     made: list[torch.Tensor]
+    grown: dict[int, int]
     code: list[int]
     values: int
     slots: int
@@ -154,7 +159,9 @@ class _Builder:
         for where, node in zip(self._places, self._copied):
             code += [WRITE, 0, 0, 0, -1, 2, self.external[("result", where)], numbers[node], 0, 0]
         module, reads = self._prelude()
-        return Tape(module, reads, len(self.early), self.described, fixed, written, results, self.made, code, count, used,
+        ranks = [value(n).dim() for n in self.early]
+        return Tape(module, reads, len(self.early), ranks, self.described, fixed, written, results, self.made,
+                    grown(owns, self.forms, self.places), code, count, used,
                     self.constants)  # fmt: skip
 
     def _changes(self, what: tuple[str, Any]) -> bool:

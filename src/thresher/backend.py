@@ -115,7 +115,7 @@ def compile_graph(
         return leave_alone(gm, example_inputs, target, said)
     if not strict:
         _say_what_is_undone(gm, session.report)
-    return as_function(session, roles, further)
+    return as_function(session, roles, gm, further)
 
 
 def _say_what_is_undone(gm: fx.GraphModule, report: Report) -> None:

@@ -8,7 +8,7 @@ import gc
 import inspect
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,6 +58,19 @@ def any_autocast() -> bool:
     """Whether autocast is on for any device, in one cheap question."""
     ask = getattr(torch._C, "_is_any_autocast_enabled", None)
     return ask() if ask is not None else torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def unchanged_state() -> Callable[[], bool]:
+    """A question: whether what Dynamo compiles for beside a call's arguments is on this thread what it is now: gradients,
+    autocast, the default type, modes of functions, determinism, threads, and hooks of all modules."""
+    guard = torch._C._dynamo.guards.GlobalStateGuard()
+    module: Any = torch.nn.modules.module
+
+    def same() -> bool:
+        modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+        return not modes and guard.check() and not module._has_any_global_hook()
+
+    return same
 
 
 def has_autocast_kernel(overload: Any, device: str) -> bool:

@@ -13,6 +13,7 @@ from thresher.runtime.session import Session
 from . import sessions, side_graphs
 from .alike.further import Further
 from .graph import sharded
+from .graph.size_guards import SizeGuards
 
 
 def real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:
@@ -32,16 +33,17 @@ def real_inputs(gm: fx.GraphModule, roles: Sequence[str]) -> list[Any] | None:
 
 
 def as_function(
-    session: Session, roles: Sequence[str], further: Further | None = None
+    session: Session, roles: Sequence[str], gm: fx.GraphModule, further: Further | None = None
 ) -> Callable[..., list[Any]]:
-    """A callable of a graph's arguments. roles: what each of them is. further: what the layers bring that a short model
-    lacks."""
+    """A callable of a graph's arguments. roles: what each of them is. gm: the graph as Dynamo gave it. further: what the
+    layers bring that a short model lacks."""
     inputs = [i for i, role in enumerate(roles) if role.startswith("input:")]
     weights = [
         (i, role.removeprefix("weight:")) for i, role in enumerate(roles) if role.startswith("weight:")
     ]
 
-    parts = sharded.Parts()
+    known = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    parts, sizes = sharded.Parts(), SizeGuards([known[i] for i in inputs])
 
     def call(*arguments: Any) -> list[Any]:
         side_graphs.called()
@@ -50,7 +52,7 @@ def as_function(
         if further is not None:
             live, given = {**live, **further.live()}, [*given, *further.inputs()]
         results = session(given, live)
-        sessions.tell(session, results, live)
+        sessions.tell(session, results, live, given, sizes)
         return results if further is None else further.split(results)
 
     return call

@@ -16,11 +16,14 @@ _RECENT: deque[weakref.ref[Any]] = deque(maxlen=64)
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a session: what it returned, and the model's weights by FQN as they were passed to it."""
+    """One call of a session: what it returned, the model's weights by FQN as they were passed to it, its inputs, and which
+    sizes of inputs its graph takes (`graph.size_guards.SizeGuards`)."""
 
     session: Any
     results: list[Any]
     weights: Mapping[str, torch.Tensor]
+    inputs: list[Any]
+    sizes: Any
 
 
 class _Listeners(threading.local):
@@ -46,10 +49,12 @@ def recent() -> list[Any]:
     return [s for s in (ref() for ref in _RECENT) if s is not None]
 
 
-def tell(session: Any, results: list[Any], weights: Mapping[str, torch.Tensor]) -> None:
-    """Called with what each call of a session returned, and the weights it was given."""
+def tell(
+    session: Any, results: list[Any], weights: Mapping[str, torch.Tensor], inputs: list[Any], sizes: Any
+) -> None:
+    """Called with what each call of a session returned, and what it was given."""
     for watcher in _LISTENERS.watchers:
-        watcher.append(Call(session, results, weights))
+        watcher.append(Call(session, results, weights, inputs, sizes))
 
 
 class watch:

@@ -92,7 +92,7 @@ def _differ(named: Mapping[str, Any]) -> bool:
 
 def _held(named: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
     """Shapes of the keys that a call's cache holds; empty for a prompt's."""
-    found = (getattr(layer, "keys", None) for layer in _layers(cache_of(named)))
+    found = (getattr(layer, "keys", None) for layer in layers_of(cache_of(named)))
     return (tuple(keys.shape) for keys in found if keys is not None)
 
 
@@ -104,7 +104,8 @@ def _shapes(args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any] |
     return {k: tuple(v.shape) if isinstance(v, torch.Tensor) else type(v) for k, v in named.items()}
 
 
-def _layers(cache: Any) -> list[Any]:
+def layers_of(cache: Any) -> list[Any]:
+    """A cache's layers; of one with two parts, an encoder-decoder's, both's."""
     if cache is None:
         return []
     parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
@@ -129,7 +130,7 @@ def _prepared(named: dict[str, Any]) -> dict[str, Any]:
         if tensor.dim() >= 2:
             first = tensor.dim() - 2 if name.endswith("position_ids") else 0
             _mark(tensor, first, *((1,) if mask else _tokens(tensor, first + 1)))
-    for layer in _layers(cache_of(named)):
+    for layer in layers_of(cache_of(named)):
         _lay_out(layer)
     return given
 
@@ -143,15 +144,20 @@ def _mask_of_cache(mask: Any) -> Any:
     return mask
 
 
+def lay_out(layer: Any) -> None:
+    """Lay a cache layer's keys and values out in order."""
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and not tensor.is_contiguous():
+            setattr(layer, name, tensor.contiguous())
+
+
 def _lay_out(layer: Any) -> None:
     """Lay a cache layer's tensors out as any other call's."""
+    lay_out(layer)
     keys = getattr(layer, "keys", None)
     if isinstance(keys, torch.Tensor) and keys.dim() == 4:
-        for name in ("keys", "values"):
-            tensor = getattr(layer, name)
-            if not tensor.is_contiguous():
-                tensor = tensor.contiguous()
-                setattr(layer, name, tensor)
+        for tensor in (keys, layer.values):
             # transformers marks a static cache's memory as one of a kind, which would be compiled for anew
             vars(tensor).pop(_STATIC, None)
             _mark(tensor, 0, 2)

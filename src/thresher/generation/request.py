@@ -99,11 +99,14 @@ class Request:
             return
         if any(self.option(name) for name in _DRAFTS):
             return
+        windows.keep_whole(cache, self.model, self.most(prompt))
+
+    def most(self, prompt: int) -> int:
+        """Tokens that a row may come to have behind a prompt of so many."""
         new = self.option("max_new_tokens")
-        tokens = (
-            prompt + new if new is not None else max(prompt, self.option("max_length") or prompt + _USUAL)
-        )
-        windows.keep_whole(cache, self.model, tokens)
+        if new is not None:
+            return prompt + int(new)
+        return max(prompt, self.option("max_length") or prompt + _USUAL)
 
     def _ours(self, policy: Any) -> Any:
         if policy is None and type(self.given).__name__ != "MixedPrecisionCache":

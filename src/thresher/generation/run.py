@@ -9,7 +9,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .padding import on_the_left
 from .prefill import move, prompt_cache
 from .programs import CACHES, cache_of
 from .request import Request, check_model
+from .steps import Steps
 
 EAGER_PREFILL = (
     "generate makes its static cache during the prefill, which transformers does not compile, and this prefill is not one "
@@ -68,6 +69,7 @@ def generate(
             if calls.called or request.cache is None or refused.argument != "cache":
                 raise
             raise _calls_another(model) from refused
+    calls.steps.hand_back(request.given, cache_of(result) if isinstance(result, Mapping) else None)
     done = calls.done
     if not calls.called:
         warn(NOT_CALLED.format(kind=type(model).__name__), stacklevel=3)
@@ -106,6 +108,7 @@ class _Calls:
         # of the call that is prepared, before transformers widens it to the cache
         self.mask: torch.Tensor | None = None
         self.text = model.config.get_text_config(decoder=True)
+        self.steps = Steps(compiled, model)
 
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[Any]:
@@ -122,8 +125,9 @@ class _Calls:
         def prepare(*inputs: Any, **named: Any) -> Any:
             self.mask = named.get("attention_mask")
             tokens = inputs[0] if inputs else _tokens_of(named)
-            if isinstance(tokens, torch.Tensor):
+            if not self.done.tokens_in and isinstance(tokens, torch.Tensor):  # of the prompt
                 self.request.keep_whole(cache_of(named), tokens.shape[1])
+                self.steps.most = self.request.most(tokens.shape[1])
             return prepare_inputs(*inputs, **named)
 
         held = stand_in.__dict__
@@ -141,7 +145,7 @@ class _Calls:
         ours = self.request.cache is not None and cache is self.request.cache
         began = time.perf_counter()
         first = not self.done.tokens_in
-        before = {id(s): s.counters.calls for s in getattr(self.compiled, "sessions", ())}
+        ran = {id(s): s.counters.calls for s in getattr(self.compiled, "sessions", ())} if first else {}
         if ours:
             with _lock_of(self.model):  # a step changes how the model attends
                 run = self._step if cache.get_seq_length() else self._prompt
@@ -149,15 +153,16 @@ class _Calls:
         elif _is_empty_and_static(cache):
             out = self._static_prompt(inputs, named, cache)
         else:
-            out = self._call(*inputs, **self._with_mask(named, cache, tokens))
+            given = self._with_mask(named, cache, tokens)
+            step = not inputs and not first and tokens is not None and cache is not None and tokens.shape[1] == 1
+            out = self.steps(self._call, given) if step else self._call(*inputs, **given)
         seconds = time.perf_counter() - began
         if tokens is None:
             return out
         if first:
-            ran = [
-                s for s in getattr(self.compiled, "sessions", ()) if s.counters.calls != before.get(id(s), 0)
-            ]
-            self._note(cache_of(named) if ours else cache_of(vars(out) | dict(out)), tokens, ran)
+            all_sessions = getattr(self.compiled, "sessions", ())
+            called = [s for s in all_sessions if s.counters.calls != ran.get(id(s), 0)]
+            self._note(cache_of(named) if ours else cache_of(vars(out) | dict(out)), tokens, called)
             self.done.prefill_seconds = seconds
         else:
             self.done.step_seconds += seconds
