@@ -21,7 +21,11 @@ class ByLayers:
         self.model, self._whole = model, compile(model)
         self.short: Short | None = None
         self._make = lambda: Short.of(model, recipe, target, compile)
-        self._may = True
+        self._may, self._all = True, False
+
+    def look(self) -> None:
+        """Have the next call look at all layers: something was set on the model."""
+        self._all = True
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         short = self._current(named) if self._may and not self.model.training else None
@@ -35,7 +39,8 @@ class ByLayers:
             return self._whole(*args, **named)
 
     def _current(self, named: dict[str, Any]) -> Short | None:
-        if self.short is None or not self.short.follow(named):
+        look, self._all = self._all, False
+        if self.short is None or not self.short.follow(named, look):
             self.short = self._make()
             self._may = self.short is not None
         return self.short

@@ -53,12 +53,12 @@ class Short:
         stack = stack_of(model)
         return cls(model, ShortModel(model, stack), compile) if stack is not None else None
 
-    def follow(self, named: Mapping[str, Any]) -> bool:
+    def follow(self, named: Mapping[str, Any], look: bool = False) -> bool:
         """Whether the short copy is still what the model is, once it has taken over what was set on it. All layers are
-        looked at before a prompt, and one of them, in turn, before a step."""
+        looked at before a prompt, or to `look`, and one of them, in turn, before a step."""
         ids = named.get("input_ids", named.get("inputs_embeds"))
         step = cache_of(named) is not None and isinstance(ids, torch.Tensor) and ids.shape[1:2] == (1,)
-        return self.short.follow() and self._watch.unchanged(all_layers=not step)
+        return self.short.follow() and self._watch.unchanged(all_layers=look or not step)
 
     def takes(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
         """Whether a call treats all layers alike, so that the short model's says it all."""

@@ -48,6 +48,9 @@ class Steps:
                 self.bound += 1
                 return out
             self._step = None
+            look = getattr(getattr(self.compiled, "_call", None), "look", None)
+            if look is not None:
+                look()
         if self._tries >= _TRIES or torch.is_inference_mode_enabled():
             return call(**named)
         self._tries += 1
