@@ -110,7 +110,7 @@ class Session:
         return self._run_packed(inputs, early, packing, layout, weights)
 
     def step(self) -> tuple[Any, list[str], Freshness] | None:
-        """Where all that a call does is a step in C++: the step, the weights behind the inputs, and what keeps them fresh."""
+        """Where all that a call does is a step in C++: the step, the names of its weights, and what keeps them fresh."""
         if type(self) is not Session or self.program.packing is not None or self._body is None:
             return None
         return (self._body.step, self._body.weights, self._fresh) if self._body.step is not None else None

@@ -16,6 +16,10 @@ from .program import Step
 _STRIDED = 256  # with a type: strides follow the sizes
 
 
+class NotAlike(ThresherError):
+    """Why what a call brings is not what a step was bound to; nothing has run then."""
+
+
 class BoundStep:
     """Runs a step over `given`, the values of all placeholders, which the caller replaces before each call.
 
@@ -60,11 +64,17 @@ class BoundStep:
                 self._described.extend([0] * 10)
                 continue
             tensor = given[what] if kind == "place" else None
-            rank = tape.made[what].dim() if kind == "result" else tape.ranks[what] if tensor is None else tensor.dim()
+            rank = (
+                tape.made[what].dim()
+                if kind == "result"
+                else tape.ranks[what]
+                if tensor is None
+                else tensor.dim()
+            )
             self._described.extend([0] * (2 + rank))
 
     def __call__(self) -> list[Any]:
-        """The graph's results. Raises ThresherError."""
+        """The graph's results. Raises NotAlike before anything has run, and ThresherError."""
         step, given, described, pointers = self._step, self.given, self._described, self._pointers
         tape = step.tape
         early = tape.prelude.forward(*[given[i] for i in tape.reads])
@@ -76,7 +86,7 @@ class BoundStep:
         for index, what in self._steady:
             tensor = given[what]
             if tensor.shape != self._fixed[index].shape or tensor.dtype != self._fixed[index].dtype:
-                raise ThresherError(f"An input is {tensor.dtype} {tuple(tensor.shape)}, and was another.")
+                raise NotAlike(f"An input is {tensor.dtype} {tuple(tensor.shape)}, and was another.")
             pointers[index] = step.ordered(tensor, "place", what).data_ptr()
         for index, kind, what in self._others:
             tensor = sources[kind][what]
@@ -98,8 +108,10 @@ class BoundStep:
             slots = shapes[r][2]
             if room.holds(given[p], self._most):
                 kind, memory = self._step.types[r], room.memory
-                if memory.dtype != kind[0] or [*memory.shape[:2], room.slots + 1, memory.shape[3]] != list(shapes[r]):
-                    raise ThresherError(
+                if memory.dtype != kind[0] or [*memory.shape[:2], room.slots + 1, memory.shape[3]] != list(
+                    shapes[r]
+                ):
+                    raise NotAlike(
                         f"Keys or values are {memory.dtype} {tuple(given[p].shape)}, and others of the cache are not."
                     )
                 for index, more in ((at, 0), (end, 1)):
@@ -109,7 +121,7 @@ class BoundStep:
                     begin = self._at[index - first]
                     described[begin : begin + 10] = one
             if room.slots + 1 != slots:
-                raise ThresherError("Layers of a cache hold different numbers of tokens.")
+                raise NotAlike("Layers of a cache hold different numbers of tokens.")
             described[self._at[at - first] + 4] = room.slots
             described[self._at[end - first] + 4] = slots
             made[r] = room.next()

@@ -34,8 +34,8 @@ class Tape:
     external: what a call gives, in order: ("place", index), ("early", index), ("made", tensor), ("result", index); those
         of sizes that never change come first, `fixed` of them. written: numbers of placeholders that are written to.
     results: for each of the graph's, ("result", index), ("place", index), ("early", index) or ("known", constant).
-    made: the fake tensors of results to make room for. grown: those that are an input of four dimensions with more behind in
-        the third, by number, with the input's: they may lie where the input does, where there is room. code, values, slots, constants: see `step_make`."""
+    made: the fake tensors of results to make room for. grown: see `growing.grown`.
+    code, values, slots, constants: see `step_make`."""
 
     prelude: fx.GraphModule
     reads: list[int]

@@ -154,7 +154,9 @@ class _Calls:
             out = self._static_prompt(inputs, named, cache)
         else:
             given = self._with_mask(named, cache, tokens)
-            step = not inputs and not first and tokens is not None and cache is not None and tokens.shape[1] == 1
+            step = (
+                not inputs and not first and tokens is not None and cache is not None and tokens.shape[1] == 1
+            )
             out = self.steps(self._call, given) if step else self._call(*inputs, **given)
         seconds = time.perf_counter() - began
         if tokens is None:

@@ -25,7 +25,8 @@ class Settled:
     def __init__(self, model: torch.nn.Module):
         modules = list(model.modules())
         held = [vars(m) for m in modules]
-        self._tables = [h[name] for h in held for name in ("_parameters", "_buffers", "_modules")]
+        tables = [h[name] for h in held for name in ("_parameters", "_buffers", "_modules")]
+        self._tables, self._empty = [t for t in tables if t], [t for t in tables if not t]
         self._hooks = [h[name] for h in held for name in HOOKS if name in h]
         configs = {id(v): v for h in held for v in h.values() if hasattr(v, "get_text_config")}
         self._configs = [vars(c) for c in configs.values()]
@@ -71,6 +72,7 @@ class Settled:
         return (
             len(now) == len(self._then)
             and all(map(operator.is_, now, self._then))
+            and not any(self._empty)
             and not any(self._hooks)
             and self._where() == self._places
         )

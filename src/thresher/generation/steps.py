@@ -16,7 +16,7 @@ from thresher import sessions
 from thresher.alike.stack import HOOKS
 from thresher.compat import any_autocast, unchanged_state
 from thresher.errors import ThresherError
-from thresher.lowering.steps.bound import BoundStep
+from thresher.lowering.steps.bound import BoundStep, NotAlike
 from thresher.notices import logger
 from thresher.tractable import parts_of
 
@@ -39,6 +39,8 @@ class Steps:
         self.bound = 0
         self._step: _Bound | None = None
         self._tries = 0 if hasattr(compiled, "sessions") and not parts_of(model) else _TRIES
+        if _wrapped(compiled):
+            self._tries = _TRIES
 
     def __call__(self, call: Callable[..., Any], named: dict[str, Any]) -> Any:
         """Run a step, given by name, of one token a row over a cache that holds some. call: runs it by Dynamo."""
@@ -70,6 +72,12 @@ class Steps:
             lay_out(layer)
 
 
+def _wrapped(compiled: Any) -> bool:
+    """Whether a call of the compiled model runs something else beside it."""
+    held = vars(compiled)
+    return "forward" in held or any(held.get(name) for name in HOOKS)
+
+
 class _Before:
     """A call before it is made. named: its arguments, laid out as Dynamo is given them."""
 
@@ -97,6 +105,10 @@ def _tensors(named: Mapping[str, Any]) -> Iterator[tuple[tuple[str, Any], torch.
             yield from (((name, key), v) for key, v in given.items() if isinstance(v, torch.Tensor))
 
 
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.dtype, tensor.device, tensor.shape[:1]
+
+
 def _facts(cache: Any) -> list[Any]:
     """What a cache is, but for what its layers hold."""
     own = [v for k, v in vars(cache).items() if k != "layers"]
@@ -110,9 +122,7 @@ def _same(now: list[Any], then: list[Any]) -> bool:
 class _Bound:
     """A step that was made once by Dynamo, and from then on is one call of C++."""
 
-    def __init__(
-        self, compiled: Any, calls: list[Any], before: _Before, out: Any, most: int | None
-    ):
+    def __init__(self, compiled: Any, calls: list[Any], before: _Before, out: Any, most: int | None):
         if len(calls) != 1:
             raise _Unbound(f"A step ran {len(calls)} graphs.")
         call = calls[0]
@@ -122,13 +132,15 @@ class _Bound:
             raise _Unbound("It is not run in C++.")
         step, weights, self._fresh = found
         self._session, self._sizes, self._cache = session, call.sizes, before.cache
-        self._compiled_hooks = [vars(compiled)[name] for name in HOOKS if name in vars(compiled)]
+        self._compiled = compiled
         self._origins(call, before)
         self._fields(call, before, out)
         if not self._sizes.hold(call.inputs):
             raise _Unbound("It is not known for which sizes its graph is.")
         if not before.settled.plain or not before.settled.untouched():
-            raise _Unbound("The model is changed by its calls, or has hooks or weights that are no plain tensors.")
+            raise _Unbound(
+                "The model is changed by its calls, or has hooks or weights that are no plain tensors."
+            )
         live, sources = session.live(weights, call.weights)
         own = {id(t) for t in before.settled.tensors}
         if not own.issuperset(map(id, call.weights.values())):
@@ -171,17 +183,15 @@ class _Bound:
                 self._of_cache.append((index, held[place[0]], place[1]))
             else:
                 self._of_call.append((index, *place))
-        self._given = {place: (t.dtype, t.shape[0]) for place, t in _tensors(before.named)}
-        self._plain = {
-            k: v for k, v in before.named.items() if not isinstance(v, (torch.Tensor, Mapping))
-        }
+        self._given = {place: _kind(t) for place, t in _tensors(before.named)}
+        self._plain = {k: v for k, v in before.named.items() if not isinstance(v, (torch.Tensor, Mapping))}
 
     def _fields(self, call: Any, before: _Before, out: Any) -> None:
         """Where each of the graph's results goes."""
         if not isinstance(out, Mapping) or not _same(_facts(self._cache), before.facts):
             raise _Unbound("Its output is no mapping, or its cache became another.")
         at = {id(r): i for i, r in enumerate(call.results) if isinstance(r, torch.Tensor)}
-        self._kind: Any = type(out)
+        self._output: Any = type(out)
         self._out: list[tuple[str, int]] = []
         for name, result in out.items():
             if result is not self._cache and id(result) not in at:
@@ -215,14 +225,17 @@ class _Bound:
             given[index] = given[which].shape[dim]
         if not self._sizes.hold(given[: self._count]):
             return None
-        with torch.no_grad():
-            results = self._run()
+        try:
+            with torch.no_grad():
+                results = self._run()
+        except NotAlike:
+            return None
         if self._updates:
             results = [r for i, r in enumerate(results) if i not in self._updates]
         self._session.count()
         for held, name, index in self._stored:
             held[name] = results[index]
-        return self._kind(**{k: self._cache if i < 0 else results[i] for k, i in self._out})
+        return self._output(**{k: self._cache if i < 0 else results[i] for k, i in self._out})
 
     def _takes(self, named: dict[str, Any]) -> bool:
         """Whether a call is like the one that was bound, but for the tensors' values and lengths."""
@@ -230,8 +243,7 @@ class _Bound:
             return False
         count = 0
         for place, tensor in _tensors(named):
-            known = self._given.get(place)
-            if known is None or known != (tensor.dtype, tensor.shape[0]) or type(tensor) is not torch.Tensor:
+            if self._given.get(place) != _kind(tensor):
                 return False
             count += 1
         if count != len(self._given):
@@ -244,6 +256,6 @@ class _Bound:
             for name, value in plain.items():
                 if held.get(name, self) is not value:
                     return False
-        if any_autocast() or torch.is_inference_mode_enabled() or any(self._compiled_hooks):
+        if any_autocast() or torch.is_inference_mode_enabled() or _wrapped(self._compiled):
             return False
         return self._state() and not self._fresh.due() and self._settled.unchanged()
