@@ -87,7 +87,8 @@ class BoundStep:
             tensor = given[what]
             if tensor.shape != self._fixed[index].shape or tensor.dtype != self._fixed[index].dtype:
                 raise NotAlike(f"An input is {tensor.dtype} {tuple(tensor.shape)}, and was another.")
-            pointers[index] = step.ordered(tensor, "place", what).data_ptr()
+            given[what] = tensor = step.ordered(tensor, "place", what)
+            pointers[index] = tensor.data_ptr()
         for index, kind, what in self._others:
             tensor = sources[kind][what]
             if not tensor.is_contiguous():
