@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,13 +44,7 @@ class Settled:
         tensors = {id(t): t for t in self._then if isinstance(t, torch.Tensor)}
         self.tensors = list(tensors.values())
         self._plain = all(type(t) in PLAIN and t.device.type == "cpu" for t in self.tensors)
-        self._versions: list[torch.Tensor] = []
         self._places = self._where() if self._plain else []
-
-    def count_writes(self, sources: Iterable[torch.Tensor]) -> None:
-        """From now on writes in place to these count too, since other weights are computed from them."""
-        self._versions = [t for t in sources if not t.is_inference()]
-        self._places = self._where()
 
     @property
     def plain(self) -> bool:
@@ -85,11 +78,7 @@ class Settled:
         return [
             *map(torch.Tensor.data_ptr, tensors),
             *map(torch.Tensor.stride, tensors),
-            *map(_VERSION, self._versions),
         ]
-
-
-_VERSION = operator.attrgetter("_version")
 
 
 class _Part:

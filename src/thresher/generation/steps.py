@@ -142,11 +142,14 @@ class _Bound:
                 "The model is changed by its calls, or has hooks or weights that are no plain tensors."
             )
         live, sources = session.live(weights, call.weights)
+        if sources:
+            raise _Unbound(
+                "It reads weights that are computed from others, which each call may have to do anew."
+            )
         own = {id(t) for t in before.settled.tensors}
         if not own.issuperset(map(id, call.weights.values())):
             raise _Unbound("Its graph reads weights that are not the model's.")
         self._settled = before.settled
-        self._settled.count_writes(sources)
         self._state = unchanged_state()
         self._count = len(call.inputs)
         self._run = BoundStep(step, [*call.inputs, *live], self._count, most)

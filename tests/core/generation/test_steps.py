@@ -183,12 +183,9 @@ def test_low_bit_weights_that_are_written_are_packed_anew(counted):
             weight.mul_(-4.0)
 
     fast.generate(**padded(), **GREEDY)
-    before, bound = sum(c.repacked for c in fast.counters), counted()
+    before = sum(c.repacked for c in fast.counters)
     fast.generate(**padded(), **GREEDY, **_at_third(change)())
-    assert (
-        bound and counted() - bound == 5
-    )  # of seven steps the first, and the first behind the write, go by Dynamo
-    assert sum(c.repacked for c in fast.counters) > before
+    assert not counted() and sum(c.repacked for c in fast.counters) > before
 
 
 def test_settled_sees_attributes_modules_and_lists():
