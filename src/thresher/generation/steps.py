@@ -177,7 +177,11 @@ class _Bound:
             if not isinstance(given, torch.Tensor):
                 if index not in numbers:
                     raise _Unbound("It reads a number.")
-                self._numbers.append((index, *numbers[index]))
+                source = numbers[index]
+                if (
+                    source is not None
+                ):  # else it is as it was: arguments that are no tensors, and the cache's own, are looked at
+                    self._numbers.append((index, *source))
                 continue
             place = places.get(id(given))
             if place is None:

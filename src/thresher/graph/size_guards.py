@@ -19,14 +19,15 @@ class SizeGuards:
     def __init__(self, known: Sequence[Any]):
         self._known: Sequence[Any] = known
         self._sources: list[tuple[int, int]] = []
-        self._numbers: dict[int, tuple[int, int]] = {}
+        self._numbers: dict[int, tuple[int, int] | None] = {}
         self._fixed: list[tuple[torch.dtype, tuple[int | None, ...]] | None] = []
         self._dims: list[tuple[int, int]] = []
         self._check: Callable[..., tuple[list[Any], bool]] | None = None
         self._read = False
 
-    def numbers(self) -> dict[int, tuple[int, int]]:
-        """Inputs that are sizes, by index: which tensor's, and in which dimension."""
+    def numbers(self) -> dict[int, tuple[int, int] | None]:
+        """Inputs that are sizes, by index: which tensor's, and in which dimension; None where the graph takes one number
+        only, though Dynamo passes it."""
         self._find()
         return self._numbers
 
@@ -83,7 +84,8 @@ class SizeGuards:
                 dims.append(expression)
                 self._dims.append((index, dim))
         for index, expression in numbers.items():
-            self._numbers[index] = symbols[env.replace(expression)]
+            expression = env.replace(expression)
+            self._numbers[index] = None if expression.is_Integer else symbols[expression]
         right: list[Any] = []
         for guard in env.guards if env is not None else ():
             expression = env.replace(guard.expr)

@@ -24,7 +24,7 @@ def padded(rows=3, tokens=11):
     return dict(input_ids=ids * mask, attention_mask=mask)
 
 
-@pytest.fixture(scope="module", params=[2, 7])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.thorough), 7])
 def both(request):
     model = make(num_hidden_layers=request.param)
     return model, thresher.compile(model, padded(), "exact")
@@ -78,7 +78,9 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=pytest.mark.thorough) if m == "drafts" else m for m in MODES]
+)
 def test_bound_steps_give_what_transformers_gives(both, counted, mode):
     given, least = MODES[mode]
     same(*both, **given)
