@@ -178,9 +178,7 @@ class _Bound:
                 if index not in numbers:
                     raise _Unbound("It reads a number.")
                 source = numbers[index]
-                if (
-                    source is not None
-                ):  # else it is as it was: arguments that are no tensors, and the cache's own, are looked at
+                if source is not None:  # else it is as it was: what is no tensor is looked at
                     self._numbers.append((index, *source))
                 continue
             place = places.get(id(given))
