@@ -59,8 +59,8 @@ def make_plan(program: Program, structure: Structure, config: RSQConfig) -> Rota
         if reason is not None:
             plan.missed.append(Miss(first.fqn, reason))
             continue
-        for site in (first, *others):
-            plan.edit(site)
+        for linear in (first, *others):
+            plan.edit(linear)
         plan.quantise.append(first)
         if others:
             plan.again[first] = tuple(others)

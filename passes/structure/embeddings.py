@@ -97,7 +97,7 @@ def _factor(program: Program, node: fx.Node) -> tuple[float | str | None, fx.Nod
         if isinstance(factor, (int, float)):
             return float(factor), other  # type: ignore[return-value]
         if held is not None and held.tensor.dim() == 0:
-            return str(source.target), other  # type: ignore[return-value]
+            return str(source.target), other  # type: ignore[return-value,union-attr]
     return None, None
 
 

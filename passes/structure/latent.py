@@ -80,7 +80,8 @@ def find_latents(
 def _latent(
     linears: Mapping[fx.Node, LinearSite], norms: Mapping[fx.Node, NormSite], up: LinearSite
 ) -> Latent | None:
-    node, scale, norm, past, steps = up.x, 1.0, None, None, []
+    node, scale, norm, past = up.x, 1.0, None, None
+    steps: list[fx.Node] = []
     while node not in linears:
         factor = node.args[1] if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
         if past is None and continued(node)[0] is not None:

@@ -46,7 +46,8 @@ class Traced:
 
 def trace(node: fx.Node, parts: Parts, subject: str) -> Traced:
     """Follow a query, key or value back to the linear that makes it. Raises Unknown."""
-    steps, norm, rope, scale, by_token = [], None, None, 1.0, False
+    norm, rope, scale, by_token = None, None, 1.0, False
+    steps: list[fx.Node] = []
     result = node = unrepeated(uncast(node)) or node
     past, node = continued(node)
     while node not in parts.linears:

@@ -29,15 +29,15 @@ def gather_again(
     for first, others in plan.again.items():
         later.setdefault(first.x, set()).update(s.x for s in others if s.x is not first.x)
         widths[first.x] = first.in_features
-    later = {x: others for x, others in later.items() if others}
+    later = {x: nodes for x, nodes in later.items() if nodes}
     if not later:
         return {}
     found = {x: Hessian.empty(widths[x]) for x in later}
-    targets = {x for others in later.values() for x in others}
+    targets = {x for nodes in later.values() for x in nodes}
     for batch in batches:
         values = sweep.run(sweep.start(bind(sweep.program, batch.inputs)), targets)
-        for x, others in later.items():
-            for node in sorted(others, key=sweep.order.__getitem__):
+        for x, nodes in later.items():
+            for node in sorted(nodes, key=sweep.order.__getitem__):
                 seen = seen_from(owners, node, batch, values[node])
                 rows, weights = rsq_scores.rows_of(values[node], None, seen.real)
                 found[x].add(rows, weights)

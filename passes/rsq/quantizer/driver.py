@@ -14,6 +14,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -25,7 +26,7 @@ from thresher.progress import progress
 from thresher.reading import reading
 
 from ...structure.experts import ExpertSite
-from ...structure.recover import Structure, recover
+from ...structure.recover import LinearSite, Structure, recover
 from ...tokens.owners import Owners
 from .. import rewrite as rsq_rewrite
 from ..config import RSQConfig
@@ -209,7 +210,8 @@ class Driver:
         """What a step gathers, empty."""
         first = group[0]
         if not isinstance(first, ExpertSite):
-            return LinearGroup(group, self.owners, self.config, self.ranks, again.of(group, self.later))
+            linears = cast("Sequence[LinearSite]", group)
+            return LinearGroup(linears, self.owners, self.config, self.ranks, again.of(linears, self.later))
         shared = rsq_experts.reads_shared(self.sweep, self.structure.experts, first)
         return rsq_experts.ExpertGroup(first, self.owners, self.config, shared, self.ranks)
 

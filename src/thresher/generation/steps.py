@@ -171,23 +171,23 @@ class _Bound:
         self._of_call: list[tuple[int, str, Any]] = []
         self._of_cache: list[tuple[int, dict[str, Any], str]] = []
         numbers = self._sizes.numbers()
-        held = [vars(layer) for layer in layers_of(self._cache)]
+        layers = [vars(layer) for layer in layers_of(self._cache)]
         self._numbers = []
         for index, given in enumerate(call.inputs):
             if not isinstance(given, torch.Tensor):
                 if index not in numbers:
                     raise _Unbound("It reads a number.")
-                source = numbers[index]
-                if source is not None:  # else it is as it was: what is no tensor is looked at
-                    self._numbers.append((index, *source))
+                size = numbers[index]
+                if size is not None:  # else it is as it was: what is no tensor is looked at
+                    self._numbers.append((index, *size))
                 continue
-            place = places.get(id(given))
-            if place is None:
+            found = places.get(id(given))
+            if found is None:
                 raise _Unbound("It reads a tensor that is neither an argument nor of the cache.")
-            if isinstance(place[0], int):
-                self._of_cache.append((index, held[place[0]], place[1]))
+            if isinstance(found[0], int):
+                self._of_cache.append((index, layers[found[0]], found[1]))
             else:
-                self._of_call.append((index, *place))
+                self._of_call.append((index, *found))
         self._given = {place: _kind(t) for place, t in _tensors(before.named)}
         self._plain = {k: v for k, v in before.named.items() if not isinstance(v, (torch.Tensor, Mapping))}
 

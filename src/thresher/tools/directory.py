@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import ArgumentError, ThresherError, unknown_key
-from ..mapped_model import open_model
+from ..mapped_model import MappedModel, open_model
 
 TASKS: dict[str, str] = {
     "feature-extraction": "AutoModel",
@@ -85,7 +85,7 @@ def load(path: str, task: str | None, dtype: torch.dtype | None, mapped: bool = 
             raise ArgumentError("model", f"{path!r}, whose tokenizer has neither a pad token nor an end token",
                                 "a tokenizer that can pad", "Set tokenizer.pad_token and save it again.")  # fmt: skip
         tokenizer.pad_token = tokenizer.eos_token
-    return model if mapped else model.eval(), tokenizer
+    return model if isinstance(model, MappedModel) else model.eval(), tokenizer
 
 
 def _class(config: Any, task: str | None) -> Any:
