@@ -14,7 +14,6 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -26,7 +25,7 @@ from thresher.progress import progress
 from thresher.reading import reading
 
 from ...structure.experts import ExpertSite
-from ...structure.recover import LinearSite, Structure, recover
+from ...structure.recover import Structure, recover
 from ...tokens.owners import Owners
 from .. import rewrite as rsq_rewrite
 from ..config import RSQConfig
@@ -210,8 +209,8 @@ class Driver:
         """What a step gathers, empty."""
         first = group[0]
         if not isinstance(first, ExpertSite):
-            linears = cast("Sequence[LinearSite]", group)
-            return LinearGroup(linears, self.owners, self.config, self.ranks, again.of(linears, self.later))
+            later = again.of(group, self.later)  # type: ignore[arg-type]
+            return LinearGroup(group, self.owners, self.config, self.ranks, later)  # type: ignore[arg-type]
         shared = rsq_experts.reads_shared(self.sweep, self.structure.experts, first)
         return rsq_experts.ExpertGroup(first, self.owners, self.config, shared, self.ranks)
 
@@ -297,6 +296,5 @@ def quantise_program(
         program with all linears quantised, ready to run (for evaluation without compiling). prove: compare the
         rotated program with the original in fp64 first; False where the same rotation was proved before.
     Raises ThresherError when the rotated program differs from the original, HessianError (naming the linear)
-    when one cannot be calibrated.
-    """
+    when one cannot be calibrated."""
     return Driver(program, batches, config, Keeping(folder)).run(prove, finish)

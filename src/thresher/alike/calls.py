@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from ..graph.deepen import Unlike
+from ..hooks import hooks_of
 from ..notices import logger
 from ..recipe import Recipe
 from . import depth
 from .short import Short
-from .stack import HOOKS
 
 
 class ByLayers:
@@ -20,7 +20,7 @@ class ByLayers:
 
     def __init__(self, model: Any, recipe: Recipe, target: str, compile: Callable[[torch.nn.Module], Any]):
         self.model, self._compile = model, compile
-        self._whole, self._hooks = compile(model), _hooks_of(model)
+        self._whole, self._hooks = compile(model), hooks_of(model)
         self.short: Short | None = None
         self._make = lambda: Short.of(model, recipe, target, compile)
         self._may, self._all = True, False
@@ -37,7 +37,7 @@ class ByLayers:
             except Unlike as reason:
                 logger.info("%s is compiled whole: %s", type(self.model).__name__, reason)
                 self.short, self._may = None, False
-        hooks = _hooks_of(self.model)
+        hooks = hooks_of(self.model)
         if hooks != self._hooks:  # which Dynamo does not look for once it has traced a module
             self._whole, self._hooks = self._compile(self.model), hooks
         with depth.within(None):
@@ -49,8 +49,3 @@ class ByLayers:
             self.short = self._make()
             self._may = self.short is not None
         return self.short
-
-
-def _hooks_of(model: torch.nn.Module) -> list[tuple[int, ...]]:
-    """The hooks of a model's modules, by their numbers, which no two hooks of a process share."""
-    return [tuple(held) for m in model.modules() for held in map(vars(m).get, HOOKS) if held]

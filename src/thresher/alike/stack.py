@@ -11,13 +11,10 @@ from typing import Any
 import torch
 
 from ..graph.deepen import Layers
+from ..hooks import HOOKS, OF_MODULES
 
 KEPT = 3  # the first, whose place is its own, and two that must be the same
 LEAST = 6  # layers below which a short model saves little
-_OF_MODULES = frozenset(vars(torch.nn.Module()))
-HOOKS = tuple(
-    name for name in _OF_MODULES if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
-)
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
 
 
@@ -86,7 +83,7 @@ def _facts(layer: torch.nn.Module) -> dict[Any, Any] | None:
                     shown = (str(tensor.dtype), str(tensor.device), str((tensor.shape, tensor.stride())))
                 facts[name, kind, key] = shown
         for key, known in held.items():
-            if key not in _OF_MODULES:
+            if key not in OF_MODULES:
                 facts[name, key] = known
     return facts
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .stack import HOOKS
+from ..hooks import HOOKS
 
 _OWN_VALUES = ("_parameters", "_buffers")  # whose tensors each call reads as they are
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from thresher.alike.stack import HOOKS
 from thresher.graph.stamp import PLAIN
+from thresher.hooks import HOOKS
 
 _SHARE = 4000  # attributes that are looked at in one step; all weights, modules and hooks are at each
 

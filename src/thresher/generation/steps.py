@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from thresher import sessions
-from thresher.alike.stack import HOOKS
 from thresher.compat import any_autocast, unchanged_state
 from thresher.errors import ThresherError
+from thresher.hooks import HOOKS
 from thresher.lowering.steps.bound import BoundStep, NotAlike
 from thresher.notices import logger
 from thresher.tractable import parts_of
