@@ -194,7 +194,9 @@ class CallSession(Session):
 def built(program: Program, plain: Target, report: Report) -> Session:
     """A session that runs a program through one target, as it was built."""
     kind = Session if program.calls is None else CallSession
-    return kind(program, plain, plain, report)
+    session = kind(program, plain, plain, report)
+    session.pads_unsaid()  # what it is given are batches that a judge made up
+    return session
 
 
 def run_built(session: Session, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -126,6 +126,10 @@ class Session:
         with self._lock:
             self.counters.calls += 1
 
+    def pads_unsaid(self) -> None:
+        """Warn of no result that is taken from a pad."""
+        self._pools = []
+
     def _warn_of_pads_read(self, mask: torch.Tensor, layout: PackedLayout) -> None:
         """Once: a result taken from the first or the last column is a pad's where rows are padded on that side."""
         for end in self._pools:

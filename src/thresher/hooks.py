@@ -7,8 +7,11 @@ import torch
 OF_MODULES = frozenset(vars(torch.nn.Module()))
 """Attributes that every module has."""
 HOOKS = tuple(
-    name for name in OF_MODULES if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+    name
+    for name in OF_MODULES
+    if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name
 )
+"""Attributes that hold the hooks of a module's calls; those of saving and loading run at no call."""
 
 
 def hooks_of(model: torch.nn.Module) -> list[tuple[int, ...]]:

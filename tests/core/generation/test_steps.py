@@ -190,6 +190,18 @@ def test_low_bit_weights_that_are_written_are_packed_anew(counted):
     assert not counted() and sum(c.repacked for c in fast.counters) > before
 
 
+def test_a_quantized_model_is_followed_by_layers_and_its_steps_are_bound(counted):
+    """Its modules have hooks, but of loading."""
+    model = make(num_hidden_layers=7, hidden_size=64, intermediate_size=96)
+    made = thresher.quantize(
+        model, [padded()], thresher.RSQ(bits=4, head_bits=8, method="nearest", rotate_down=False)
+    )
+    quantized = made.as_model()
+    fast = thresher.compile(quantized, padded(), "exact")
+    same(quantized, fast)
+    assert counted() == 6 and fast._call.short is not None
+
+
 def test_settled_sees_attributes_modules_and_lists():
     model = make(num_hidden_layers=2)
     model.names = ["a"]
