@@ -9,6 +9,7 @@ programs are run in the higher precision: there they must be the same.
                       result further off by chance is then kept below the program's own error in any result
     example           as given; the rewritten program against the captured one, and where that leaves a doubt, both
                       against the higher precision
+    either            where a token chose otherwise on a near tie (an expert), the same with all choices made alike
     permuted, scaled  like the example
 
 All but the example have few rows: of a program that was captured for a fixed number of them, a copy for fewer is made,
@@ -27,7 +28,7 @@ from thresher.lowering.target import Target
 from thresher.phases import VERIFICATION, phase
 from thresher.verdict import FACTOR, FLOOR, SAME, Verdict
 
-from . import batches
+from . import batches, choices
 from .batches import Batch
 from .compare import Comparison, Outcome, difference, errors
 from .fewer_rows import rows_of
@@ -198,7 +199,20 @@ class Judge:
             return worst if wide is None or wide.holds else wide
         if wide is None or not wide.holds:
             return worst
-        return self._found(worst.error, self.noise, worst.own or 0.0)
+        found = self._found(worst.error, self.noise, worst.own or 0.0)
+        return found if found.holds else self._choosing_alike(base, packed, inputs, comparison, found)
+
+    def _choosing_alike(
+        self, base: Program, after: Program, inputs: Sequence[Any], comparison: Comparison, found: Found
+    ) -> Found:
+        """What was found, with both programs made to choose alike where each choice was open to both; see `choices`."""
+        real = inputs[after.packing.mask] != 0 if after.packing is not None else None
+        alike = choices.alike(base, after, inputs, (self.plain, self.raised), real, FLOOR[self.dtype])
+        if not self._all_agree(alike is not None) or alike is None:
+            return found
+        told = [errors(t, o, a) for o, t, a in comparison.parts(*alike).values()]
+        own = max((o for o, _ in told), default=0.0)
+        return self._found(self._most([e for _, e in told]), max(own, self.noise), own)
 
     def _found(self, error: float, told: float, own: float) -> Found:
         return Found(self.agree(error), self.agree(FACTOR * told + FLOOR[self.dtype]), self.agree(own))
