@@ -20,7 +20,7 @@ class ByLayers:
 
     def __init__(self, model: Any, recipe: Recipe, target: str, compile: Callable[[torch.nn.Module], Any]):
         self.model, self._compile = model, compile
-        self._whole, self._hooks = compile(model), hooks_of(model)
+        self._whole, self._hooks, self._first = compile(model), hooks_of(model), True
         self.short: Short | None = None
         self._make = lambda: Short.of(model, recipe, target, compile)
         self._may, self._all = True, False
@@ -39,9 +39,12 @@ class ByLayers:
                 self.short, self._may = None, False
         hooks = hooks_of(self.model)
         if hooks != self._hooks:  # which Dynamo does not look for once it has traced a module
-            self._whole, self._hooks = self._compile(self.model), hooks
+            self._whole, self._hooks, self._first = self._compile(self.model), hooks, True
         with depth.within(None):
-            return self._whole(*args, **named)
+            out = self._whole(*args, **named)
+        if self._first:  # a call may set hooks itself: transformers' do, to collect hidden states
+            self._hooks, self._first = hooks_of(self.model), False
+        return out
 
     def _current(self, named: dict[str, Any]) -> Short | None:
         look, self._all = self._all, False

@@ -233,7 +233,7 @@ def test_scores_and_types_can_be_given(model):
     [
         (dict(image_token_id=95, stages=((1, 0.5),)), "No token may be left out"),
         (dict(min_image_tokens=33, stages=((1, 0.5),)), "at least 33"),
-        (dict(stages=((3, 0.5),)), "has 3 layers"),
+        (dict(stages=((3, 0.5),)), "layers 3 in a row"),
         (dict(stages=((1, 1.0),)), "No token may be left out"),
         (dict(stages=((2, 0.9),), min_saving=0.3), "min_saving"),
     ],
