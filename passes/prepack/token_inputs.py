@@ -34,6 +34,11 @@ def padding_mask(program: Program, name: str) -> fx.Node:
                     f"{name} has {value(place).dim()} dimensions; only a [batch, sequence] mask says which tokens are pads."
                 )
             return place
+    if program.part is not None:
+        raise NotPackable(
+            f"This graph is a part of the model and has no {name}: {program.part.where}. Padding is followed within one graph "
+            "only, from the ids to the results."
+        )
     raise NotPackable(
         f"The model was called without {name}, so every token counts as real and there is no padding to leave out."
     )
@@ -57,8 +62,9 @@ def token_input(program: Program, padding: fx.Node) -> fx.Node:
                 f"{turned.name} is turned to [sequence, batch] before it is looked up, and tokens are followed as [batch, "
                 "sequence]: it would need rules for values that begin with the sequence."
             )
+        behind = "" if program.part is None else f" This graph is a part of the model: {program.part.where}."
         raise NotPackable(
-            "No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens."
+            "No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens." + behind
         )
     return max(candidates, key=lambda c: c[:2])[2]
 

@@ -206,7 +206,8 @@ def _find_head(program: Program, found: Structure) -> None:
     """The head gives one number for each row of the token embedding.
 
     Where a rewrite cut the residual stream (pruned tokens are gathered and put back), the embedding is on
-    another tower than the head, or on none; then the program's largest table counts, and the last linear.
+    another tower than the head, or on none; then the program's largest table counts, and the last linear. Where Dynamo
+    cut the model, the table may lie in another graph, and then it is the model's largest.
     """
     for tower in found.towers:
         tokens = tower.token_embedding
@@ -219,6 +220,8 @@ def _find_head(program: Program, found: Structure) -> None:
                 found.head, site.role = site, "head"
     if found.head is None:
         tables = [value(n.args[0]).shape[0] for n in program.nodes(aten.embedding.default)]
+        if not tables and program.part is not None and program.part.vocabulary:
+            tables = [program.part.vocabulary]
         last = next((s for s in reversed(found.linears) if not s.role), None)
         if (
             last is not None

@@ -44,6 +44,7 @@ from .graph.deepen import Unlike
 from .graph.nodes import value
 from .graph.program import Program
 from .graph.tracing import compiling
+from .graph.whole_model import PARTS_SHARE
 from .left_alone import as_fault, cannot_rewrite, leave_alone
 from .machine import memory
 from .notices import disabled, logger, name_of, warn
@@ -187,6 +188,8 @@ def _built(
             )
             report.target, report.phases = target.name, seconds
             report.notes += provider_notes(rewritten)
+            if program.part is not None:
+                report.notes.append(f"{program.part.where}. {PARTS_SHARE}")
             session = _session(rewritten, program, recipe, target, report)
             session.certificate = certify(program, rewritten, recipe, report)
             session.captured = program

@@ -81,7 +81,9 @@ class Further:
 
     def widened(self, places: Places) -> Places:
         """The places with those of the further layers behind."""
-        wide = Places(list(places.names), list(places.fakes), dict(places.weights), list(places.roles))
+        wide = Places(
+            list(places.names), list(places.fakes), dict(places.weights), list(places.roles), places.part
+        )
         for _ in self.layers.further:
             for i, name in self._inputs:
                 wide.names.append(name)

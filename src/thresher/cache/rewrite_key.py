@@ -59,6 +59,7 @@ def name(
     add(recipe.to_dict())
     add(devices.of(torch.device("cpu")).to_dict())
     add([places.names, places.roles, [_sizes(f) for f in places.fakes], environment(places)])
+    add(None if places.part is None else [places.part.where, places.part.vocabulary])
     tensors = [id(tensor) for _, tensor in places.weights.values()]
     add([_graph(gm), [tensors.index(t) for t in tensors]])  # equal values are not yet one tensor
     for value in [*(t for _, t in places.weights.values()), *inputs]:

@@ -26,6 +26,7 @@ from .nodes import module_fqn, name_modules
 from .program import Program, Weight
 from .tracing import trace
 from .vmapped import without_vmap
+from .whole_model import Part, name_within, part_of
 
 _WRITES = "The model writes to {!r} in its forward; export it without that state."
 
@@ -137,17 +138,19 @@ def _input_name(expression: str, fallback: str) -> str:
     return (last[1] or last[2]) if last else fallback
 
 
-@dataclass(frozen=True)
+@dataclass
 class Places:
     """What a Dynamo graph's arguments are: a name and a fake value for each, the weights among them by their
     index, and for each `input:NAME`, `weight:FQN`, or `object:NAME` for a device mesh.
 
-    A buffer that the model writes to is an input like any other, once `from_places` has seen the write."""
+    A buffer that the model writes to is an input like any other, once `from_places` has seen the write.
+    part: what the graph is a part of, where Dynamo cut the model."""
 
     names: list[str]
     fakes: list[Any]
     weights: dict[int, tuple[str, torch.Tensor]]
     roles: list[str]
+    part: Part | None = None
 
 
 def places_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Places:
@@ -172,7 +175,9 @@ def places_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Places:
         else:
             found.roles.append(f"input:{name}")
     tensors = [found.weights[i][1] for i in sources]
-    for index, fqn in zip(sources, names.weight_names(list(sources.values()), list(map(id, tensors)))):
+    relative = names.weight_names(list(sources.values()), list(map(id, tensors)))
+    found.part, fqns = part_of(gm, tensors, relative)
+    for index, fqn in zip(sources, fqns):
         found.weights[index] = (fqn, found.weights[index][1])
         found.roles[index] = f"weight:{fqn}"
     return found
@@ -197,7 +202,11 @@ def from_places(gm: fx.GraphModule, places: Places) -> Program:
             places.names[old] = places.weights.pop(old)[0]
             places.roles[old] = f"input:{places.names[old]}"
     weights = {new: places.weights[old] for new, old in enumerate(split.kept) if old in places.weights}
-    return assemble(traced, [places.names[i] for i in split.kept], weights, [], written)
+    program = assemble(traced, [places.names[i] for i in split.kept], weights, [], written)
+    program.part = places.part
+    if places.part is not None:
+        name_within(program.graph, places.part.prefix)
+    return program
 
 
 def refuse_shared_writes(program: Program, inputs: Sequence[Any]) -> None:

@@ -62,6 +62,7 @@ _NO_MEANING = {
     "_exit_autocast",
     "_check",
 }
+_JOINS = {aten.concat.default, aten.concatenate.default}
 _SIZE_FUNCTIONS = {
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.truediv,
     operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem,
@@ -147,6 +148,8 @@ def _settle_spelling(graph: fx.Graph) -> None:
             continue
         if node.target in _RESHAPES:
             node.target = aten.reshape.default
+        elif node.target in _JOINS:
+            node.target = aten.cat.default
         elif node.target is aten.type_as.default and value(node).device == value(node.args[0]).device:
             node.target, node.args = aten.to.dtype, (node.args[0], value(node).dtype)
         elif node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:

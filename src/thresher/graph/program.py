@@ -75,6 +75,7 @@ class Program:
         as a static cache: result -> placeholder, both by number. Whoever runs the program copies them there.
     mask_name: what the caller calls the input that marks real tokens.
     alike: the model's layers, where all from the third on are alike (`deepen.Layers`); None where that is not known.
+    part: what this graph is a part of, where Dynamo cut the model (`whole_model.Part`); None for a whole one.
     """
 
     graph_module: fx.GraphModule
@@ -86,6 +87,7 @@ class Program:
     updates: dict[int, int] = field(default_factory=dict)
     mask_name: str = MASK_NAME
     alike: Any = None
+    part: Any = None
 
     @property
     def graph(self) -> fx.Graph:
