@@ -64,7 +64,8 @@ def token_input(program: Program, padding: fx.Node) -> fx.Node:
             )
         behind = "" if program.part is None else f" This graph is a part of the model: {program.part.where}."
         raise NotPackable(
-            "No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens." + behind
+            "No input of shape [batch, sequence] feeds an embedding, so it is unknown which values are tokens."
+            + behind
         )
     return max(candidates, key=lambda c: c[:2])[2]
 

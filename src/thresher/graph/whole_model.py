@@ -22,7 +22,7 @@ from .names import path
 _WRAPPER = os.path.join("torch", "_dynamo", "eval_frame.py")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 PARTS_SHARE = (
-    "Modules of the same code share the graph of such a part, and its names are those of the first one that was called."
+    "Modules of the same code share such a graph, and its names are those of the one that was called first."
 )
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
@@ -80,9 +80,7 @@ def _where(reason: Any) -> str:
     return f"Dynamo cuts the model behind it{at}{f' ({why})' if why else ''}"
 
 
-def _names(
-    model: nn.Module | None, tensors: Sequence[torch.Tensor], relative: Sequence[str]
-) -> list[str]:
+def _names(model: nn.Module | None, tensors: Sequence[torch.Tensor], relative: Sequence[str]) -> list[str]:
     known: dict[int, list[str]] = {}
     for name, tensor in _named(model):
         known.setdefault(id(tensor), []).append(name)

@@ -7,7 +7,12 @@ from torch import nn
 from thresher import sessions
 from thresher.undone import why
 
-OPTIONS = {"prepack": True, "nvfp4": {"min_weights": 0, "budget": 9.0}, "min_gain": 0.0, "target": "reference"}
+OPTIONS = {
+    "prepack": True,
+    "nvfp4": {"min_weights": 0, "budget": 9.0},
+    "min_gain": 0.0,
+    "target": "reference",
+}
 VOCABULARY = 96
 
 
