@@ -256,6 +256,10 @@ def batch(
     dual = getattr(config, "vision_config", None) is not None and not any(
         getattr(config, n, None) is not None for n in ("image_token_id", "image_token_index")
     )  # two towers, and no text with images in it
+    if dual and "input_ids" in given:  # such a text is pooled at its end
+        end = getattr(getattr(config, "text_config", config), "eos_token_id", None)
+        last = real & ~real.roll(-1, 1) if not left else torch.arange(longest) == longest - 1
+        given["input_ids"] = given["input_ids"].masked_fill(last, end) if isinstance(end, int) else ids
     if dual and "pixel_values" in takes and "pixel_values" not in given:
         given["pixel_values"] = _image(config.vision_config, rows, make)
     if "input_ids" in given and "bbox" in takes:

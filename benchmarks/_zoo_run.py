@@ -72,7 +72,6 @@ def run(name: str, checks: tuple[str, ...] = ("left", "bf16", "nvfp4", "rsq")) -
     """The row of a class. outcome: "right", or what kept it: "no model", "no batch", "eager fails", "crashes", "differs"."""
     started = time.process_time()
     row: dict[str, Any] = {"class": name}
-    model_class, config_class = models.one(name)
 
     def ended(outcome: str, reason: str = "") -> dict[str, Any]:
         row.update(outcome=outcome, seconds=round(time.process_time() - started, 1))
@@ -81,6 +80,7 @@ def run(name: str, checks: tuple[str, ...] = ("left", "bf16", "nvfp4", "rsq")) -
         return row
 
     try:
+        model_class, config_class = models.one(name)
         model = models.build(model_class, config_class)
     except Exception as reason:
         return ended("no model", said_of(reason))

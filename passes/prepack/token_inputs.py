@@ -36,8 +36,8 @@ def padding_mask(program: Program, name: str) -> fx.Node:
             return place
     if program.part is not None:
         raise NotPackable(
-            f"This graph is a part of the model and has no {name}: {program.part.where}. Padding is followed within one graph "
-            "only, from the ids to the results."
+            f"This graph is a part of the model and has no {name}: {program.part.where}. Padding is followed within one "
+            "graph only, from the ids to the results."
         )
     raise NotPackable(
         f"The model was called without {name}, so every token counts as real and there is no padding to leave out."

@@ -32,8 +32,8 @@ class Part:
     """A graph that is not the whole of what was compiled.
 
     where: half a sentence that says where Dynamo cut. vocabulary: rows of the model's largest table of embeddings, as many
-    as its head has results; 0 without one. prefix: the module that the graph's names begin at; empty where that is the model,
-    or not known.
+    as its head has results; 0 without one. prefix: the module that the graph's names begin at; empty where that is the
+    model, or not known.
     """
 
     where: str
