@@ -56,6 +56,23 @@ def test_vllm_computes_what_the_model_in_memory_does(small, kind, tmp_path):
 
 @pytest.mark.slow
 @needs_vllm
+@pytest.mark.parametrize("how", ["tensor_parallel_size"])
+def test_two_processes_share_a_model(small, how, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by itself vLLM wants a NUMA node for each
+    config = thresher.RSQ(bits=4, group_size=32)
+    low = thresher.quantize(small, IDS, config, portable=True)
+    folder, model, prompts = low.save_pretrained(tmp_path / "low"), low.as_model(), IDS[:2, :12]
+    with torch.no_grad():
+        tokens = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, do_sample=False
+        )
+    more = {how: 2, "distributed_executor_backend": "mp", "quantization": "thresher"}
+    found = run(folder, prompts.tolist(), tmp_path, **more)
+    assert [got for got, _ in found] == tokens[:, 12:].tolist()
+
+
+@pytest.mark.slow
+@needs_vllm
 def test_deft_leaves_out_the_neurons_that_are_zero(tmp_path):
     torch.manual_seed(0)
     config = transformers.OPTConfig(vocab_size=512, hidden_size=256, ffn_dim=4096, num_hidden_layers=2,
