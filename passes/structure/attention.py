@@ -83,8 +83,8 @@ def find_attention(core: Core, parts: Parts) -> AttentionSite:
         fqn=common_prefix([p.projection.linear.fqn for p in (q, k, v)] + [output.fqn]),
         node=core.node, spelling=core.spelling, q=q.projection, k=k.projection, v=v.projection, o=output,
         q_norm=q.norm, k_norm=k.norm, rope=q.rope, masks=core.masks, visibility=visibility,
-        scale=core.scale * q.scale * k.scale, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        value_dim=value_dim, softcap=core.softcap, cross=cross, probabilities=core.probabilities,
+        scale=core.scale * q.scale * k.scale, operator_scale=core.scale, heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, value_dim=value_dim, softcap=core.softcap, cross=cross, probabilities=core.probabilities,
         past=past if past[0] is not None and past[1] is not None else None, sinks=core.sinks,  # type: ignore[arg-type]
         q_latent=of_q, kv_latent=of_kv, k_shared=k.shared,
     )  # fmt: skip

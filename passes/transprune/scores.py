@@ -139,7 +139,7 @@ class Scorer:
             rows = _asking(state, rows)
         q = replay.ahead(site.q.result, layer.input, rows.clamp_min(0))
         k = replay.ahead(site.k.result, layer.input, None)
-        sums, _ = torch.ops.thresher.probe_scores(q, k, rows, state.segments(), site.scale)
+        sums, _ = torch.ops.thresher.probe_scores(q, k, rows, state.segments(), site.operator_scale)
         asked = (rows >= 0).unflatten(1, (-1, count)).sum(2)  # of each sequence
         segment = state.segments() if state.offsets is not None else None
         asked = asked if segment is None else asked.gather(1, segment.long().clamp_max(asked.shape[1] - 1))
@@ -160,7 +160,7 @@ class Scorer:
         else:
             rows = _looking(state, self.config.instruction)
             queries = replay.ahead(site.q.result, layer.input, rows.clamp_min(0))
-            sums, seen = torch.ops.thresher.probe_scores(queries, keys, rows, state.segments(), site.scale)
+            sums, seen = torch.ops.thresher.probe_scores(queries, keys, rows, state.segments(), site.operator_scale)
             score = sums / seen.clamp_min(1)
         segments = state.segments() if state.offsets is not None else None
         owner = torch.zeros_like(state.position) if segments is None else segments.long().clamp_min(0)
@@ -174,7 +174,7 @@ class Scorer:
         last = torch.where(lengths > 0, starts + lengths - 1, -1)
         q = pick(replay.env[site.q.result], _HEADS, last.clamp_min(0))
         return torch.ops.thresher.probe_scores(
-            q, replay.env[site.k.result], last, state.segments(), site.scale
+            q, replay.env[site.k.result], last, state.segments(), site.operator_scale
         )[0]
 
 

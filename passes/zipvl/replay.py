@@ -107,7 +107,7 @@ class _Builder:
     def _choose(self, site: AttentionSite, q: torch.Tensor, k: torch.Tensor, replay: Replay) -> Chosen:
         """The important tokens of one layer. q: [B, Hq, P, D] of the probe rows; k: [B, Hkv, n, D]."""
         here, share = self.tokens, self.shares[site]
-        sums, seen = torch.ops.thresher.probe_scores(q, k, here.rows, here.segments, site.scale)
+        sums, seen = torch.ops.thresher.probe_scores(q, k, here.rows, here.segments, site.operator_scale)
         scores = sums / seen.clamp_min(1)
         if here.packed is not None:
             self.chosen[site] = self._choose_packed(share, sums, scores, replay)
@@ -163,17 +163,17 @@ class _Builder:
         if found.offsets is not None:
             longest: Any = site.node.args[4]
             longest = replay.env[longest] if isinstance(longest, fx.Node) else longest
-            return packed_attention()(q, k, v, found.offsets, longest, site.scale, True, -1, 0.0)
+            return packed_attention()(q, k, v, found.offsets, longest, site.operator_scale, True, -1, 0.0)
         # Unused places stand last, where causality hides them from every used one.
         return torch.ops.aten.scaled_dot_product_attention.default(
-            q, k, v, is_causal=True, scale=site.scale, enable_gqa=site.heads != site.kv_heads
+            q, k, v, is_causal=True, scale=site.operator_scale, enable_gqa=site.heads != site.kv_heads
         )
 
     def _attention(self, site: AttentionSite, replay: Replay) -> torch.Tensor:
         q, k, v = (replay.env[p.result] for p in (site.q, site.k, site.v))
         found = self._choose(site, pick(q, HEADS, self.tokens.rows.clamp_min(0)), k, replay)
         if found.offsets is None:
-            return torch.ops.thresher.important_attention(q, k, v, found.index, site.scale)
+            return torch.ops.thresher.important_attention(q, k, v, found.index, site.operator_scale)
         out = self._among(site, [pick(t, HEADS, found.at) for t in (q, k, v)], found, replay)
         return self._spread(out, HEADS, found, None)
 

@@ -94,7 +94,7 @@ class ZipVL(Pass[ZipVLConfig]):
             site = layer.attention
             if site is None or why_not(layer) is not None:
                 continue
-            pair = Pair(context.config, site.scale)
+            pair = Pair(context.config, site.operator_scale)
             found.append(Tap(f"{site.fqn}.queries", site.q.result, partial(pair.side, "q")))
             found.append(Tap(site.fqn, site.k.result, partial(pair.side, "k")))
         return found

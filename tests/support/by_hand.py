@@ -55,7 +55,7 @@ class Zip:
     """Which tokens of a prompt attend, by the paper's formulas (arXiv 2410.08584, Eq. 7 to 9), text protected.
 
     options: of the pass. width: of the padded batch. text: bool [tokens] for each row, without its padding. held: slots of
-    each layer behind the prompt and some steps; layers that hold all of them were left alone.
+    the prompt in each layer; layers that hold all of them were left alone.
     """
 
     def __init__(

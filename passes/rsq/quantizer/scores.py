@@ -110,10 +110,10 @@ def _attention(
         return received.sum((1, 2))
     q, k = values[targets[0]], values[targets[1]]
     if len(targets) > 2:
-        return importance.masked_concentration(q, k, values[targets[2]], site.scale, real)
+        return importance.masked_concentration(q, k, values[targets[2]], site.operator_scale, real)
     window = site.visibility.window
     return importance.attention_concentration(
-        q, k, site.scale, site.visibility.kind == "causal", window, site.softcap or 0.0, real
+        q, k, site.operator_scale, site.visibility.kind == "causal", window, site.softcap or 0.0, real
     )
 
 

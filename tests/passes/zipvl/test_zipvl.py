@@ -5,6 +5,7 @@ import pytest
 import tiny_llama
 import torch
 import zip_by_hand
+from factored import factored
 from zip_by_hand import OPTIONS
 
 import thresher
@@ -190,3 +191,24 @@ def test_attention_in_no_layer_is_a_miss(options):
     assert missed.reason.startswith(
         "No layers on a residual stream were recovered in this graph. The first thing"
     )
+
+
+@pytest.mark.parametrize("gather", ["projections", "attention"])
+@torch.no_grad()
+def test_a_scale_on_queries_and_keys_counts_once(model, gather):
+    ids = prompt()
+    call = compiled(factored(model), ids, keep=0.4, gather=gather)
+    expected, _ = zip_by_hand.run(model, ids, zip_by_hand.count(TOKENS, 0.4))
+    torch.testing.assert_close(call(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_shares_are_the_same_with_a_scale_on_queries_and_keys(model):
+    found = []
+    for each in (model, factored(model)):
+        torch._dynamo.reset()
+        made = thresher.calibrate(
+            each, [dict(input_ids=prompt(), use_cache=False)], zipvl={**OPTIONS, "tau": 0.8}
+        )
+        found.append([s["shares"] for s in made["zipvl"].values() if "shares" in s])
+    assert len(found[0]) == 2 and all(map(torch.equal, *found))
