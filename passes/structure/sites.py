@@ -143,8 +143,8 @@ class AttentionSite:
     q, k, v: share one LinearSite when it is fused. o: the output linear, in_features = heads * value_dim.
     mask: the mask or bias given to it, as a node; an eager attention can have several, added in order.
     visibility: what the mask shows, as far as its expression tells; "generic" when it does not.
-    scale: what multiplies q @ k^T of the projections, everything included. operator_scale: what the operator multiplies
-        `q.result @ k.result` by, which hold any factor on the way from the projections. softcap: the logits' soft cap, or None.
+    scale: what multiplies q @ k^T of the projections, everything included. softcap: the logits' soft cap, or None.
+    operator_scale: what the operator multiplies `q.result @ k.result` by, which hold any factor that was on the way.
     cross: keys come from another sequence than queries. probabilities: after softmax, eager only.
     past: cached keys and values that are put in front of the new ones, or None.
     sinks: a stored score of each head that takes its share of the softmax and has no value, or None.

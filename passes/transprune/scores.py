@@ -160,7 +160,9 @@ class Scorer:
         else:
             rows = _looking(state, self.config.instruction)
             queries = replay.ahead(site.q.result, layer.input, rows.clamp_min(0))
-            sums, seen = torch.ops.thresher.probe_scores(queries, keys, rows, state.segments(), site.operator_scale)
+            sums, seen = torch.ops.thresher.probe_scores(
+                queries, keys, rows, state.segments(), site.operator_scale
+            )
             score = sums / seen.clamp_min(1)
         segments = state.segments() if state.offsets is not None else None
         owner = torch.zeros_like(state.position) if segments is None else segments.long().clamp_min(0)

@@ -112,7 +112,10 @@ class Case:
         out = fast.generate(**given, **ASKED)
         _check_shorter(fast)
         chosen = by_hand.Zip(
-            ZIP, given["attention_mask"].shape[1], self._text(given), [s.shape[2] - NEW + 1 for s in _keys(out)]
+            ZIP,
+            given["attention_mask"].shape[1],
+            self._text(given),
+            [s.shape[2] - NEW + 1 for s in _keys(out)],
         )
         return self._worst(
             [

@@ -19,7 +19,11 @@ def test_the_factors_count_once():
         layer = recover(program).layers[0]
         one = scorer(program, layer, RSQConfig(importance="attncon"))
         draw, values = torch.Generator().manual_seed(0), {}
-        for node, factor in zip(one.targets, factors):  # what the operator is given, of the same projections
+        for node in one.targets[2:]:
+            values[node] = torch.ones(value(node).shape, dtype=torch.bool).tril()
+        for node, factor in zip(
+            one.targets[:2], factors, strict=True
+        ):  # what the operator is given, of the same projections
             values[node] = torch.randn(value(node).shape, generator=draw) * 2 * factor
         found.append(_attention(one.site, one.targets, values, None))
     torch.testing.assert_close(found[1], found[0])
