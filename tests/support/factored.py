@@ -14,7 +14,7 @@ NAME = "scale_in_queries_and_keys"
 
 def _attend(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **other: Any) -> Any:
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return sdpa_attention_forward(module, q * (scale * 8), k * 0.25, v, mask, scaling=0.5, **other)
+    return sdpa_attention_forward(module, q * (scale * 64), k * 0.25, v, mask, scaling=1 / 16, **other)
 
 
 def factored(model: Any) -> Any:

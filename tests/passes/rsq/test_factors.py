@@ -14,7 +14,7 @@ from thresher.passes.structure.recover import recover
 @torch.no_grad()
 def test_the_factors_count_once():
     model, found = make(), []
-    for each, factors in ((model, (1.0, 1.0)), (factored(model), (8 * 8**-0.5, 0.25))):
+    for each, factors in ((model, (1.0, 1.0)), (factored(model), (64 * 8**-0.5, 0.25))):
         program = captures.once(each, dict(input_ids=prompt()))
         layer = recover(program).layers[0]
         one = scorer(program, layer, RSQConfig(importance="attncon"))
