@@ -84,13 +84,11 @@ void wna16_bf16_few(const uint16_t* x, const uint8_t* codes, const void* scales,
                     int64_t groups, int bits, int kind, int threads) {
 #if WNA16_FEW_BF16
   const few::Weight w{codes, scales, zeros, kind, n, k, row_bytes, groups};
-#if WNA16_LANES_BF16
   for (; bits == 4 && m > 2; m -= std::min<int64_t>(m, 8), x += 8 * k, y += 8 * n) {
     if (m > 4) lanes::linear<8>(w, x, std::min<int64_t>(m, 8), bias, y, threads);
     else lanes::linear<4>(w, x, m, bias, y, threads);
   }
   if (m == 0) return;
-#endif
   if (bits == 4 && groups == 1) few::linear<4, true>(w, x, m, bias, y, threads);
   if (bits == 4 && groups != 1) few::linear<4, false>(w, x, m, bias, y, threads);
   if (bits == 8 && groups == 1) few::linear<8, true>(w, x, m, bias, y, threads);

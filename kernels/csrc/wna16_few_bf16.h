@@ -1,7 +1,7 @@
 // A few rows of bf16 by weights of 4 or 8 bits, with the bf16 dot products of AVX-512 (VDPBF16PS).
 //
 // Codes become bf16 in registers, exactly: 4 bits, less 8, by a table; 8 bits by conversion. A vector of 64 bytes then
-// meets every row of x, so eight rows decode once. Words of 16 bits hold four codes of four columns on end, of which part
+// meets every row of x: up to eight of 8 bits, two of 4. Words of 16 bits hold four codes of four columns on end, of which part
 // j of a block takes the j-th: x is laid out to match, once a call. Scales apply to sums: to a row's where it has one, else
 // to each group's. Zero points apply to the sums of x, as in the other kernels.
 #pragma once
@@ -10,7 +10,7 @@
 
 #include "step_dense.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__)
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__)
 #define WNA16_FEW_BF16 1
 
 namespace few {
@@ -148,20 +148,16 @@ INLINE void tile(const Weight& w, const int64_t* row, const uint16_t* x, int64_t
 template <int kBits, bool kAlone, int M>
 void rows(const Weight& w, const uint16_t* x, int64_t apart, const float* sums, const uint16_t* bias, uint16_t* out,
           int real, int threads) {
-    // Eight rows of 4 bits go by as twice four: their sums and x then stay in registers and the first cache, which gains
-    // more than decoding twice takes. 8 bits take more to decode.
-    constexpr int T = kBits == 4 && M == 8 ? 4 : M;
-    constexpr int R = T == 1 ? 4 : T == 8 ? (kAlone ? 2 : 1) : kAlone ? 4 : (T == 4 ? 2 : 4);
+    constexpr int R = M == 8 ? (kAlone ? 2 : 1) : M == 4 && !kAlone ? 2 : 4;
     const int64_t blocks = (w.n + 15) / 16;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t b = 0; b < blocks; ++b) {
         float found[M * 16];
-        for (int t = 0; t < real; t += T)
-            for (int part = 0; part < 16; part += R) {
-                int64_t row[R];
-                for (int r = 0; r < R; ++r) row[r] = std::min(b * 16 + part + r, w.n - 1);
-                tile<kBits, kAlone, R, T>(w, row, x + t * apart, apart, sums + t * w.groups, found + t * 16 + part);
-            }
+        for (int part = 0; part < 16; part += R) {
+            int64_t row[R];
+            for (int r = 0; r < R; ++r) row[r] = std::min(b * 16 + part + r, w.n - 1);
+            tile<kBits, kAlone, R, M>(w, row, x, apart, sums, found + part);
+        }
         const int64_t first = b * 16, rest = w.n - first;
         const __mmask16 there = rest >= 16 ? 0xFFFF : (__mmask16)((1u << rest) - 1);
         for (int t = 0; t < real; ++t) {
@@ -181,31 +177,49 @@ void rows(const Weight& w, const uint16_t* x, int64_t apart, const float* sums, 
     }
 }
 
+// Of bf16 values, in an order of its own.
+inline float sum(const uint16_t* x, int64_t count) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    __m512 all = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 32) {
+        const __mmask32 there = count - i >= 32 ? ~0u : (1u << (count - i)) - 1;
+        all = _mm512_dpbf16_ps(all, (__m512bh)_mm512_maskz_loadu_epi16(there, x + i), ones);
+    }
+    return _mm512_reduce_add_ps(all);
+}
+
 template <int kBits, bool kAlone>
 void linear(const Weight& w, const uint16_t* x, int64_t m, const uint16_t* bias, uint16_t* out, int threads) {
     using F = Form<kBits>;
     const int64_t blocks = (w.k + F::kCodes - 1) / F::kCodes, apart = blocks * F::kCodes, group = w.k / w.groups;
     thread_local std::vector<uint16_t> memory;
     thread_local std::vector<float> sums;
-    memory.assign(8 * apart + 32, 0);  // zero beyond k, and for rows that are not there
+    memory.resize(8 * apart + 32);
     uint16_t* const laid = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
     for (int64_t begin = 0; begin < m; begin += 8) {
-        const int real = int(std::min<int64_t>(8, m - begin));
-        sums.assign(8 * w.groups, 0.0f);
-        if (real < 8) std::fill(laid, laid + 8 * apart, uint16_t(0));
+        const int real = int(std::min<int64_t>(8, m - begin)), taken = real <= 2 ? real : real <= 4 ? 4 : 8;
+        sums.assign(taken * w.groups, 0.0f);
+        std::fill(laid + real * apart, laid + taken * apart, uint16_t(0));  // rows that are not there
         for (int t = 0; t < real; ++t) {
             const uint16_t* const from = x + (begin + t) * w.k;
-            for (int64_t i = 0; i < w.k; ++i) sums[t * w.groups + i / group] += bits<float>(uint32_t(from[i]) << 16);
-            for (int64_t b = 0; b < blocks; ++b)
-                for (int j = 0; j < F::kParts; ++j)
-                    for (int i = 0; i < 32; ++i) {
-                        const int64_t column = b * F::kCodes + F::column(j, i);
-                        if (column < w.k) laid[t * apart + b * F::kCodes + j * 32 + i] = from[column];
-                    }
+            for (int64_t g = 0; g < w.groups; ++g) sums[t * w.groups + g] = sum(from + g * group, group);
+            uint16_t* at = laid + t * apart;
+            int64_t b = 0;
+            for (; (b + 1) * F::kCodes <= w.k; ++b, at += F::kCodes)
+                for (int i = 0; i < 32; ++i)
+                    for (int j = 0; j < F::kParts; ++j) at[j * 32 + i] = from[b * F::kCodes + F::column(j, i)];
+            if (b == blocks) continue;
+            std::fill(at, at + F::kCodes, uint16_t(0));  // beyond k
+            for (int i = 0; i < 32; ++i)
+                for (int j = 0; j < F::kParts; ++j) {
+                    const int64_t column = b * F::kCodes + F::column(j, i);
+                    if (column < w.k) at[j * 32 + i] = from[column];
+                }
         }
         uint16_t* const to = out + begin * w.n;
         if (real == 1) rows<kBits, kAlone, 1>(w, laid, apart, sums.data(), bias, to, real, threads);
         else if (real == 2) rows<kBits, kAlone, 2>(w, laid, apart, sums.data(), bias, to, real, threads);
+        else if constexpr (kBits == 4) return;  // more rows of 4 bits go by lanes: see `wna16_lanes_bf16.h`
         else if (real <= 4) rows<kBits, kAlone, 4>(w, laid, apart, sums.data(), bias, to, real, threads);
         else rows<kBits, kAlone, 8>(w, laid, apart, sums.data(), bias, to, real, threads);
     }

@@ -7,8 +7,7 @@
 #include "nvfp4_bf16_gemm.h"
 #include "wna16_few_bf16.h"
 
-#if WNA16_FEW_BF16 && NVFP4_BF16
-#define WNA16_LANES_BF16 1
+#if WNA16_FEW_BF16  // which asks for all that NVFP4_BF16 does
 
 namespace lanes {
 
@@ -113,6 +112,4 @@ void linear(const Weight& w, const uint16_t* x, int64_t m, const uint16_t* bias,
 }
 
 }  // namespace lanes
-#else
-#define WNA16_LANES_BF16 0
 #endif

@@ -16,6 +16,7 @@ from torch import fx
 from thresher.errors import ThresherError
 from thresher.graph.nodes import value
 from thresher.kernels import native
+from thresher.machine import huge_pages
 
 from ..sizes import Sizes
 from .operations import TYPES, Unfit
@@ -123,11 +124,13 @@ class Step:
 
     def look(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise ThresherError where weights are of other types or sizes than the step was made for."""
-        for tensor, (kind, shape) in zip(tensors, self._shapes_of_fixed):
+        weights = tensors[: self.tape.fixed]
+        for tensor, (kind, shape) in zip(weights, self._shapes_of_fixed):
             if tensor.dtype != kind or tensor.shape != shape:
                 raise ThresherError(
                     f"A weight is {tensor.dtype} {tuple(tensor.shape)}, and the step was made for {kind} {tuple(shape)}."
                 )
+        huge_pages.move(weights)
 
     def _look(self, tensors: list[torch.Tensor], pointers: array[int]) -> None:
         """Weights lie elsewhere than at the last call: see that they are still laid out as the code reads them."""

@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
+import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from thresher.graph.stamp import PLAIN
 from thresher.hooks import HOOKS
+from thresher.kernels import native
 
-_SHARE = 4000  # attributes that are looked at in one step; all weights, modules and hooks are at each
+_LAYOUTS = 64  # weights whose strides are looked at in one step: few programs ever change them alone
 
 
 class Settled:
-    """A model's weights, modules, hooks, attributes and configurations, as they were when this was made.
+    """A model's weights, modules, hooks, attributes, lists and configurations' settings, as they were when this was made.
 
-    Seen between two steps are, at once: weights replaced, moved, or viewed otherwise, modules replaced, hooks; within some
-    steps of a large model, at once of a small one: attributes, lists, settings of a configuration. `untouched` tells all.
+    Seen between two steps are, at once: any of these replaced, added or taken away, and weights moved; within some steps: a
+    weight viewed otherwise where it lies. `untouched` tells all. Raises RuntimeError or OSError where C++ cannot be built.
     """
 
     def __init__(self, model: torch.nn.Module):
         modules = list(model.modules())
         held = [vars(m) for m in modules]
         tables = [h[name] for h in held for name in ("_parameters", "_buffers", "_modules")]
-        self._tables, self._empty = [t for t in tables if t], [t for t in tables if not t]
         self._hooks = [h[name] for h in held for name in HOOKS if name in h]
         configs = {id(v): v for h in held for v in h.values() if hasattr(v, "get_text_config")}
-        self._configs = [vars(c) for c in configs.values()]
-        self._parts: list[_Part] = []
-        waiting: list[dict[str, Any]] = list(self._configs)
-        count = 0
-        for one in held:
-            waiting.append(one)
-            count += len(one)
-            if count >= _SHARE:
-                self._parts.append(_Part(waiting))
-                waiting, count = [], 0
-        self._parts.append(_Part(waiting))
-        self._turn = 0
-        self._then = self._within()
-        tensors = {id(t): t for t in self._then if isinstance(t, torch.Tensor)}
+        dictionaries = [*tables, *self._hooks, *held, *map(vars, configs.values())]
+        lists = [v for one in (*held, *map(vars, configs.values())) for v in one.values() if type(v) is list]
+        self._objects = _Objects(dictionaries, lists)
+        tensors = {id(v): v for table in tables for v in table.values() if isinstance(v, torch.Tensor)}
         self.tensors = list(tensors.values())
         self._plain = all(type(t) in PLAIN and t.device.type == "cpu" for t in self.tensors)
-        self._places = self._where() if self._plain else []
+        self._places, self._strides = (
+            (self._where(), self._layouts(self.tensors)) if self._plain else ([], [])
+        )
+        self._turn = 0
 
     @property
     def plain(self) -> bool:
@@ -52,46 +47,46 @@ class Settled:
         return self._plain and not any(self._hooks)
 
     def unchanged(self) -> bool:
-        """Whether nothing is seen to have changed, looking at one part of the attributes."""
-        self._turn = (self._turn + 1) % len(self._parts)
-        return self._same() and self._parts[self._turn].same()
+        """Whether nothing is seen to have changed; of strides, some are looked at."""
+        begin = self._turn
+        end = begin + _LAYOUTS
+        self._turn = end if end < len(self.tensors) else 0
+        return self._same() and self._layouts(self.tensors[begin:end]) == self._strides[begin:end]
 
     def untouched(self) -> bool:
         """Whether nothing is seen to have changed, looking at all."""
-        return self._same() and all(part.same() for part in self._parts)
+        return self._same() and self._layouts(self.tensors) == self._strides
 
     def _same(self) -> bool:
-        now = self._within()
-        return (
-            len(now) == len(self._then)
-            and all(map(operator.is_, now, self._then))
-            and not any(self._empty)
-            and not any(self._hooks)
-            and self._where() == self._places
-        )
+        return self._objects.same() and self._where() == self._places
 
-    def _within(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(map(dict.values, self._tables)))
+    def _where(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self.tensors))
 
-    def _where(self) -> list[Any]:
-        tensors = self.tensors
-        return [
-            *map(torch.Tensor.data_ptr, tensors),
-            *map(torch.Tensor.stride, tensors),
-        ]
+    @staticmethod
+    def _layouts(tensors: Sequence[torch.Tensor]) -> list[Any]:
+        return list(map(torch.Tensor.stride, tensors))
 
 
-class _Part:
-    """Some objects' attributes."""
+class _Objects:
+    """What some dictionaries and lists hold."""
 
-    def __init__(self, held: list[dict[str, Any]]):
-        self._held = held
-        self._lists = [v for one in held for v in one.values() if type(v) is list]
-        self._then = self._now()
+    def __init__(self, dictionaries: list[dict[str, Any]], lists: list[list[Any]]):
+        self._kept = [*(list(d.values()) for d in dictionaries), *map(list, lists)]
+        self._then = array("Q", [n for objects in self._kept for n in (len(objects), *map(id, objects))])
+        self._given = dictionaries, lists
+        self._at = [array("Q", map(id, objects)) for objects in self._given]
+        first, second, then = (a.buffer_info()[0] for a in (*self._at, self._then))
+        self._arguments = first, len(dictionaries), second, len(lists), then
+        self._look = _look()
 
     def same(self) -> bool:
-        now = self._now()
-        return len(now) == len(self._then) and all(map(operator.is_, now, self._then))
+        return bool(self._look(*self._arguments))
 
-    def _now(self) -> list[Any]:
-        return list(itertools.chain.from_iterable((*map(dict.values, self._held), *self._lists)))
+
+@functools.cache
+def _look() -> Any:
+    # with Python's lock held all the while, which CDLL would give back
+    function = ctypes.PyDLL(native.load("same_objects")._name).same_objects
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    return function

@@ -16,6 +16,7 @@ from thresher import sessions
 from thresher.compat import any_autocast, unchanged_state
 from thresher.errors import ThresherError
 from thresher.hooks import HOOKS
+from thresher.kernels import native
 from thresher.lowering.steps.bound import BoundStep, NotAlike
 from thresher.notices import logger
 from thresher.tractable import parts_of
@@ -54,6 +55,11 @@ class Steps:
             if look is not None:
                 look()
         if self._tries >= _TRIES or torch.is_inference_mode_enabled():
+            return call(**named)
+        missing = native.load_error("same_objects")
+        if missing is not None:
+            self._tries = _TRIES
+            logger.info("%s: steps go by Dynamo: %s", type(self.model).__name__, missing)
             return call(**named)
         self._tries += 1
         before = _Before(self.model, named)
