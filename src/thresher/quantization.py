@@ -173,7 +173,8 @@ def quantize(
     group: a process group of torch.distributed whose ranks all make this call, with the same arguments: each runs a share of
         the batches and rounds a share of the rows, and all of them return the whole. `torch.distributed.group.WORLD`.
 
-    What it will take is said before it starts (logging, level INFO), and kept in the report.
+    What it will take is said before it starts (logging, level INFO; WARNING where other work has the cores), and kept in the
+    report.
 
     Raises ArgumentError for data that cannot be used, HessianError (naming the linear) for activations that
     cannot be calibrated on, and ThresherError for weights that are missing, truncated, NaN or infinite (naming file and
@@ -212,13 +213,14 @@ def quantize(
     estimate = driver.estimate()
     if dry_run:
         return estimate
-    _log.info("%s", estimate)
+    _log.log(logging.WARNING if estimate.hindered else logging.INFO, "%s", estimate)
+    read = time.perf_counter() - started
     if keeping.folder is not None:
         need_room(keeping.folder, estimate.written + estimate.on_disk, "Finished layers and activations")
     outcome = driver.run()
     tensors = rsq.to_statistics(outcome.linears, outcome.plan, config)
     statistics = Statistics(outcome.fingerprint, {"rsq": tensors})
-    report = _report(outcome, found, estimate, time.perf_counter() - started)
+    report = _report(outcome, found, estimate, read, time.perf_counter() - started)
     if source is not None:
         source.settle()
     report.notes[:0] = left_out
@@ -278,10 +280,13 @@ def _capture(model: torch.nn.Module, batches: Sequence[Batch]) -> Program:
     return programs[0]
 
 
-def _report(outcome: Outcome, model: torch.nn.Module, estimate: Estimate, seconds: float) -> QuantizeReport:
+def _report(
+    outcome: Outcome, model: torch.nn.Module, estimate: Estimate, read: float, seconds: float
+) -> QuantizeReport:
     total = sum({t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}.values())
+    said = f"Said before it started, {read:.1f} s after the call: {estimate}"
     return QuantizeReport(
         list(outcome.reports.values()), dict(outcome.importance), dict(outcome.bits), dict(outcome.sensitivity),
-        [*outcome.plan.notes, f"Said before it started: {estimate}"], list(outcome.plan.missed), outcome.exact, total,
+        [*outcome.plan.notes, said], list(outcome.plan.missed), outcome.exact, total,
         estimate.tokens, seconds,
     )  # fmt: skip

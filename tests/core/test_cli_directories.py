@@ -98,7 +98,12 @@ def test_quantize_writes_a_directory_that_transformers_loads(folders, main, tmp_
     assert code == 0, err
     found = json.loads(said)
     assert found["path"] == str(out) and found["bytes"] == sum(f.stat().st_size for f in out.iterdir())
-    assert "quantizing on" in err
+    assert "quantizing on" in err and "MB of memory at a time" in err  # before it starts
+    code, said, err = main("quantize", folders["llama"], "--bits", 3, "--data", folders["data"], "--out",
+                           tmp_path / "dry", "--length", 8, "--dry-run", "--json")  # fmt: skip
+    told = json.loads(said)
+    assert code == 0 and told["peak"] == sum(told["parts"].values()) and told["seconds"] > 0, err
+    assert told["written"] > 0 and not list(tmp_path.glob("dry*"))
     loaded, tokenizer = models.load(str(out))
     with torch.no_grad():
         assert loaded(**tokenizer(["a mill"], return_tensors="pt")).logits.isfinite().all()

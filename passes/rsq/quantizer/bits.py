@@ -22,7 +22,7 @@ from .sweep import Sweep, bind
 
 WIDTHS = (2, 3, 4, 8)
 _PROBE_BITS = 3
-_PROBE_ROWS, _PROBE_TOKENS = 2, 128
+PROBE_ROWS, PROBE_TOKENS = 2, 128
 
 
 def sensitivities(
@@ -35,7 +35,7 @@ def sensitivities(
     """
     program = sweep.program
     output = next(o for o in program.outputs if o is not None)
-    inputs = bind(program, batches[0].inputs, (_PROBE_ROWS, _PROBE_TOKENS))
+    inputs = bind(program, batches[0].inputs, (PROBE_ROWS, PROBE_TOKENS))
     whole = sweep.run(sweep.start(inputs), {output})[output]
     grid = rsq_codes.make_grid(config, _PROBE_BITS)
     found: dict[str, float] = {}

@@ -4,6 +4,7 @@ numbers."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import fx
@@ -47,10 +48,24 @@ def check_weights(program: Program, files: Mapping[str, str]) -> None:
         if tensor.is_floating_point() and tensor.element_size() > 1 and has_values(tensor):
             bad = bad_values(tensor)
             if bad and not _may_be_mask(node, tensor):
-                place = f" in {files[held.fqn]}" if held.fqn in files else ""
-                said.append(f"{held.fqn}{place} has {bad} NaN or infinite values; repair the weight.")
+                said.append(
+                    f"{held.fqn}{_place(held.fqn, files)} has {bad} NaN or infinite values; repair the weight."
+                )
     if said:
         raise ThresherError(" ".join(said[:8]) + (f" And {len(said) - 8} more." if len(said) > 8 else ""))
+
+
+def _place(name: str, files: Mapping[str, str]) -> str:
+    """In which file a bad weight lies; of one that the library put together, such as stacked experts, which tensor of which
+    file is bad."""
+    if name in files:
+        return f" in {files[name]}"
+    beside = name.rpartition(".")[0] + "."
+    for other in sorted(n for n in files if n.startswith(beside)):
+        tensor = tensor_files.MappedFile(Path(files[other])).tensor(other)
+        if tensor.is_floating_point() and tensor.element_size() > 1 and bad_values(tensor):
+            return f", made from {other} in {files[other]},"
+    return ""
 
 
 def _may_be_mask(node: fx.Node, tensor: torch.Tensor) -> bool:

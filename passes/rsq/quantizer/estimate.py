@@ -1,20 +1,16 @@
 """What quantizing a model will take, before it starts: memory by part, time, and bytes written.
 
 Memory is counted from the graph: each step's values at the calibration batches' sizes, its linears' weights and their
-Hessian. Time is counted in products and passes over memory, at speeds that a few small products are measured to have.
+Hessian. Time: see `seconds`.
 """
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
-from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.machine.memory import resident
 
@@ -22,29 +18,29 @@ from ...structure.experts import ExpertSite
 from ..config import SCALE_DTYPES, RSQConfig
 from . import rounding
 from .pieces import Site
-from .sizes import Sizes, count
+from .seconds import READS, hindered, matrices, seconds
+from .sizes import Sizes
 from .steps import Step
-
-aten = torch.ops.aten
-_READS = ("aten.linear.default", "aten.bmm.default", "thresher.expert_linear.default")
 
 _HESSIAN = 16  # bytes for each of its K x K numbers: the fp32 sum, the fp64 matrix, the fp32 factor
 _ROUNDING = 40  # bytes for each weight rounded at a time
 _ONE_EXPERT = 48  # the same while one expert's is used: filled up, kept for its report, factored
 _CODES = 10  # bytes for each code while one linear's are packed
-_PASSES = 150  # passes over a weight in fp32: the range search, and column by column
-_PASS_RATE = 3e9  # bytes a second of small elementwise work
-_READ_RATE = 3e8  # bytes a second of weights that are hashed, looked through and proved
-_TURN = 400  # operations for each weight that is rotated
-_MEASURED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALLOCATOR = 1.15  # what the C library keeps of freed memory, as a factor
+
+
+_HINDERED = (
+    " Threads wait for each other here, which may cost most of that time: other work has the cores, or there are fewer "
+    "than torch takes for its own. torch.set_num_threads(1), or OMP_NUM_THREADS=1, may be faster."
+)
 
 
 @dataclass(frozen=True)
 class Estimate:
     """parts: bytes held at the widest moment, by what they are. peak: their sum, with what the process holds already.
     model: bytes of the weights. seconds: by the clock, on this machine as it is now. written: bytes of finished layers.
-    on_disk: bytes of activations there meanwhile. linears, tokens: how many; each expert's matrix counts."""
+    on_disk: bytes of activations there meanwhile. linears, tokens: how many; each expert's matrix counts. hindered: torch's
+    threads wait for each other, since other work has the cores or there are fewer than it takes for its own."""
 
     parts: Mapping[str, int]
     model: int
@@ -54,6 +50,7 @@ class Estimate:
     linears: int
     tokens: int
     at: str = field(default="")
+    hindered: bool = field(default=False)
 
     @property
     def peak(self) -> int:
@@ -66,6 +63,7 @@ class Estimate:
             f"Quantizing {self.linears} linears on {self.tokens} tokens: at most {self.peak / 1e6:.0f} MB of memory at "
             f"a time ({told}; the widest moment is {self.at}), about {_clock(self.seconds)} on this machine, "
             f"{self.written / 1e6:.1f} MB of codes written{disk}. The model's weights are {self.model / 1e6:.0f} MB."
+            + (_HINDERED if self.hindered else "")
         )
 
 
@@ -89,8 +87,8 @@ def estimate(
     parts |= {name: int(size * _ALLOCATOR) for name, size in held.items() if size}
     sites = [site for step in steps for site in step.group]
     model = sum({w.tensor.data_ptr(): w.tensor.nbytes for w in original.weights.values()}.values())
-    return Estimate(parts, model, _seconds(sizes, steps, model, runs), sum(stored(s, config) for s in sites),
-                    waiting if on_disk else 0, sum(map(_matrices, sites)), sizes.tokens, where)  # fmt: skip
+    return Estimate(parts, model, seconds(sizes, steps, config, model, runs), sum(stored(s, config) for s in sites),
+                    waiting if on_disk else 0, sum(map(matrices, sites)), sizes.tokens, where, hindered())  # fmt: skip
 
 
 def _moments(sizes: Sizes, step: Step, drift: int) -> list[tuple[str, dict[str, int]]]:
@@ -135,61 +133,16 @@ def _moments_of_experts(
 
 def _weights(nodes: Sequence[fx.Node]) -> set[str]:
     """Attribute names of the matrices that products among these nodes read; of an embedding only rows are."""
-    factors = [n.args[1] for n in nodes if str(n.target) in _READS]
+    factors = [n.args[1] for n in nodes if str(n.target) in READS]
     return {str(f.target) for f in factors if isinstance(f, fx.Node) and f.op == "get_attr"}
-
-
-def _matrices(site: Site) -> int:
-    return site.count if isinstance(site, ExpertSite) else 1
 
 
 def stored(site: Site, config: RSQConfig) -> int:
     """Bytes of the codes, scales and zero points of a linear, or of a mixture's experts."""
-    rows, k = _matrices(site) * site.out_features, site.in_features
+    rows, k = matrices(site) * site.out_features, site.in_features
     if config.grid == "nvfp4":
-        return rows * (k // 2 + k // 16) + 4 * _matrices(site)
+        return rows * (k // 2 + k // 16) + 4 * matrices(site)
     bits = config.average_bits or config.bits
     groups = k // config.group_size if config.group_size > 0 else 1
     scale = SCALE_DTYPES[config.scale_dtype].itemsize + (0 if config.symmetric else 1)
     return int(rows * (4 * -(-k * bits // 32) + groups * scale))
-
-
-def _seconds(sizes: Sizes, steps: Sequence[Step], model: int, runs: int) -> float:
-    """Running the batches, the statistics, factoring and rounding, each at its measured speed; and the proof in fp64."""
-    rate_of = functools.cache(_rate)  # measured once a dtype for an estimate
-    single, double = rate_of(torch.float32), rate_of(torch.float64)
-    seconds = model / _READ_RATE
-    for step in steps:
-        k = step.group[0].in_features
-        weights = sum(_matrices(s) * s.in_features * s.out_features for s in step.group)
-        for node in step.nodes:
-            dtype = value(node).dtype if isinstance(value(node), torch.Tensor) else None
-            rate = rate_of(dtype) if dtype in _MEASURED else single
-            seconds += runs * sum(many * _products(node, at) / rate for at, many in sizes.shapes)
-            seconds += runs * sum(many * sizes.bytes(node, at) / _PASS_RATE for at, many in sizes.shapes)
-        seconds += (3 * runs - 2) * sizes.tokens * k * k / single
-        seconds += _matrices(step.group[0]) * 2 / 3 * k**3 / double + weights * k / single
-        seconds += weights * (4 * _PASSES / _PASS_RATE)
-        seconds += 3 * weights * _TURN / double  # rotated for the proof, for the batches and to be rounded
-    return seconds
-
-
-def _products(node: fx.Node, at: Mapping[str, int]) -> float:
-    """Floating-point operations of a linear or an attention."""
-    if str(node.target) in _READS:
-        return 2.0 * count(value(node).shape, at) * int(value(node.args[0]).shape[-1])
-    if node.target is aten.scaled_dot_product_attention.default:
-        keys = value(node.args[1]).shape
-        return 4.0 * count(value(node.args[0]).shape, at) * count(keys[-2:-1], at)
-    return 0.0
-
-
-def _rate(dtype: torch.dtype) -> float:
-    """Operations a second of a product of a few hundred rows."""
-    a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return 2 * 256 * 512 * 512 / min(times)

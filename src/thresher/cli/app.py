@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -55,6 +56,19 @@ class Say:
             print(json.dumps(plain(payload), indent=2, allow_nan=False))
 
     @contextlib.contextmanager
+    def heard(self, name: str) -> Iterator[None]:
+        """What a logger of ours says meanwhile, from INFO on, is said here."""
+        logger, was = logging.getLogger(name), logging.getLogger(name).level
+        handler = _Aside(self.aside)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(was)
+
+    @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A part of the work, in words: with a clock on a terminal, as a line elsewhere."""
         started = time.monotonic()
@@ -71,3 +85,14 @@ class Say:
         taken = time.monotonic() - started
         if taken >= _SHOWN:
             self.aside.print(f"{name}: {taken:.1f} s", markup=False, highlight=False)
+
+
+class _Aside(logging.Handler):
+    """Prints records as lines on stderr."""
+
+    def __init__(self, console: Console):
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(record.getMessage(), markup=False, highlight=False)

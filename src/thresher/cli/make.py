@@ -78,6 +78,9 @@ def quantize(
     data: Data = None,
     sequences: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens of each window.")] = 512,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say memory, time and bytes; write nothing.")
+    ] = False,
     task: Task = None,
     dtype: DType = None,
     quiet: Quiet = False,
@@ -100,7 +103,8 @@ def quantize(
 
     group, speaks = ranks()
     say = Say(as_json and speaks, quiet or not speaks)
-    check_folder("--out", out)
+    if not dry_run:
+        check_folder("--out", out)
     recipe = RSQ(bits=bits, group_size=group_size, grid=grid, keep=tuple(keep or ("head",)))
     recipe.validate()
     texts = None if data is None else text.read(data)
@@ -114,12 +118,22 @@ def quantize(
     if shifted is not None:
         batches = [{"input_ids": i, "decoder_input_ids": d} for i, d in zip(ids.split(4), shifted.split(4))]
     layers = out.with_name(out.name + ".layers")
+    doing = "looking at" if dry_run else "quantizing on"
     with (
-        say.phase(f"quantizing on {len(ids)} windows of {length} tokens"),
+        say.phase(f"{doing} {len(ids)} windows of {length} tokens"),
+        say.heard("thresher.quantization"),
         blamed(loaded, [{"input_ids": ids[:2]} if shifted is None else batches[0]]),
     ):
-        made = run(source, batches, recipe, tokenizer=tokenizer, portable=True, folder=layers, group=group)
-    if not speaks:
+        words: dict[str, Any] = {"tokenizer": tokenizer, "portable": True, "folder": layers, "group": group}
+        made: Any = (
+            run(source, batches, recipe, dry_run=True, **words)
+            if dry_run
+            else run(source, batches, recipe, **words)
+        )
+    if dry_run:
+        say.json({**vars(made), "peak": made.peak})
+        say.results.print(str(made), markup=False, highlight=False)
+    if dry_run or not speaks:
         return
     with say.phase("writing"):
         made.save_pretrained(out)
