@@ -54,7 +54,6 @@ class BoundStep:
             if index >= tape.fixed and (kind, what) not in ends
         ]
         self._made = [r for r in range(len(tape.made)) if r not in grown]
-        self._grown = [(r, p, place["place", p], place["result", r], Room()) for r, p in grown.items()]
         self._at: list[int] = []  # where each value's description begins
         self._described = step.fixed[:]
         for index in range(tape.fixed, len(tape.external)):
@@ -72,6 +71,11 @@ class BoundStep:
                 else tensor.dim()
             )
             self._described.extend([0] * (2 + rank))
+        slots = [(place["place", p], place["result", r]) for r, p in grown.items()]
+        self._grown = [
+            (r, p, at, end, self._at[at - tape.fixed] + 4, self._at[end - tape.fixed] + 4, Room())
+            for (r, p), (at, end) in zip(grown.items(), slots)
+        ]
 
     def __call__(self) -> list[Any]:
         """The graph's results. Raises NotAlike before anything has run, and ThresherError."""
@@ -104,25 +108,26 @@ class BoundStep:
         return [what if kind == "known" else sources[kind][what] for kind, what in tape.results]
 
     def _grow(self, made: list[Any], shapes: Any) -> None:
-        given, described, first = self.given, self._described, self._step.tape.fixed
-        for r, p, at, end, room in self._grown:
-            slots = shapes[r][2]
+        given, described = self.given, self._described
+        for r, p, at, end, before, after, room in self._grown:
             if room.holds(given[p], self._most):
-                kind, memory = self._step.types[r], room.memory
-                if memory.dtype != kind[0] or [*memory.shape[:2], room.slots + 1, memory.shape[3]] != list(
-                    shapes[r]
-                ):
-                    raise NotAlike(
-                        f"Keys or values are {memory.dtype} {tuple(given[p].shape)}, and others of the cache are not."
-                    )
-                for index, more in ((at, 0), (end, 1)):
-                    self._pointers[index] = room.pointer
-                    one = array("q", (kind[1] + _STRIDED, 4, *memory.shape, *memory.stride()))
-                    one[4] = room.slots + more
-                    begin = self._at[index - first]
-                    described[begin : begin + 10] = one
-            if room.slots + 1 != slots:
+                self._moved(r, p, at, end, room, shapes[r])
+            slots = room.slots
+            if slots + 1 != shapes[r][2]:
                 raise NotAlike("Layers of a cache hold different numbers of tokens.")
-            described[self._at[at - first] + 4] = room.slots
-            described[self._at[end - first] + 4] = slots
+            described[before] = slots
+            described[after] = slots + 1
             made[r] = room.next()
+
+    def _moved(self, r: int, p: int, at: int, end: int, room: Room, shape: Any) -> None:
+        """Say where an input and its result lie from now on."""
+        kind, memory, first = self._step.types[r], room.memory, self._step.tape.fixed
+        if memory.dtype != kind[0] or [*memory.shape[:2], room.slots + 1, memory.shape[3]] != list(shape):
+            raise NotAlike(
+                f"Keys or values are {memory.dtype} {tuple(self.given[p].shape)}, and others of the cache are not."
+            )
+        one = array("q", (kind[1] + _STRIDED, 4, *memory.shape, *memory.stride()))
+        for index in (at, end):
+            self._pointers[index] = room.pointer
+            begin = self._at[index - first]
+            self._described[begin : begin + 10] = one

@@ -63,10 +63,12 @@ class Room:
         memory = torch.empty(rows, heads, self.capacity, width, dtype=tensor.dtype)
         memory[:, :, :slots] = tensor
         self.memory, self.slots, self.pointer = memory, slots, memory.data_ptr()
+        self._rows, self._heads, self._width, self._strides = rows, heads, width, memory.stride()
         return True
 
     def next(self) -> torch.Tensor:
         """The slots so far and one more, which is yet to be written."""
         self.slots += 1
-        self.view = self.memory.narrow(_SLOTS, 0, self.slots)
+        size = (self._rows, self._heads, self.slots, self._width)
+        self.view = self.memory.as_strided(size, self._strides)  # half the time of `narrow`
         return self.view
