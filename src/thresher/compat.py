@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -210,3 +211,13 @@ def own_symbols() -> contextlib.AbstractContextManager[Any]:
     from torch.fx.experimental import _config
 
     return settings(_config, use_duck_shape=False)
+
+
+def tensor_handles(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Of each tensor, an address of PyTorch's C++ object, as its C interface takes it. Each keeps its tensor's memory alive
+    until `aoti_torch_delete_tensor_object` is called on it."""
+    unpack = ctypes.pythonapi.PyCapsule_GetPointer
+    unpack.restype, unpack.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return [
+        unpack(capsule, None) for capsule in torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+    ]

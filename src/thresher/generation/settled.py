@@ -4,68 +4,45 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from array import array
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from thresher.compat import tensor_handles
 from thresher.graph.stamp import PLAIN
 from thresher.hooks import HOOKS
 from thresher.kernels import native
-
-_LAYOUTS = 64  # weights whose strides are looked at in one step: few programs ever change them alone
 
 
 class Settled:
     """A model's weights, modules, hooks, attributes, lists and configurations' settings, as they were when this was made.
 
-    Seen between two steps are, at once: any of these replaced, added or taken away, and weights moved; within some steps: a
-    weight viewed otherwise where it lies. `untouched` tells all. Raises RuntimeError or OSError where C++ cannot be built.
+    plain: whether all weights are plain tensors in the main memory, and there are no hooks; of other models nothing is known
+    here. Raises RuntimeError or OSError where C++ cannot be built.
     """
 
     def __init__(self, model: torch.nn.Module):
         modules = list(model.modules())
         held = [vars(m) for m in modules]
         tables = [h[name] for h in held for name in ("_parameters", "_buffers", "_modules")]
-        self._hooks = [h[name] for h in held for name in HOOKS if name in h]
+        hooks = [h[name] for h in held for name in HOOKS if name in h]
         configs = {id(v): v for h in held for v in h.values() if hasattr(v, "get_text_config")}
-        dictionaries = [*tables, *self._hooks, *held, *map(vars, configs.values())]
-        lists = [v for one in (*held, *map(vars, configs.values())) for v in one.values() if type(v) is list]
-        self._objects = _Objects(dictionaries, lists)
+        settings = [vars(c) for c in configs.values()]
+        lists = [v for one in (*held, *settings) for v in one.values() if type(v) is list]
+        self._objects = _Objects([*tables, *hooks, *held, *settings], lists)
         tensors = {id(v): v for table in tables for v in table.values() if isinstance(v, torch.Tensor)}
         self.tensors = list(tensors.values())
-        self._plain = all(type(t) in PLAIN and t.device.type == "cpu" for t in self.tensors)
-        self._places, self._strides = (
-            (self._where(), self._layouts(self.tensors)) if self._plain else ([], [])
+        self.plain = not any(hooks) and all(
+            type(t) in PLAIN and t.device.type == "cpu" and t.layout == torch.strided for t in self.tensors
         )
-        self._turn = 0
-
-    @property
-    def plain(self) -> bool:
-        """Whether all weights are plain tensors in the main memory; of others nothing is known here."""
-        return self._plain and not any(self._hooks)
+        self._places = _Places(self.tensors if self.plain else [])
 
     def unchanged(self) -> bool:
-        """Whether nothing is seen to have changed; of strides, some are looked at."""
-        begin = self._turn
-        end = begin + _LAYOUTS
-        self._turn = end if end < len(self.tensors) else 0
-        return self._same() and self._layouts(self.tensors[begin:end]) == self._strides[begin:end]
-
-    def untouched(self) -> bool:
-        """Whether nothing is seen to have changed, looking at all."""
-        return self._same() and self._layouts(self.tensors) == self._strides
-
-    def _same(self) -> bool:
-        return self._objects.same() and self._where() == self._places
-
-    def _where(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self.tensors))
-
-    @staticmethod
-    def _layouts(tensors: Sequence[torch.Tensor]) -> list[Any]:
-        return list(map(torch.Tensor.stride, tensors))
+        """Whether all these are the same objects, and each weight lies where it lay, with its sizes and strides."""
+        return self._objects.same() and self._places.same()
 
 
 class _Objects:
@@ -78,15 +55,48 @@ class _Objects:
         self._at = [array("Q", map(id, objects)) for objects in self._given]
         first, second, then = (a.buffer_info()[0] for a in (*self._at, self._then))
         self._arguments = first, len(dictionaries), second, len(lists), then
-        self._look = _look()
+        self._look = _library().same_objects
 
     def same(self) -> bool:
         return bool(self._look(*self._arguments))
 
 
+class _Places:
+    """Where tensors lie, and how."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self._then = array("q", [n for t in tensors for n in (t.data_ptr(), t.dim(), *t.shape, *t.stride())])
+        self._handles = array("Q", tensor_handles(tensors))
+        weakref.finalize(self, _drop, self._handles)
+        given, then = self._handles.buffer_info()[0], self._then.buffer_info()[0]
+        self._arguments = given, len(tensors), ctypes.addressof(_pytorch()[0]), then
+        self._look = _library().same_tensors
+
+    def same(self) -> bool:
+        return bool(self._look(*self._arguments))
+
+
+def _drop(handles: array[int]) -> None:
+    for handle in handles:
+        _pytorch()[1](handle)
+
+
 @functools.cache
-def _look() -> Any:
+def _library() -> Any:
     # with Python's lock held all the while, which CDLL would give back
-    function = ctypes.PyDLL(native.load("same_objects")._name).same_objects
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    return function
+    library = ctypes.PyDLL(native.load("unchanged")._name)
+    for name, numbers in (("same_objects", "pqpqp"), ("same_tensors", "pqpp")):
+        kinds = {"p": ctypes.c_void_p, "q": ctypes.c_int64}
+        getattr(library, name).argtypes = [kinds[n] for n in numbers]
+    return library
+
+
+@functools.cache
+def _pytorch() -> tuple[Any, Any]:
+    """Pointers to the functions of PyTorch's C interface that say how a tensor lies, and the one that ends a handle."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    names = ("data_ptr", "dim", "sizes", "strides")
+    found = [ctypes.cast(getattr(library, f"aoti_torch_get_{name}"), ctypes.c_void_p) for name in names]
+    drop = library.aoti_torch_delete_tensor_object
+    drop.argtypes = [ctypes.c_void_p]
+    return (ctypes.c_void_p * len(found))(*found), drop

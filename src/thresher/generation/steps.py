@@ -56,7 +56,7 @@ class Steps:
                 look()
         if self._tries >= _TRIES or torch.is_inference_mode_enabled():
             return call(**named)
-        missing = native.load_error("same_objects")
+        missing = native.load_error("unchanged")
         if missing is not None:
             self._tries = _TRIES
             logger.info("%s: steps go by Dynamo: %s", type(self.model).__name__, missing)
@@ -143,7 +143,7 @@ class _Bound:
         self._fields(call, before, out)
         if not self._sizes.hold(call.inputs):
             raise _Unbound("It is not known for which sizes its graph is.")
-        if not before.settled.plain or not before.settled.untouched():
+        if not before.settled.plain or not before.settled.unchanged():
             raise _Unbound(
                 "The model is changed by its calls, or has hooks or weights that are no plain tensors."
             )

@@ -1,5 +1,7 @@
 """Steps that are bound to a generation give the model's own tokens, and see what is changed between two of them."""
 
+import gc
+
 import pytest
 import torch
 import transformers
@@ -206,17 +208,17 @@ def test_settled_sees_attributes_modules_and_lists():
     model = make(num_hidden_layers=2)
     model.names = ["a"]
     settled = Settled(model)
-    assert settled.plain and settled.unchanged() and settled.untouched()
+    assert settled.plain and settled.unchanged()
     for change, undo in (
         (lambda: model.names.append("b"), model.names.pop),
         (lambda: setattr(model.model.layers[1].self_attn, "scaling", 3.0), lambda: None),
     ):
         change()
-        assert not settled.untouched()
+        assert not settled.unchanged()
         undo()
     settled = Settled(model)
     model.config.hidden_act = "relu"
-    assert not settled.untouched()
+    assert not settled.unchanged()
 
 
 def test_the_state_that_dynamo_compiles_for_is_told():
@@ -224,3 +226,34 @@ def test_the_state_that_dynamo_compiles_for_is_told():
     assert same_state()
     with torch.inference_mode(False), torch.autocast("cpu", dtype=torch.bfloat16):
         assert not same_state()
+
+
+def test_settled_sees_weights_that_are_moved_or_viewed_otherwise():
+    model = make(num_hidden_layers=2)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    for change, undo in (
+        (lambda: setattr(weight, "data", weight.data.clone()), lambda: None),
+        (lambda: setattr(weight, "data", weight.data.t()), lambda: setattr(weight, "data", weight.data.t())),
+        (lambda: setattr(weight, "data", weight.data[:1]), lambda: None),
+    ):
+        settled = Settled(model)
+        assert settled.plain and settled.unchanged()
+        change()
+        assert not settled.unchanged()
+        undo()
+    with torch.no_grad():
+        settled = Settled(model)
+        weight.add_(1)  # in place: steps read it as it is now
+        assert settled.unchanged()
+
+
+def test_settled_keeps_no_weight_alive_once_it_is_gone():
+    model = make(num_hidden_layers=2)
+    storage = model.lm_head.weight.untyped_storage()
+    settled = Settled(model)
+    del model
+    gc.collect()
+    assert torch._C._storage_Use_Count(storage._cdata) == 2
+    del settled
+    gc.collect()
+    assert torch._C._storage_Use_Count(storage._cdata) == 1
