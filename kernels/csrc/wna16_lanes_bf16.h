@@ -58,8 +58,8 @@ inline void tile(const Weight& w, int64_t first, const uint32_t* x, const float*
             constexpr int C = M < 8 ? 2 : 1;  // sums of a row that do not wait for each other
             __m512 here[M * C];
             UNROLL for (int t = 0; t < M * C; ++t) here[t] = _mm512_setzero_ps();
-            const int from = int(begin - column) / 8;
-            for (int d = from; d < from + int(segment) / 8; ++d) {
+            const int from = int(begin - column) / 8, count = int(std::min(segment, w.k - begin) + 7) / 8;
+            for (int d = from; d < from + count; ++d) {
                 const uint32_t* const at = x + (column / 2 + 4 * d) * M;
                 UNROLL for (int i = 0; i < 4; ++i) {  // columns i and i + 4 of the eight
                     const __m512bh v = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes[d], 4 * i), table);
@@ -87,17 +87,27 @@ void linear(const Weight& w, const uint16_t* x, int64_t m, const uint16_t* bias,
     const int64_t whole = (w.k + kColumns - 1) / kColumns * kColumns, group = w.k / w.groups, blocks = (w.n + 15) / 16;
     thread_local std::vector<uint32_t> memory;
     thread_local std::vector<float> added;
-    memory.assign(whole / 2 * M, 0);  // zero beyond k, and for rows that are not there
+    memory.resize(whole / 2 * M);
     added.assign(M * w.groups, 0.0f);
     uint32_t* const laid = memory.data();
     float* const sums = added.data();
-    for (int64_t t = 0; t < m; ++t) {
-        const uint16_t* const from = x + t * w.k;
-        for (int64_t c = 0; c < w.k; ++c)  // a pair: columns i and i + 4 of eight
-            reinterpret_cast<uint16_t*>(laid + (c / 8 * 4 + c % 4) * M + t)[c % 8 / 4] = from[c];
-        if (w.zeros)
-            for (int64_t c = 0; c < w.k; ++c) sums[t * w.groups + c / group] += bits<float>(uint32_t(from[c]) << 16);
+    for (int64_t c = 0; c < whole; c += 8) {  // zero beyond k, and for rows that are not there
+        const int64_t left = w.k - c;
+        const __mmask8 there = left >= 8 ? 0xFF : left > 0 ? (__mmask8)((1u << left) - 1) : 0;
+        for (int t = 0; t < M; t += 4) {
+            __m128 pairs[4];  // of a row: columns i and i + 4
+            UNROLL for (int j = 0; j < 4; ++j) {
+                const __m128i v = t + j < m ? _mm_maskz_loadu_epi16(there, x + (t + j) * w.k + c) : _mm_setzero_si128();
+                pairs[j] = _mm_castsi128_ps(_mm_unpacklo_epi16(v, _mm_unpackhi_epi64(v, v)));
+            }
+            _MM_TRANSPOSE4_PS(pairs[0], pairs[1], pairs[2], pairs[3]);
+            UNROLL for (int i = 0; i < 4; ++i)
+                _mm_storeu_ps(reinterpret_cast<float*>(laid + (c / 2 + i) * M + t), pairs[i]);
+        }
     }
+    if (w.zeros)
+        for (int64_t t = 0; t < m; ++t)
+            for (int64_t g = 0; g < w.groups; ++g) sums[t * w.groups + g] = few::sum(x + t * w.k + g * group, group);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t b = 0; b < blocks; ++b) {
         __m512 total[M];
