@@ -64,7 +64,7 @@ def of_peer(
     )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-        return f"It failed on this machine: {said[:300]}"
+        return f"It failed on this machine: {said[:300].rstrip('.')}."
     told = json.loads(done.stdout.strip().splitlines()[-1])
     model, _ = models.smollm2()
     model.config.use_cache = False

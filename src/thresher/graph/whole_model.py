@@ -20,6 +20,7 @@ from torch import fx, nn
 from .names import path
 
 _WRAPPER = os.path.join("torch", "_dynamo", "eval_frame.py")
+_TRACING = os.path.join("torch", "_dynamo", "convert_frame.py")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 PARTS_SHARE = (
     "Modules of the same code share such a graph, and its names are those of the one that was called first."
@@ -111,7 +112,7 @@ def _on_the_stack() -> tuple[nn.Module | None, bool]:
     model: nn.Module | None = None
     seen: nn.Module | None = None
     wrapped: nn.Module | None = None
-    inside, between = False, False
+    inside, between, tracing = False, False, False
     while frame is not None:
         file = frame.f_code.co_filename
         own = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
@@ -121,7 +122,9 @@ def _on_the_stack() -> tuple[nn.Module | None, bool]:
             seen = own
         if file.endswith(_WRAPPER):
             model, inside = seen, between
-        elif not file.startswith((_TORCH, _OURS, "<")):
+        elif file.endswith(_TRACING):
+            tracing = True  # what is called within it is a backend, perhaps somebody's that calls ours
+        elif tracing and not file.startswith((_TORCH, _OURS, "<")):
             between = True
         frame = frame.f_back
     return (wrapped if wrapped is not None else model), inside

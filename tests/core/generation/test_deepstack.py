@@ -28,7 +28,9 @@ def test_a_cut_reaches_the_layers_behind_the_features():
     batch = vlm_zoo.batch("Qwen3-VL", model, (1, 2))
     options = dict(min_image_tokens=2, bucket=1, min_saving=0.0, stages=((1, 0.5),))
     fast = thresher.compile(model, batch, target="reference", transprune=options)
-    assert "language_model.layers.0" in [site for r in fast.reports for site in r["transprune"].rewritten]
+    assert "model.language_model.layers.0" in [
+        site for r in fast.reports for site in r["transprune"].rewritten
+    ]
     fast.generate(**batch, max_new_tokens=1, do_sample=False)
     assert fast.last_call.kept == [[29, 53], [21, 37]]
 
