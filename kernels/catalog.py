@@ -11,6 +11,7 @@ FAMILIES: tuple[str, ...] = (
     # one name a line, sorted
     "experts",
     "few_linear",
+    "half_linear",
     "hadamard",
     "kv",
     "nvfp4",

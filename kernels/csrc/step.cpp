@@ -154,7 +154,7 @@ class Run {
             }
             case LINEAR: {
                 const Value x = ordered(in(op, 0), work_.asked);
-                return linear(projected(op, x, in(op, 1).shape[0]), x, in(op, 1), maybe(op, 2), size(op, 0),
+                return linear(projected(op, x, in(op, 1).shape[0]), x, in(op, 1), maybe(op, 2), size(op, 0), size(op, 1) != 0,
                               work_.scratch, threads_);
             }
             case WNA16: {

@@ -11,7 +11,11 @@ namespace {
 // weight memory is asked for in advance, where several are walked through: more than it takes, and they push each other out.
 template <class X>
 struct Tile {
+#if defined(__AVX512F__)
     static constexpr int weight = 4, tokens = 4, ahead = 4;
+#else
+    static constexpr int weight = 3, tokens = 4, ahead = 9;  // sixteen registers: twelve sums, and what they are made of
+#endif
 };
 template <>
 struct Tile<bf16> {
@@ -39,6 +43,12 @@ INLINE __m512 four_sums(const vf* v) {
     const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
     return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
 }
+#elif defined(__AVX2__)
+INLINE __m128 four_sums(const vf* v) {
+    const __m256 ab = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), cd = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
+    const __m256 abcd = _mm256_hadd_ps(ab, cd);
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+}
 #endif
 
 // out[i] = the sum of v[i]'s lanes. A short row of a weight costs as much to sum up as to multiply, so sixteen or four go at
@@ -55,6 +65,11 @@ INLINE void totals(const vf* v, float* out) {
     } else if constexpr (N >= 4) {
         const __m512 a = four_sums(v), b = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0x4E));
         _mm_storeu_ps(out, _mm_add_ps(_mm512_castps512_ps128(b), _mm512_castps512_ps128(_mm512_shuffle_f32x4(b, b, 0xB1))));
+        return totals<N - 4>(v + 4, out + 4);
+    }
+#elif defined(__AVX2__)
+    if constexpr (N >= 4) {
+        _mm_storeu_ps(out, four_sums(v));
         return totals<N - 4>(v + 4, out + 4);
     }
 #endif

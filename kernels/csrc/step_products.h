@@ -1,7 +1,9 @@
 // The products of a step: dense ones here or by PyTorch, those of low-bit weights by their own kernels.
 #pragma once
 
-#include "step_dense.h"
+#include <type_traits>
+
+#include "half_product.h"
 
 namespace {
 
@@ -70,9 +72,10 @@ const float* floats(const Value& v, Memory& memory) {
     return fetch(v.type, v.data, 1, n, to);
 }
 
-// few: rows up to which the kernel here beats PyTorch's.
-void linear(const Value& out, const Value& x, const Value& weight, const Value* bias, int64_t few, Scratch& scratch,
-            int threads) {
+// few: rows up to which the kernel here beats PyTorch's. widen: the CPU does not multiply this half type, and so PyTorch's is
+// never the faster one.
+void linear(const Value& out, const Value& x, const Value& weight, const Value* bias, int64_t few, bool widen,
+            Scratch& scratch, int threads) {
     const int64_t n = weight.shape[0], k = weight.shape[1], m = k ? x.count() / k : 0;
     const void* b = bias ? bias->data : nullptr;
     if (weight.rank != 2 || k != x.last() || (bias && !bias->sized_as({n}))) fail("a weight or bias of other sizes than x");
@@ -80,6 +83,13 @@ void linear(const Value& out, const Value& x, const Value& weight, const Value* 
         fail("a weight or bias of another type than x");
     if (m == 0 || n == 0) return;
     if (n * k < 1 << 18) threads = 1;
+    if (out.type != F32 && widen) {
+        const auto multiply = [&](auto* to) {
+            typedef std::remove_pointer_t<decltype(to)> W;
+            half_product((const W*)x.data, m, k, n, (const W*)weight.data, (const W*)b, to, threads);
+        };
+        return out.type == F16 ? multiply((Half*)out.data) : multiply((bf16*)out.data);
+    }
     if (m > few || out.type == F16) return library(out.type, x.data, m, k, n, weight.data, b, out.data, n);
     if (out.type == F32)
         return dense(reinterpret_cast<const float*>(x.data), m, k, n, reinterpret_cast<const float*>(weight.data),

@@ -10,8 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "half.h"
-#include "simd.h"
+#include "half_vectors.h"
 
 namespace {
 
@@ -78,15 +77,6 @@ struct Memory {
         return data;
     }
 };
-
-INLINE void put(Half* p, float x) {
-#ifdef __F16C__
-    p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
-#else
-    const _Float16 half = static_cast<_Float16>(x);
-    std::memcpy(p, &half, sizeof half);
-#endif
-}
 
 // `n` elements at a stride as floats: in place where they are already.
 const float* fetch(Type type, const char* p, int64_t stride, int64_t n, float* buffer) {

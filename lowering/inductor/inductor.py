@@ -20,7 +20,7 @@ from thresher.graph.nodes import value
 from thresher.graph.program import Program
 from thresher.graph.sizes import decided_by_data
 
-from .. import steps
+from .. import half_linears, steps
 from ..target import Lowered, Target, fake_inputs, lift_weights
 from . import direct_calls, few_tokens, isa_probe
 from . import repeats as repeated
@@ -59,13 +59,15 @@ class Inductor(Target):
         if mode is None:
             raise ThresherError("The program has no fake tensors, so its shapes are unknown to Inductor.")
         on_cpu = all(w.tensor.device.type == "cpu" for w in program.weights.values())
-        if on_cpu and not self._config():
-            if program.packing is None:  # a packed body is no step
-                _infer_values(module, mode)
-                step = steps.lower(module.graph)
-                if step is not None:
-                    return step
-            if waiting.is_at_once():
+        plainly = on_cpu and not self._config()
+        if plainly and program.packing is None:  # a packed body is no step
+            _infer_values(module, mode)
+            step = steps.lower(module.graph)
+            if step is not None:
+                return step
+        if on_cpu:
+            half_linears.rewrite(module.graph)
+            if plainly and waiting.is_at_once():
                 plain = fx.GraphModule(torch.nn.Module(), copy.deepcopy(module.graph)).forward
                 return Later(plain, lambda: self._compiled(module, program, mode, on_cpu))
         return self._compiled(module, program, mode, on_cpu)

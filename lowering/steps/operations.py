@@ -12,7 +12,7 @@ from torch import fx
 
 from thresher.formats.hadamard import base_matrix, decompose
 from thresher.graph.nodes import argument, value
-from thresher.kernels import native
+from thresher.kernels import half_linear, native
 from thresher.kernels.hadamard import op as hadamard
 from thresher.kernels.kv import attention as kv
 from thresher.kernels.nvfp4 import cpu as nvfp4
@@ -220,7 +220,9 @@ def _linear(node: fx.Node) -> Operation:
     if len({value(t).dtype for t in (x, weight, bias) if t is not None}) > 1 or value(weight).dim() != 2:
         raise Unfit("It multiplies different types.")
     _few_rows(x)
-    return Operation(LINEAR, [x, weight, bias], sizes=[FEW_ROWS[value(x).dtype]], product=True)
+    kind = value(x).dtype
+    sizes = [FEW_ROWS[kind], int(half_linear.gains(kind))]
+    return Operation(LINEAR, [x, weight, bias], sizes=sizes, product=True)
 
 
 @_rule(wna16_linear.wna16_linear.overload)

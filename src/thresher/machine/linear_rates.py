@@ -90,14 +90,14 @@ def _maker(name: str) -> Callable[[int, int], Callable[[], Any]] | None:
     dtype = getattr(torch, dtype_name)
     make_weight: Callable[[int], tuple[torch.Tensor, ...]]
     run: Callable[..., Any]
-    if kernel == "linear":
+    rates = (r for op in ops.all_ops() for r in op.rates if isinstance(r, LinearRate))
+    rate = next((r for r in rates if r.kernel in (kernel, name)), None)
+    if rate is not None:
+        make_weight, run = rate.weight, rate.run
+    elif kernel == "linear":
         make_weight, run = lambda side: (torch.randn(side, side).to(dtype),), torch.nn.functional.linear
     else:
-        rates = (r for op in ops.all_ops() for r in op.rates if isinstance(r, LinearRate))
-        rate = next((r for r in rates if r.kernel == kernel), None)
-        if rate is None:
-            return None
-        make_weight, run = rate.weight, rate.run
+        return None
 
     def make(rows: int, side: int) -> Callable[[], Any]:
         x = torch.randn(rows, side).to(dtype)

@@ -224,7 +224,12 @@ def test_every_operator_of_a_program_is_exported_by_some_test_here():
               "varlen_attention_masked", "expert_linear", "nvfp4_expert_linear", "wna16_expert_linear"}  # fmt: skip
     # The first packs weights before a graph exists, the second is for Inductor's programs alone, and programs with the
     # third are refused (tests/passes/zipvl/test_exact.py).
-    assert {o.name for o in ops.all_ops()} - tested == {"nvfp4_quantize", "few_linear", "tokens_holding"}
+    assert {o.name for o in ops.all_ops()} - tested == {
+        "nvfp4_quantize",
+        "few_linear",
+        "half_linear",
+        "tokens_holding",
+    }
 
 
 def test_attention_under_the_batchs_own_mask(tmp_path):
