@@ -84,6 +84,7 @@ void widen(const Weight& w, int64_t row, float* scale, float* shift) {
 
 #include "wna16_avx512.h"
 #include "wna16_vnni.h"
+#include "wna16_avx2.h"
 
 struct Input {
     const float* x;     // [m, stride], zero-padded to whole vectors
@@ -207,7 +208,7 @@ extern "C" void wna16_linear_f32(const float* x, const uint8_t* codes, const voi
                                  const float* bias, float* out, int64_t m, int64_t n, int64_t k, int64_t words,
                                  int64_t groups, int bits, int scale_kind, int planes, int threads) {
     const Weight w = weight(codes, scales, zeros, scale_kind, n, k, words, groups, bits);
-#if defined(WNA16_VNNI)
+#if defined(WNA16_VNNI) || defined(WNA16_AVX2)
     const std::vector<char> right = bytes::linear(w, x, m, bias, out, bits, planes, threads);
     for (size_t i = 0; i < right.size(); ++i)
         if (!right[i])

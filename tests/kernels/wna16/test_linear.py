@@ -66,6 +66,18 @@ def test_cpp_row_tails(bits, inputs):
 
 
 @needs_cpp
+@pytest.mark.parametrize("bits", defs.BITS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_cpp_groups_of_half_types(bits, group):
+    """Integer kernels take only groups that fall on their vectors' lanes, and leave the others to one that takes all."""
+    codes, scales, zeros = weight(5, 384, bits, group, zeros=True)
+    x = torch.randn(3, 384).bfloat16()
+    args = (x, bitpack.pack(codes, bits), scales, zeros, None, bits, group)
+    with linear.force("cpu_cpp"):
+        assert relative(linear(*args).float(), linear.reference(*args).float()) < 8e-3
+
+
+@needs_cpp
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 40])
 def test_cpp_row_counts(rows):
     codes, scales, zeros = weight(37, 192, 3, 64, zeros=True)
