@@ -19,6 +19,12 @@ def test_a_sample_of_them_is_right(name):
     assert {feature: made.cell(feature) for feature in EACH[name]} == dict.fromkeys(EACH[name], "equal")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_drafts_behind_a_prompt_do_not_decide_which_of_its_tokens_stay():
+    """transformers runs the first drafts with the prompt; zipvl, which scores by the last ones, took them for text."""
+    assert vlm_features.Features("LLaVA-OneVision", "zipvl").cell("assistant") == "equal"
+
+
 @pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("recipe", vlm_features.RECIPES)

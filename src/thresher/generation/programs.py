@@ -200,3 +200,8 @@ def alike(tensor: torch.Tensor) -> torch.Tensor:
     if list(tensor.stride()) == wanted[::-1] and not tensor._is_view():
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def tokens_of(named: dict[str, Any]) -> torch.Tensor | None:
+    """A call's tokens, as ids or as embeddings."""
+    return named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")

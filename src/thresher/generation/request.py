@@ -75,11 +75,14 @@ def _lets_others_attend(model: Any) -> bool:
 class Request:
     """One call's options: given by name, in its generation_config, or in the model's.
 
+    inputs: the prompt, where it was given by position.
     cache: the one to generate with where it must be ours, already in `options`; else None.
     """
 
-    def __init__(self, model: Any, recipe: Recipe | None, options: dict[str, Any]):
+    def __init__(self, model: Any, recipe: Recipe | None, options: dict[str, Any], inputs: Any = None):
         self.model, self.options = model, options
+        given = (inputs, options.get("inputs"), options.get("input_ids"))
+        self.prompt = next((g.shape[1] for g in given if isinstance(g, torch.Tensor) and g.dim() > 1), None)
         self.given = cache_of(options)
         policy = policy_of(recipe) if recipe is not None and not model.config.is_encoder_decoder else None
         self.cache = self._ours(policy)
@@ -100,6 +103,12 @@ class Request:
         if any(self.option(name) for name in _DRAFTS):
             return
         windows.keep_whole(cache, self.model, self.most(prompt))
+
+    def drafts(self, tokens: torch.Tensor | None) -> int:
+        """How many of a prompt's tokens are drafts, which transformers puts behind the first prompt it runs."""
+        if tokens is None or self.prompt is None or not any(self.option(name) for name in _DRAFTS):
+            return 0
+        return max(0, tokens.shape[1] - self.prompt)
 
     def most(self, prompt: int) -> int:
         """Tokens that a row may come to have behind a prompt of so many."""

@@ -20,10 +20,11 @@ from thresher.lowering.inductor.later import begin
 from thresher.notices import warn
 
 from . import windows
+from .drafts import split
 from .last_call import LastCall
 from .padding import on_the_left
 from .prefill import move, prompt_cache
-from .programs import CACHES, cache_of
+from .programs import CACHES, cache_of, tokens_of
 from .request import Request, check_model
 from .steps import Steps
 
@@ -58,7 +59,7 @@ def generate(
     """
     check_model(model, kwargs)
     args, kwargs = on_the_left(model, args, kwargs)
-    request = Request(model, getattr(compiled, "recipe", None), kwargs)
+    request = Request(model, getattr(compiled, "recipe", None), kwargs, args[0] if args else None)
     calls = _Calls(compiled, model, request)
     began, programs, early = time.perf_counter(), _programs(compiled), _early(compiled)
     with calls.standing_in() as stand_in, waiting.at_once(waiting.NO if wait else waiting.SOON):
@@ -124,7 +125,7 @@ class _Calls:
         @functools.wraps(prepare_inputs)
         def prepare(*inputs: Any, **named: Any) -> Any:
             self.mask = named.get("attention_mask")
-            tokens = inputs[0] if inputs else _tokens_of(named)
+            tokens = inputs[0] if inputs else tokens_of(named)
             if not self.done.tokens_in and isinstance(tokens, torch.Tensor):  # of the prompt
                 self.request.keep_whole(cache_of(named), tokens.shape[1])
                 self.steps.most = self.request.most(tokens.shape[1])
@@ -141,15 +142,21 @@ class _Calls:
     def forward(self, *inputs: Any, **named: Any) -> Any:
         self.called = True
         cache = cache_of(named)
-        tokens = _tokens_of(named)
+        tokens = tokens_of(named)
         ours = self.request.cache is not None and cache is self.request.cache
         began = time.perf_counter()
         first = not self.done.tokens_in
         ran = {id(s): s.counters.calls for s in getattr(self.compiled, "sessions", ())} if first else {}
         if ours:
             with _lock_of(self.model):  # a step changes how the model attends
-                run = self._step if cache.get_seq_length() else self._prompt
-                out = run(inputs, named, tokens)
+                drafts = self.request.drafts(tokens)
+                if cache.get_seq_length():
+                    out = self._step(inputs, named, tokens)
+                elif drafts and not inputs:
+                    out = self._prompt_and_drafts(named, tokens, drafts)
+                    tokens = tokens[:, :-drafts]
+                else:
+                    out = self._prompt(inputs, named, tokens)
         elif _is_empty_and_static(cache):
             out = self._static_prompt(inputs, named, cache)
         else:
@@ -213,6 +220,15 @@ class _Calls:
         out["cache" if "cache" in out else name] = named[name]
         return out
 
+    def _prompt_and_drafts(self, named: dict[str, Any], tokens: torch.Tensor, drafts: int) -> Any:
+        """Run a prompt, and then the drafts that transformers put behind it: which of a prompt's tokens stay must not
+        hang on what somebody guesses to come next."""
+        prompt, behind = split(named, tokens.shape[1], drafts)
+        first = self._prompt((), prompt, tokens[:, :-drafts])
+        out = self._step((), behind, tokens[:, -drafts:])
+        out["logits"] = torch.cat((first["logits"][:, -1:], out["logits"][:, -drafts:]), 1)
+        return out
+
     def _step(self, inputs: tuple[Any, ...], named: dict[str, Any], tokens: Any) -> Any:
         """Run one token, or a later turn's, compiled over our cache."""
         from thresher.runtime.kv.cache import ATTENTION
@@ -246,7 +262,7 @@ class _Calls:
         )  # the cache that a prompt without a static one has
         handed = windows.whole(DynamicCache(config=self.model.config)) if full else DynamicCache()
         out = self._call(
-            **self._with_mask({**named, name: handed, "attention_mask": self.mask}, handed, _tokens_of(named))
+            **self._with_mask({**named, name: handed, "attention_mask": self.mask}, handed, tokens_of(named))
         )
         for index, layer in enumerate(cache_of(out).layers):
             static.update(layer.keys, layer.values, index)
@@ -280,10 +296,5 @@ def _is_empty_and_static(cache: Any) -> bool:
 
 def _one_prompt(named: dict[str, Any], mask: torch.Tensor | None) -> bool:
     """Whether a call is a whole prompt, with a mask [rows, tokens] or none."""
-    tokens = _tokens_of(named)
+    tokens = tokens_of(named)
     return tokens is not None and (mask is None or mask.shape == tokens.shape[:2])
-
-
-def _tokens_of(named: dict[str, Any]) -> torch.Tensor | None:
-    """A call's tokens, as ids or as embeddings."""
-    return named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")
