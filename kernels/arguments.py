@@ -22,6 +22,18 @@ def given(t: torch.Tensor) -> str:
     return f"{t.dtype} {tuple(t.shape)}"
 
 
+def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise unless x [..., in], weight [out, in] and bias [out] or None fit together. Reads metadata only."""
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ArgumentError("x", given(x), "floating [..., in_features]", "Convert it first.")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+        accepted = f"{x.dtype} [out_features, {x.shape[-1]}]"
+        raise ArgumentError("weight", given(weight), accepted, "Pass the weight of x's own layer.")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0] or bias.dtype != x.dtype):
+        accepted = f"{x.dtype} [{weight.shape[0]}], or None"
+        raise ArgumentError("bias", given(bias), accepted, "Give one value an output feature.")
+
+
 def in_range(name: str, index: torch.Tensor, low: int, high: int, fix: str) -> None:
     """Raise unless every index lies in low .. high (both included). Reads CPU tensors only."""
     if index.device.type != "cpu" or not index.numel():

@@ -20,7 +20,6 @@ import torch
 from torch.nn import functional as F
 
 from thresher import ops
-from thresher.errors import ArgumentError
 from thresher.plain_form import Plain
 
 from . import arguments, native
@@ -59,14 +58,7 @@ def _inputs(device, dtype):
 
 def check(x, weight, bias, relu) -> None:
     """Raise ArgumentError unless the arguments fit together. Reads metadata only."""
-    if x.dim() < 1 or not x.is_floating_point():
-        raise ArgumentError("x", arguments.given(x), "floating [..., in_features]", "Convert it first.")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
-        accepted = f"{x.dtype} [out_features, {x.shape[-1]}]"
-        raise ArgumentError("weight", arguments.given(weight), accepted, "Pass the weight of x's own layer.")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0] or bias.dtype != x.dtype):
-        accepted = f"{x.dtype} [{weight.shape[0]}], or None"
-        raise ArgumentError("bias", arguments.given(bias), accepted, "Give one value an output feature.")
+    arguments.dense_linear(x, weight, bias)
 
 
 @ops.define(

@@ -18,7 +18,6 @@ import torch
 from torch.nn import functional as F
 
 from thresher import ops
-from thresher.errors import ArgumentError
 from thresher.plain_form import Plain
 from thresher.pricing import LinearRate
 
@@ -59,18 +58,6 @@ def _inputs(device, dtype):
     ]
 
 
-def check(x, weight, bias) -> None:
-    """Raise ArgumentError unless the arguments fit together. Reads metadata only."""
-    if x.dim() < 1 or not x.is_floating_point():
-        raise ArgumentError("x", arguments.given(x), "floating [..., in_features]", "Convert it first.")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
-        accepted = f"{x.dtype} [out_features, {x.shape[-1]}]"
-        raise ArgumentError("weight", arguments.given(weight), accepted, "Pass the weight of x's own layer.")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0] or bias.dtype != x.dtype):
-        accepted = f"{x.dtype} [{weight.shape[0]}], or None"
-        raise ArgumentError("bias", arguments.given(bias), accepted, "Give one value an output feature.")
-
-
 def _rate(dtype: torch.dtype) -> LinearRate:
     """Times dense weights of a type by what programs multiply them with on this machine."""
 
@@ -93,7 +80,7 @@ def _rate(dtype: torch.dtype) -> LinearRate:
     providers=("cpu_cpp",),
     plain=Plain(),
     rates=[_rate(dtype) for dtype in HALVES],
-    check=check,
+    check=arguments.dense_linear,
 )
 def half_linear(x, weight, bias):
     """`x [..., K] @ weight [N, K]^T + bias [N]` in x's dtype, added up in fp32 and rounded once, [..., N]."""
@@ -135,10 +122,15 @@ def _half_linear(x, weight, bias):
 
 def gains(dtype: torch.dtype) -> bool:
     """Whether this CPU has no instructions for PyTorch's products of a half type, and the kernel here is there."""
-    if dtype not in HALVES or native.load_error("half_linear") is not None:
-        return False
+    # the CPU is asked first: where it multiplies the type, nobody waits for a kernel to be built
+    return dtype in HALVES and not _multiplies(dtype) and native.load_error("half_linear") is None
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has instructions of this CPU for a half type's products."""
     known = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     try:
-        return not getattr(torch.ops.mkldnn, known)()
+        return bool(getattr(torch.ops.mkldnn, known)())
     except (AttributeError, RuntimeError):  # a build without oneDNN
-        return True
+        return False

@@ -2,26 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
+from two_linears import Two, graph_of
 
 from thresher.kernels import half_linear, native
 from thresher.lowering import half_linears
 
 needs_kernel = pytest.mark.skipif(native.load_error("half_linear") is not None, reason="no C++ compiler")
 HALVES = pytest.mark.parametrize("dtype", half_linear.HALVES, ids=str)
-
-
-class Two(nn.Module):
-    def __init__(self, width=64):
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
-
-    def forward(self, x):
-        return self.down(self.up(x).relu())
-
-
-def graph_of(model, x):
-    return torch.export.export(model, (x,), strict=False).run_decompositions({}).graph
 
 
 @pytest.fixture
@@ -79,3 +66,13 @@ def test_nan_and_infinity_stay(dtype):
     x[3, 5], x[4, 6] = float("nan"), float("inf")
     y = half_linear.half_linear.direct(x, weight, None)
     assert y[3].isnan().all() and y[4].isinf().all() and torch.equal(y[5], torch.full((20,), 40.0).to(dtype))
+
+
+def test_no_kernel_is_built_where_the_cpu_has_the_instructions(monkeypatch):
+    asked = []
+    monkeypatch.setattr(native, "load_error", asked.append)
+    monkeypatch.setattr(half_linear, "_multiplies", lambda dtype: True)
+    assert not any(half_linear.gains(dtype) for dtype in half_linear.TYPES) and not asked
+    monkeypatch.setattr(half_linear, "_multiplies", lambda dtype: False)
+    assert [half_linear.gains(dtype) for dtype in half_linear.TYPES] == [False, True, True]
+    assert asked == ["half_linear"] * 2

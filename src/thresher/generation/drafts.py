@@ -27,7 +27,7 @@ def split(named: Mapping[str, Any], total: int, drafts: int) -> tuple[dict[str, 
     prompt = {**named, **{k: v[..., :own] for k, v in along.items()}}
     if "logits_to_keep" in prompt:
         prompt["logits_to_keep"] = 1
-    cache = cache_of(dict(named))
+    cache = cache_of(named)
     behind = {k: v for k, v in named.items() if v is cache or isinstance(v, _PLAIN)}
     behind.update({k: v if k == "attention_mask" else v[..., own:] for k, v in along.items()})
     return prompt, behind

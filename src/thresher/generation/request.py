@@ -104,9 +104,9 @@ class Request:
             return
         windows.keep_whole(cache, self.model, self.most(prompt))
 
-    def drafts(self, tokens: torch.Tensor | None) -> int:
+    def drafts(self, tokens: torch.Tensor) -> int:
         """How many of a prompt's tokens are drafts, which transformers puts behind the first prompt it runs."""
-        if tokens is None or self.prompt is None or not any(self.option(name) for name in _DRAFTS):
+        if self.prompt is None or not any(self.option(name) for name in _DRAFTS):
             return 0
         return max(0, tokens.shape[1] - self.prompt)
 

@@ -149,10 +149,9 @@ class _Calls:
         ran = {id(s): s.counters.calls for s in getattr(self.compiled, "sessions", ())} if first else {}
         if ours:
             with _lock_of(self.model):  # a step changes how the model attends
-                drafts = self.request.drafts(tokens)
                 if cache.get_seq_length():
                     out = self._step(inputs, named, tokens)
-                elif drafts and not inputs:
+                elif tokens is not None and not inputs and (drafts := self.request.drafts(tokens)):
                     out = self._prompt_and_drafts(named, tokens, drafts)
                     tokens = tokens[:, :-drafts]
                 else:

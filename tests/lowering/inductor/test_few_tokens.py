@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from two_linears import Two, graph_of
 
 import thresher
 from thresher import ops
@@ -10,19 +11,6 @@ from thresher.kernels import catalog, few_linear, native
 from thresher.lowering.inductor import direct_calls, few_tokens
 
 needs_kernel = pytest.mark.skipif(native.load_error("few_linear") is not None, reason="no C++ compiler")
-
-
-class Two(nn.Module):
-    def __init__(self, width=64):
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
-
-    def forward(self, x):
-        return self.down(self.up(x).relu())
-
-
-def graph_of(model, x):
-    return torch.export.export(model, (x,), strict=False).run_decompositions({}).graph
 
 
 @pytest.fixture
